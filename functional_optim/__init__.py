@@ -1,0 +1,68 @@
+"""Gradient processing for PyTorch as pure functions."""
+
+from functional_optim import schedules, transforms
+from functional_optim._apply import apply_updates, gradients, parameters
+from functional_optim._chain import Chain, chain
+from functional_optim._context import Context, Norm
+from functional_optim._hyperparameters import ScheduleState, resolve
+from functional_optim._selection import exclude
+from functional_optim._state import load_state_dict, state_dict
+from functional_optim._types import Role, Scope, Static, TensorMap, Transform
+from functional_optim.optimizers import adam, adamw, sgd
+from functional_optim.transforms import (
+    Accumulate,
+    AddDecayedWeights,
+    ClipByGlobalNorm,
+    ClipByValue,
+    Identity,
+    Masked,
+    MultiplyParamwise,
+    Partition,
+    Scale,
+    ScaleByAdam,
+    ScaleByLearningRate,
+    SkipNonfinite,
+    Trace,
+    Unscale,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accumulate",
+    "AddDecayedWeights",
+    "Chain",
+    "ClipByGlobalNorm",
+    "ClipByValue",
+    "Context",
+    "Identity",
+    "Masked",
+    "MultiplyParamwise",
+    "Norm",
+    "Partition",
+    "Role",
+    "Scale",
+    "ScaleByAdam",
+    "ScaleByLearningRate",
+    "ScheduleState",
+    "Scope",
+    "SkipNonfinite",
+    "Static",
+    "TensorMap",
+    "Trace",
+    "Transform",
+    "Unscale",
+    "adam",
+    "adamw",
+    "apply_updates",
+    "chain",
+    "exclude",
+    "gradients",
+    "load_state_dict",
+    "parameters",
+    "resolve",
+    "schedules",
+    "sgd",
+    "state_dict",
+    "transforms",
+]

@@ -1,0 +1,94 @@
+"""The two ends of an update: tensor maps out of a model, updates onto parameters."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from functional_optim._structure import check_updates
+from functional_optim._tensor_map import over
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+
+def recording(*, differentiable: bool) -> torch.set_grad_enabled:
+    """Return a context in which the graph of an update is recorded only if asked for.
+
+    Grad mode stays as it is if `differentiable`, or inside `torch.func` transforms,
+    which would silently get zeros otherwise; else it is off, because the usual loop
+    would keep the graph of every step alive.
+    """
+    wanted = differentiable or torch._C._are_functorch_transforms_active()
+    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
+
+
+def parameters(model: torch.nn.Module) -> TensorMap:
+    """Return the parameters of a model by name, detached.
+
+    The tensors share their memory with the model. Parameters with `requires_grad` off
+    are left out, tied ones come once, as in `model.named_parameters()`.
+
+    Args:
+        model: The model.
+
+    Example:
+        >>> list(parameters(torch.nn.Linear(3, 2)))
+        ['weight', 'bias']
+    """
+    return {
+        name: param.detach()
+        for name, param in model.named_parameters()
+        if param.requires_grad
+    }
+
+
+def gradients(model: torch.nn.Module) -> TensorMap:
+    """Return the gradients of a model by parameter name, detached.
+
+    The tensors share their memory with `.grad`. Parameters without a gradient are left
+    out: their parameter and state stay as they are.
+
+    Args:
+        model: The model, after a backward.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> model(torch.ones(1, 1)).sum().backward()
+        >>> gradients(model)
+        {'weight': tensor([[1.]]), 'bias': tensor([1.])}
+    """
+    return {
+        name: param.grad.detach()
+        for name, param in model.named_parameters()
+        if param.grad is not None
+    }
+
+
+def apply_updates(
+    params: TensorMap, updates: TensorMap, *, differentiable: bool = False
+) -> TensorMap:
+    """Add updates to parameters: p + u, in the wider dtype of the two, cast once.
+
+    Args:
+        params: Parameters by name; they do not change.
+        updates: What a chain returned; a name that is missing keeps its parameter.
+        differentiable: Whether to record the autograd graph.
+
+    Returns:
+        A new map with the names and dtypes of `params`. Without updates it holds the
+        very same tensors.
+
+    Raises:
+        ValueError: a name, shape or device that no parameter has.
+        TypeError: not a map from name to tensor; integer, complex or sparse tensors.
+
+    Example:
+        >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([0.5, -0.5])})
+        {'w': tensor([1.5000, 0.5000])}
+    """
+    check_updates(updates, params)
+    with recording(differentiable=differentiable):
+        new = over(params, at=updates).add(updates).map(like=params)
+    return {**params, **new}

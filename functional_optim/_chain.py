@@ -1,0 +1,246 @@
+"""`chain`: transforms one after another, as one transform."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+from functional_optim._apply import recording
+from functional_optim._context import Context
+from functional_optim._hyperparameters import resolvable, resolve, value_class
+from functional_optim._structure import check_parameters, check_updates
+from functional_optim._tensor_map import copied
+from functional_optim._types import Role, Scope, Transform
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from functional_optim._types import TensorMap
+
+
+def _checked_members(name: str, members: Sequence[Any]) -> tuple[Transform, ...]:
+    return tuple(
+        checked_transform(f"{name}[{i}]", member) for i, member in enumerate(members)
+    )
+
+
+def _resolve_members(
+    members: tuple[Transform, ...], name: str, param: Tensor
+) -> tuple[Transform, ...]:
+    return tuple(resolve(member, name, param) for member in members)
+
+
+@final
+@value_class
+class Chain:
+    """Transforms one after another: each gets what the one before returned.
+
+    Made by `chain`. If a member returns an empty map, it holds: the chain stops there,
+    and everything downstream keeps its state.
+
+    Args:
+        members: The transforms, outermost first, without chains among them.
+
+    State:
+        A tuple: the members' states in order.
+
+    Raises:
+        TypeError, ValueError: see `chain` (at construction) and `update`.
+
+    Example:
+        >>> from functional_optim.transforms import ClipByValue, ScaleByLearningRate
+        >>> chain(ClipByValue(1.0), ScaleByLearningRate(0.1)).members[0]
+        ClipByValue(1.0)
+    """
+
+    members: tuple[Transform, ...] = resolvable(
+        check=_checked_members, resolve=_resolve_members
+    )
+
+    def check(self) -> None:
+        """Refuse orders that cannot be right."""
+        _check_order(self.members)
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.members))})"
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Transform:
+        return self.members[index]
+
+    @property
+    def scope(self) -> Scope:
+        """The widest scope of the members."""
+        return max((member.scope for member in self.members), default=Scope.ELEMENTWISE)
+
+    def init(self, params: TensorMap) -> tuple[Any, ...]:
+        """Return the members' states before the first update.
+
+        Args:
+            params: Parameters by name; `parameters(model)` makes such a map.
+
+        Raises:
+            TypeError: not a map from name to tensor; integer, complex, sparse tensors.
+            ValueError: parameters on several devices, or a rule that matches nothing.
+        """
+        check_parameters(params)
+        with recording(differentiable=False):
+            return tuple(member.init(params) for member in self.members)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: tuple[Any, ...],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, tuple[Any, ...]]:
+        """Pass updates through the members in order.
+
+        Args:
+            updates: Gradients by name; a name that is missing keeps its state.
+            state: What `init` or the previous `update` returned.
+            params: Current parameters by name.
+            context: What the training loop knows.
+
+        Returns:
+            The updates to add to the parameters, and the new state. An empty map means
+            hold.
+
+        Raises:
+            ValueError: updates, state and parameters do not fit each other.
+            TypeError: not maps from name to dense floating-point tensor.
+        """
+        check_updates(updates, params)
+        if not isinstance(state, tuple) or len(state) != len(self.members):
+            msg = (
+                f"state must be a tuple of {len(self.members)} member states, got "
+                f"{_kind(state)}; make it with this chain's init"
+            )
+            raise ValueError(msg)
+        with recording(differentiable=context.differentiable):
+            if not self.members:
+                return copied(updates), ()
+            new_state = list(state)
+            for index, member in enumerate(self.members):
+                if not updates:
+                    break
+                updates, new_state[index] = member.update(
+                    updates, state[index], params, context=context.at(index)
+                )
+        return updates, tuple(new_state)
+
+
+def chain(*transforms: Transform) -> Chain:
+    """Chain transforms: each gets what the one before returned.
+
+    Chains among the arguments are flattened, so that `chain(a, chain(b, c))` equals
+    `chain(a, b, c)`. Without arguments it is the identity. Some orders cannot be right
+    and are refused: `Unscale` after a clip or a guard, `Accumulate` after a learning
+    rate or a moment or inside a guard, two learning rates, anything after a guard.
+
+    Args:
+        transforms: Transforms, the one that sees the gradients first.
+
+    Returns:
+        One transform: immutable, printed as written, equal by value, picklable.
+
+    Raises:
+        TypeError: an argument is no transform.
+        ValueError: an order of the above.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(0.1, momentum=0.9))
+        chain(ClipByGlobalNorm(1.0), Trace(0.9), ScaleByLearningRate(0.1))
+    """
+    members: list[Transform] = []
+    for transform in transforms:
+        members.extend(
+            transform.members if isinstance(transform, Chain) else [transform]
+        )
+    return Chain(tuple(members))
+
+
+def checked_transform(name: str, transform: Any) -> Transform:
+    """Refuse what is no transform, with a hint at what it might have been meant as.
+
+    Raises:
+        TypeError: it is not an instance with `init`, `update` and `scope`.
+    """
+    if isinstance(transform, type):
+        msg = (
+            f"{name} must be a transform, got the class {transform.__name__}; write "
+            f"{transform.__name__}(...)"
+        )
+        raise TypeError(msg)
+    if not isinstance(transform, Transform):
+        missing = [
+            part for part in ("init", "update", "scope") if not hasattr(transform, part)
+        ]
+        msg = (
+            f"{name} must be a transform with init, update and scope, got "
+            f"{transform!r} without {' and '.join(missing)}"
+        )
+        raise TypeError(msg)
+    return transform
+
+
+def _kind(state: object) -> str:
+    if isinstance(state, tuple):
+        return f"{type(state).__name__} of length {len(state)}"
+    return type(state).__name__
+
+
+def _role(transform: Transform) -> Role | None:
+    return getattr(transform, "role", None)
+
+
+def _check_order(members: Sequence[Transform]) -> None:
+    """Refuse the orders that cannot be right, and say which one is.
+
+    Raises:
+        ValueError: naming both transforms and the right order.
+    """
+    before: dict[Role, Transform] = {}
+    for member in members:
+        role = _role(member)
+        if Role.GUARD in before:
+            guard = before[Role.GUARD]
+            inner = type(guard).__name__
+            msg = (
+                f"{member!r} stands after the guard {guard!r}, which must be last: a "
+                "guard can only undo what is inside it. Write "
+                f"{inner}(chain(..., {member!r}))"
+            )
+            if role is Role.UNSCALE:
+                msg = _moved(member, guard, "a guard judges true gradients")
+            raise ValueError(msg)
+        if role is Role.UNSCALE and Role.CLIP in before:
+            why = "a threshold is meant for true gradients, not for scaled ones"
+            raise ValueError(_moved(member, before[Role.CLIP], why))
+        if role is Role.ACCUMULATE:
+            for earlier, why in (
+                (Role.MOMENT, "a moment must see one gradient a window"),
+                (Role.LEARNING_RATE, "a learning rate must apply once a window"),
+            ):
+                if earlier in before:
+                    raise ValueError(_moved(member, before[earlier], why))
+        if role is Role.LEARNING_RATE and role in before:
+            msg = (
+                f"two learning rates in one chain, {before[role]!r} and {member!r}, "
+                "would multiply; keep one, or write Scale(factor) for a plain factor"
+            )
+            raise ValueError(msg)
+        if role is not None:
+            before.setdefault(role, member)
+
+
+def _moved(late: Transform, early: Transform, why: str) -> str:
+    return (
+        f"{late!r} stands after {early!r}, but {why}. Write chain({late!r}, ..., "
+        f"{early!r}, ...)"
+    )

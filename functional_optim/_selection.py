@@ -1,0 +1,237 @@
+r"""Which parameters: one home for globs, regexes, predicates, masks and labels.
+
+A *selection* picks parameters. It is one of
+
+- a glob over the whole name, `"*.bias"` (an exact name is a glob too),
+- a compiled regex that is searched in the name, `re.compile(r"layers\.\d+\.")`,
+- a predicate on name and tensor, `lambda name, p: p.ndim >= 2`,
+- `exclude(...)`: everything that the selections in it do not pick,
+- a tuple or list of selections: whatever any of them picks,
+- a map from every name to bool, or one bool for all.
+
+*Rules* give each parameter a value: a map from selection (or name) to value, or a list
+of (selection, value) pairs. The first rule that fits wins.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, Union, final
+
+import torch
+from torch import Tensor
+
+from functional_optim._hyperparameters import resolvable, value_class
+from functional_optim._tensor_map import lookup, shown
+from functional_optim._value import shown_value
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+Predicate: TypeAlias = Callable[[str, Tensor], bool]
+
+Selection: TypeAlias = Union[
+    str,
+    "re.Pattern[str]",
+    Predicate,
+    "Exclude",
+    Sequence["Selection"],
+    Mapping[str, bool],
+    bool,
+]
+
+
+def frozen_selection(name: str, selection: Any) -> Any:
+    """Check a selection and copy what the caller could still change.
+
+    Args:
+        name: How to call it in an error.
+        selection: What the caller gave.
+
+    Raises:
+        TypeError: it is no selection.
+    """
+    if isinstance(selection, Mapping):
+        for key, value in selection.items():
+            if not isinstance(key, str) or not isinstance(value, bool):
+                msg = (
+                    f"{name} as a map must give a bool for every parameter name, got "
+                    f"{key!r}: {value!r}"
+                )
+                raise TypeError(msg)
+        return dict(selection)
+    if isinstance(selection, (str, re.Pattern, bool, Exclude)):
+        return selection
+    if isinstance(selection, Sequence):
+        return tuple(frozen_selection(name, part) for part in selection)
+    if callable(selection) and not isinstance(selection, type):
+        return selection
+    msg = (
+        f"{name} must be a glob, a compiled regex, a predicate on name and tensor, "
+        "exclude(...), a tuple of these, or a map from every name to bool, got "
+        f"{selection!r}"
+    )
+    raise TypeError(msg)
+
+
+def picks(selection: Any, name: str, param: Tensor) -> bool:
+    """Tell whether a selection picks a parameter.
+
+    Example:
+        >>> picks(("*.bias", lambda name, p: p.ndim == 0), "head.bias", torch.ones(3))
+        True
+    """
+    if isinstance(selection, bool):
+        return selection
+    if isinstance(selection, str):
+        return bool(_glob_matches(selection, name))
+    if isinstance(selection, re.Pattern):
+        return selection.search(name) is not None
+    if isinstance(selection, Exclude):
+        return not picks(selection.selections, name, param)
+    if isinstance(selection, Mapping):
+        return bool(lookup(selection, [name])[0])
+    if isinstance(selection, tuple):
+        return any(picks(part, name, param) for part in selection)
+    return bool(selection(name, param))
+
+
+# Constant under torch.compile, which cannot trace the building of a regex.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _glob_matches(pattern: str, name: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+@final
+@value_class
+class Exclude:
+    """The selection of everything that the given selections do not pick.
+
+    Made by `exclude`.
+
+    Args:
+        selections: The selections.
+
+    Raises:
+        TypeError: one is no selection.
+    """
+
+    selections: tuple[Selection, ...] = resolvable(
+        check=frozen_selection, resolve=picks
+    )
+
+    def __repr__(self) -> str:
+        return f"exclude({', '.join(map(shown_value, self.selections))})"
+
+
+def exclude(*selections: Selection) -> Exclude:
+    """Return the selection of everything that none of the given selections picks.
+
+    Args:
+        selections: Globs, compiled regexes, predicates on name and tensor.
+
+    Raises:
+        TypeError: one is no selection.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> fo.adamw(1e-3, mask=fo.exclude("*.bias", "*norm*"))[1]
+        AddDecayedWeights(0.01, mask=exclude('*.bias', '*norm*'))
+    """
+    return Exclude(selections)
+
+
+def picked(selection: Any, params: TensorMap, names: Sequence[str]) -> list[str]:
+    """Return the names that a selection picks, in their order."""
+    if selection is True:
+        return list(names)
+    return [name for name in names if picks(selection, name, params[name])]
+
+
+def check_selection(selection: Any, params: TensorMap, name: str) -> None:
+    """Refuse a selection of which a part picks no parameter at all.
+
+    Args:
+        selection: A frozen selection.
+        params: All parameters.
+        name: How to call it in an error.
+
+    Raises:
+        ValueError: a part picks nothing, or a map does not cover the parameters.
+    """
+    if isinstance(selection, Mapping):
+        unknown = [key for key in selection if key not in params]
+        if unknown:
+            raise ValueError(_unknown(name, unknown, params))
+        lookup(selection, params)
+    elif isinstance(selection, Exclude):
+        check_selection(selection.selections, params, name)
+    elif isinstance(selection, tuple):
+        for part in selection:
+            check_selection(part, params, name)
+    elif not isinstance(selection, bool) and not picked(
+        selection, params, list(params)
+    ):
+        msg = (
+            f"{name}: {shown_value(selection)} matches no parameter; the names are "
+            f"{shown(params)}"
+        )
+        raise ValueError(msg)
+
+
+def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any:
+    """Check rules and copy what the caller could still change.
+
+    Args:
+        name: How to call them in an error.
+        rules: A map or list of pairs from selection to value, or one value for all.
+        check: Function of (name of the value, value) that returns the checked value.
+
+    Returns:
+        A tuple of (selection, value) pairs, or one value.
+    """
+    if isinstance(rules, Mapping):
+        pairs = list(rules.items())
+    elif isinstance(rules, Sequence) and not isinstance(rules, str):
+        pairs = list(rules)
+    else:
+        return check(name, rules)
+    checked = []
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or isinstance(pair, str):
+            msg = f"{name} must be (selection, value) pairs, got {pair!r}"
+            raise TypeError(msg)
+        selection = frozen_selection(f"selection in {name}", pair[0])
+        value = check(f"{name}[{shown_value(selection)}]", pair[1])
+        checked.append((selection, value))
+    return tuple(checked)
+
+
+def ruled(rules: Any, name: str, param: Tensor, default: Any) -> Any:
+    """Return what the first fitting rule gives a parameter, else the default."""
+    if not isinstance(rules, tuple):
+        return rules
+    for selection, value in rules:
+        if picks(selection, name, param):
+            return value
+    return default
+
+
+def check_rules(rules: Any, params: TensorMap, name: str) -> None:
+    """Refuse rules of which one matches no parameter.
+
+    Raises:
+        ValueError: a rule matches nothing.
+    """
+    if isinstance(rules, tuple):
+        for selection, _ in rules:
+            check_selection(selection, params, f"rule in {name}")
+
+
+def _unknown(name: str, unknown: list[str], params: TensorMap) -> str:
+    return (
+        f"{name} names parameters that do not exist: {shown(unknown)}; the names are "
+        f"{shown(params)}"
+    )

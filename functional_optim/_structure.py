@@ -1,0 +1,107 @@
+"""What is checked on the host before an update: names, layout, dtype, shape, device.
+
+Values are never looked at: that would wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functional_optim._tensor_map import shown
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+
+def check_parameters(params: Any) -> None:
+    """Refuse what cannot be optimized as a map of parameters.
+
+    Raises:
+        TypeError: not a map from name to tensor; integer, complex or sparse tensors.
+        ValueError: parameters on several devices.
+    """
+    _check_map(params, "params", "parameters(model)")
+    devices: dict[torch.device, str] = {}
+    for name, param in params.items():
+        _check_tensor("parameter", name, param)
+        devices.setdefault(param.device, name)
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        msg = (
+            f"parameters lie on several devices: {places}; move them to one, or run "
+            "one chain for each device"
+        )
+        raise ValueError(msg)
+
+
+def check_updates(updates: Any, params: TensorMap) -> None:
+    """Refuse updates that do not fit the parameters.
+
+    Raises:
+        TypeError: not a map from name to tensor; integer, complex or sparse tensors.
+        ValueError: a name, shape or device that no parameter has.
+    """
+    _check_map(updates, "updates", "gradients(model)")
+    _check_map(params, "params", "parameters(model)")
+    for name, update in updates.items():
+        param = params.get(name)
+        if param is None:
+            unknown = [n for n in updates if n not in params]
+            msg = (
+                f"updates for names that no parameter has: {shown(unknown)}; the "
+                f"parameters are {shown(params)}"
+            )
+            raise ValueError(msg)
+        _check_tensor("update", name, update)
+        if update.shape != param.shape:
+            msg = (
+                f"update of {name!r} has shape {tuple(update.shape)}, its parameter "
+                f"{tuple(param.shape)}; they must be equal"
+            )
+            raise ValueError(msg)
+        if update.device != param.device:
+            msg = (
+                f"update of {name!r} lies on {update.device}, its parameter on "
+                f"{param.device}; move one with .to(device)"
+            )
+            raise ValueError(msg)
+
+
+def _check_map(tensors: Any, name: str, remedy: str) -> None:
+    if not isinstance(tensors, Mapping):
+        msg = (
+            f"{name} must be a dict from parameter name to tensor, got "
+            f"{type(tensors).__name__}; make one with {remedy}"
+        )
+        raise TypeError(msg)
+
+
+def _check_tensor(kind: str, name: Any, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        remedy = "; omit names without a gradient" if tensor is None else ""
+        msg = f"{kind} of {name!r} must be a tensor, got {tensor!r}{remedy}"
+        raise TypeError(msg)
+    if not isinstance(name, str):
+        msg = f"{kind} names must be strings, got {name!r}"
+        raise TypeError(msg)
+    if tensor.layout != torch.strided:
+        msg = (
+            f"{kind} of {name!r} is sparse ({tensor.layout}); only dense tensors are "
+            "optimized: use sparse=False in the embedding, or .to_dense()"
+        )
+        raise TypeError(msg)
+    if not tensor.is_floating_point():
+        remedy = (
+            "pass torch.view_as_real(tensor)"
+            if tensor.is_complex()
+            else "leave it out, or convert it with .float()"
+        )
+        msg = (
+            f"{kind} of {name!r} has dtype {tensor.dtype}; only real floating-point "
+            f"tensors are optimized: {remedy}"
+        )
+        raise TypeError(msg)

@@ -1,0 +1,313 @@
+"""The algebra of tensor maps: one vocabulary, two lowerings.
+
+`over(v).mul(b2).addcmul(g, g, 1 - b2).map()` reads like the formula and makes one new
+map: the first operation allocates, those after it reuse what the first one made. On
+plain tensors that record no graph it runs as `torch._foreach_*`; under `torch.func`,
+`torch.compile`, autograd and for tensor subclasses, which foreach does not serve, as
+ordinary operations out of place.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from functional_optim._types import TensorMap
+
+Factor: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
+"""What a map can be multiplied by: one number for all, or one for each name."""
+
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+_SIXTEEN_BIT = {torch.float16, torch.bfloat16}
+
+
+def over(values: TensorMap, at: TensorMap | None = None) -> Expression:
+    """Start an expression over a map.
+
+    Args:
+        values: The map to start from; it is only read.
+        at: Start from the entries of `values` at the names of this map, in the wider
+            dtype of the two.
+
+    Returns:
+        An expression; `.map()` ends it.
+
+    Raises:
+        ValueError: `values` has no entry for a name of `at`.
+
+    Example:
+        >>> over({"w": torch.tensor([1.0, 2.0])}).mul(3.0).add(1.0).map()
+        {'w': tensor([4., 7.])}
+    """
+    return Expression(values, at)
+
+
+class Expression:
+    """A tensor map under construction.
+
+    Every operation changes the expression and returns it. Operands are numbers, 0-dim
+    tensors, maps from name to one of these, tensor maps, or other expressions.
+    """
+
+    __slots__ = ("_dtypes", "_foreach", "_names", "_own", "_scalars", "_values")
+
+    def __init__(self, values: TensorMap, at: TensorMap | None = None) -> None:
+        if at is None:
+            self._names = list(values)
+            self._values = list(values.values())
+        else:
+            self._names = list(at)
+            self._values = lookup(values, self._names)
+            if [v.dtype for v in self._values] != [a.dtype for a in at.values()]:
+                self._values = [
+                    v.to(torch.promote_types(v.dtype, a.dtype))
+                    for v, a in zip(self._values, at.values(), strict=True)
+                ]
+        self._dtypes = [v.dtype for v in self._values]
+        self._scalars = any(v.ndim == 0 for v in self._values)
+        self._foreach = foreach_applies(self._values)
+        self._own = False
+
+    def map(self, like: TensorMap | None = None) -> TensorMap:
+        """End the expression: a new map, in the dtype it started with.
+
+        Args:
+            like: Take the dtypes from the entries of this map instead.
+        """
+        if not self._own:
+            self._values = [v.clone() for v in self._values]
+        dtypes = self._dtypes
+        if like is not None:
+            dtypes = [like[name].dtype for name in self._names]
+        values = self._values
+        if [v.dtype for v in values] != dtypes:
+            values = [v.to(d) for v, d in zip(values, dtypes, strict=True)]
+        self._own = False  # They belong to the map now.
+        return dict(zip(self._names, values, strict=True))
+
+    def mul(self, factor: Operand) -> Expression:
+        """X * factor."""
+        return self._run("mul", self._column(factor))
+
+    def div(self, divisor: Operand) -> Expression:
+        """X / divisor."""
+        return self._run("div", self._column(divisor))
+
+    def add(self, other: Operand, *, alpha: Factor = 1.0) -> Expression:
+        """X + alpha * other."""
+        column = self._column(other)
+        if isinstance(alpha, (int, float)):
+            if alpha == 1.0:
+                return self._run("add", column)
+            return self._run("add", column, alpha=alpha)
+        scaled = self._column(alpha)
+        return self._run("add", [o * a for o, a in self._rows(column, scaled)])
+
+    def addcmul(self, first: Operand, second: Operand, value: Factor) -> Expression:
+        """X + value * first * second."""
+        one, two = self._column(first), self._column(second)
+        if isinstance(value, (int, float)):
+            return self._run("addcmul", one, two, value=value)
+        scaled = [o * v for o, v in self._rows(one, self._column(value))]
+        return self._run("addcmul", scaled, two)
+
+    def lerp(self, end: TensorMap, weight: Factor) -> Expression:
+        """X + weight * (end - x), with torch.lerp's rounding."""
+        ends = lookup(end, self._names)
+        ends = [e.to(d) for e, d in zip(ends, self._dtypes, strict=True)]
+        if isinstance(weight, (int, float)):
+            return self._run("lerp", ends, weight)
+        rows = self._rows(ends, self._column(weight))
+        self._values = [
+            _lerp(x, *row) for x, row in zip(self._values, rows, strict=True)
+        ]
+        self._own = True
+        return self
+
+    def sqrt(self) -> Expression:
+        """The square root of x."""
+        return self._run("sqrt")
+
+    def maximum(self, other: Operand) -> Expression:
+        """The larger of x and other; NaN if either is."""
+        return self._run("maximum", self._column(other))
+
+    def clamp(self, low: Factor, high: Factor) -> Expression:
+        """Min(max(x, low), high); NaN stays."""
+        self._run("clamp_min", self._column(low))
+        return self._run("clamp_max", self._column(high))
+
+    def _run(self, name: str, *columns: Column, **options: float) -> Expression:
+        """Apply `torch.<name>` to every tensor, in place on what is already ours."""
+        if not self._foreach:
+            function = getattr(torch, name)
+            self._values = [
+                function(x, *row, **options)
+                for x, row in zip(self._values, self._rows(*columns), strict=True)
+            ]
+        elif not self._values:
+            pass
+        elif self._own:
+            getattr(torch, f"_foreach_{name}_")(self._values, *columns, **options)
+        else:
+            out = getattr(torch, f"_foreach_{name}")(self._values, *columns, **options)
+            self._values = list(out)
+        self._own = True
+        return self
+
+    def _rows(self, *columns: Column) -> Iterable[tuple[Any, ...]]:
+        """Return the operands of each tensor."""
+        count = len(self._values)
+        each = [
+            c if isinstance(c, list) else itertools.repeat(c, count) for c in columns
+        ]
+        if not each:
+            return itertools.repeat((), count)
+        return zip(*each, strict=True)
+
+    def _column(self, operand: Operand) -> Column:
+        """Bring an operand into order: one number for all, or a list by name."""
+        if isinstance(operand, Expression):
+            return operand._values
+        if isinstance(operand, (int, float)):
+            return operand
+        if isinstance(operand, Tensor):
+            if self._scalars or self._elsewhere(operand):
+                return self._fitted([operand] * len(self._values))
+            return operand
+        values = lookup(operand, self._names)
+        if all(isinstance(v, (int, float)) for v in values):
+            return values
+        values = [
+            v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+            for v in values
+        ]
+        return self._fitted(values) if self._scalars else values
+
+    def _elsewhere(self, factor: Tensor) -> bool:
+        """Whether foreach would refuse this 0-dim tensor: it lies on another device."""
+        return bool(self._values) and factor.device != self._values[0].device
+
+    def _fitted(self, column: list[Tensor]) -> list[Tensor]:
+        """Keep a float64 number from promoting a parameter that is itself 0-dim."""
+        return [
+            c.to(x.dtype) if x.ndim == 0 else c
+            for x, c in zip(self._values, column, strict=True)
+        ]
+
+
+Operand: TypeAlias = Factor | Expression
+Column: TypeAlias = float | Tensor | list[Any]
+
+
+def _lerp(x: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
+    """Interpolate by a tensor weight with the rounding of a float one."""
+    if not isinstance(weight, Tensor):
+        return torch.lerp(x, end, weight)
+    # torch.lerp wants one dtype; a 16-bit weight would round 1 - beta to 3 digits.
+    wide = torch.float32 if x.dtype in _SIXTEEN_BIT else x.dtype
+    return torch.lerp(x.to(wide), end.to(wide), weight.to(wide)).to(x.dtype)
+
+
+def foreach_applies(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether `torch._foreach_*` may run: plain tensors, nobody watching.
+
+    foreach has no vmap rule, fails inside `torch.func.grad`, and lacks DTensor rules;
+    the compiler fuses ordinary operations as well. In place is safe only where no
+    graph is recorded.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and set(map(type, tensors)) <= _PLAIN_TYPES
+    )
+
+
+def lookup(values: Mapping[str, Any], names: Iterable[str]) -> list[Any]:
+    """Return the entries of a map at some names, in the order of the names.
+
+    Raises:
+        ValueError: a name is missing.
+    """
+    try:
+        return [values[name] for name in names]
+    except KeyError as error:
+        msg = (
+            f"no entry for {error.args[0]!r}, only for {shown(values)}; call init "
+            "again after adding parameters, and give a value for every name in a map"
+        )
+        raise ValueError(msg) from None
+
+
+def shown(names: Iterable[str], most: int = 5) -> str:
+    """Return a list of names short enough for an error message."""
+    names = list(names)
+    text = ", ".join(repr(name) for name in names[:most])
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return f"[{text}{more}]"
+
+
+def norms(tensors: TensorMap, p: float) -> Tensor:
+    """Return the p-norm of every tensor, stacked. Shape (n,).
+
+    Example:
+        >>> norms({"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([])}, 2.0)
+        tensor([5., 0.])
+    """
+    values = list(tensors.values())
+    if not values:
+        return torch.zeros(0)
+    if p == math.inf and any(v.numel() == 0 for v in values):
+        # torch refuses the largest magnitude of nothing; as a norm it is 0.
+        values = [v if v.numel() else v.new_zeros(1) for v in values]
+    if foreach_applies(values):
+        return torch.stack(list(torch._foreach_norm(values, p)))
+    return torch.stack([torch.linalg.vector_norm(v, p) for v in values])
+
+
+def all_finite(tensors: TensorMap) -> Tensor:
+    """Tell for every tensor whether all its numbers are finite. Shape (n,), bool.
+
+    The largest magnitude is finite iff all numbers are: one pass, nothing allocated.
+
+    Example:
+        >>> all_finite({"w": torch.tensor([1.0, math.inf]), "b": torch.ones(2)})
+        tensor([False,  True])
+    """
+    return norms(tensors, math.inf).isfinite()
+
+
+def subset(tensors: TensorMap, names: Iterable[str]) -> TensorMap:
+    """Return the entries at some names, as far as they are there, in their order."""
+    return {name: tensors[name] for name in names if name in tensors}
+
+
+def copied(tensors: TensorMap) -> TensorMap:
+    """Return a map of new tensors with the same numbers."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def zeros_like(params: TensorMap, dtype: torch.dtype | None = None) -> TensorMap:
+    """Return a map of zeros, strided like the parameters, without a graph."""
+    return {name: torch.zeros_like(p, dtype=dtype) for name, p in params.items()}
+
+
+def device_of(tensors: TensorMap) -> torch.device | None:
+    """Return the device of a map; None for an empty one means torch's default."""
+    for tensor in tensors.values():
+        return tensor.device
+    return None
+
+
+def is_sixteen_bit(tensor: Tensor) -> bool:
+    """Whether sums in this dtype lose more than the numbers carry."""
+    return tensor.dtype in _SIXTEEN_BIT

@@ -1,0 +1,166 @@
+"""The words of the library: tensor maps, transforms, scopes, roles, static values.
+
+A transform is a value with two pure methods, `init` and `update`. Everything else in
+this package either is one, combines some, or runs one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import (
+    Any,
+    Generic,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    runtime_checkable,
+)
+
+from torch import Tensor
+from torch.utils import _pytree
+
+from functional_optim._context import Context
+
+TensorMap: TypeAlias = dict[str, Tensor]
+"""Tensors by dotted parameter name, in the order of `named_parameters()`."""
+
+
+class Scope(enum.IntEnum):
+    """What one number of a transform's output may depend on, besides `Context.reduce`.
+
+    Ordered from narrow to wide; the scope of a chain is the widest of its members'.
+
+    Example:
+        >>> max(Scope.ELEMENTWISE, Scope.PER_TENSOR).name
+        'PER_TENSOR'
+    """
+
+    ELEMENTWISE = 0
+    """The same element of update, state and parameter: may be cut anywhere."""
+    PER_TENSOR = 1
+    """Its own whole tensor: may be cut between tensors."""
+    GLOBAL = 2
+    """Other tensors, not through `Context.reduce`: may never be cut."""
+
+
+class Role(enum.Enum):
+    """What a transform is for, where the order of a chain depends on it.
+
+    Optional: a transform without the class attribute `role` may stand anywhere.
+
+    Example:
+        >>> from functional_optim.transforms import Trace
+        >>> Trace(0.9).role is Role.MOMENT
+        True
+    """
+
+    UNSCALE = "unscale"
+    ACCUMULATE = "accumulate"
+    CLIP = "clip"
+    MOMENT = "moment"
+    LEARNING_RATE = "learning rate"
+    GUARD = "guard"
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A pure update rule. Any object with these three members is one.
+
+    Inputs never change, and outputs share no memory with them (state carried over
+    from the old state excepted). An empty map of updates means hold.
+
+    Example:
+        >>> class Double:
+        ...     scope = Scope.ELEMENTWISE
+        ...
+        ...     def init(self, params):
+        ...         return ()
+        ...
+        ...     def update(self, updates, state, params, *, context=Context()):
+        ...         return {name: 2 * u for name, u in updates.items()}, state
+        >>> isinstance(Double(), Transform)
+        True
+    """
+
+    @property
+    def scope(self) -> Scope:
+        """What one number of the output may depend on."""
+
+    def init(self, params: TensorMap) -> Any:
+        """Return the state before the first update: `()` or a NamedTuple of tensors.
+
+        Args:
+            params: Parameters by name.
+        """
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: Any,
+        params: TensorMap,
+        *,
+        context: Context = ...,
+    ) -> tuple[TensorMap, Any]:
+        """Return the transformed updates and the new state.
+
+        Args:
+            updates: Gradients or updates by name; names may be missing.
+            state: What `init` or the previous `update` returned.
+            params: Current parameters by name.
+            context: What the training loop knows.
+        """
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Static(Generic[T_co]):
+    """A value in a state that the host must know: a pytree node without leaves.
+
+    For what decides the *structure* of a result, such as the position in an
+    accumulation window. `vmap` and `torch.compile` see it as a constant.
+
+    Args:
+        value: Plain hashable data: int, str, bool, or a tuple of these.
+
+    Example:
+        >>> import torch
+        >>> torch.utils._pytree.tree_leaves(Static(3))
+        []
+    """
+
+    value: T_co
+
+
+_pytree.register_pytree_node(
+    Static,
+    lambda static: ([], static.value),
+    lambda _, value: Static(value),
+    serialized_type_name="functional_optim.Static",
+)
+
+
+def inner_transforms(transform: object) -> tuple[Transform, ...]:
+    """Return the transforms that a combinator was built from, in field order.
+
+    Args:
+        transform: Any transform; one that is no dataclass has no visible members.
+
+    Example:
+        >>> from functional_optim.transforms import Masked, Scale
+        >>> inner_transforms(Masked(Scale(2.0), mask="*.bias"))
+        (Scale(2.0),)
+    """
+    if not dataclasses.is_dataclass(transform):
+        return ()
+    found: list[Transform] = []
+    for field in dataclasses.fields(transform):
+        value = getattr(transform, field.name)
+        parts = value if isinstance(value, tuple) else (value,)
+        if isinstance(value, Mapping):
+            parts = tuple(value.values())
+        found.extend(part for part in parts if isinstance(part, Transform))
+    return tuple(found)

@@ -1,0 +1,78 @@
+"""Values: how a frozen dataclass compares, hashes and prints.
+
+Two values are equal if their fields are, tensors compared by dtype, device and numbers.
+They print as they are written, without the arguments that have their default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def same_value(a: object, b: object) -> bool:
+    """Compare by value: tensors by dtype, device and numbers, the rest by `==`.
+
+    Example:
+        >>> same_value({"w": torch.ones(2)}, {"w": torch.ones(2)})
+        True
+    """
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and (a.dtype, a.device) == (b.dtype, b.device)
+            and bool(torch.equal(a, b))
+        )
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(same_value, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        # In order: the first rule that fits wins.
+        return list(a) == list(b) and all(same_value(a[key], b[key]) for key in a)
+    return bool(a == b)
+
+
+def equal(self: Any, other: Any) -> Any:
+    """`__eq__` of a value."""
+    if type(self) is not type(other):
+        return NotImplemented
+    return all(
+        same_value(getattr(self, field.name), getattr(other, field.name))
+        for field in dataclasses.fields(self)
+    )
+
+
+def hash_of(self: Any) -> int:
+    """`__hash__` of a value: over its type and plain fields."""
+    values = (getattr(self, field.name) for field in dataclasses.fields(self))
+    return hash((type(self), *map(_hashable, values)))
+
+
+def _hashable(value: Any) -> Any:
+    """Leave out what has no hash by value: tensors and maps."""
+    if isinstance(value, tuple):
+        return tuple(map(_hashable, value))
+    return None if isinstance(value, (Tensor, dict)) else value
+
+
+def repr_of(self: Any) -> str:
+    """`__repr__` of a value: the call that makes it."""
+    parts = []
+    for field in dataclasses.fields(self):
+        value = getattr(self, field.name)
+        default = field.default
+        if default is dataclasses.MISSING or not same_value(value, default):
+            text = shown_value(value)
+            parts.append(f"{field.name}={text}" if field.kw_only else text)
+    return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def shown_value(value: Any) -> str:
+    """Return a value as one writes it: functions by name, all else by `repr`."""
+    name = getattr(value, "__qualname__", None)
+    return repr(value) if name is None else str(name)

@@ -1,0 +1,38 @@
+"""Transforms: each a line of mathematics, one concept a file."""
+
+from functional_optim.transforms._accumulation import Accumulate, AccumulateState
+from functional_optim.transforms._adaptive import ScaleByAdam, ScaleByAdamState
+from functional_optim.transforms._clipping import (
+    ClipByGlobalNorm,
+    ClipByGlobalNormState,
+    ClipByValue,
+)
+from functional_optim.transforms._guards import SkipNonfinite, SkipNonfiniteState
+from functional_optim.transforms._identity import Identity
+from functional_optim.transforms._masking import Masked, Partition
+from functional_optim.transforms._momentum import Trace, TraceState
+from functional_optim.transforms._paramwise import MultiplyParamwise
+from functional_optim.transforms._scaling import Scale, ScaleByLearningRate, Unscale
+from functional_optim.transforms._weight_decay import AddDecayedWeights
+
+__all__ = [
+    "Accumulate",
+    "AccumulateState",
+    "AddDecayedWeights",
+    "ClipByGlobalNorm",
+    "ClipByGlobalNormState",
+    "ClipByValue",
+    "Identity",
+    "Masked",
+    "MultiplyParamwise",
+    "Partition",
+    "Scale",
+    "ScaleByAdam",
+    "ScaleByAdamState",
+    "ScaleByLearningRate",
+    "SkipNonfinite",
+    "SkipNonfiniteState",
+    "Trace",
+    "TraceState",
+    "Unscale",
+]

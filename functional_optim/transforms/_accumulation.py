@@ -1,0 +1,167 @@
+"""Accumulation: one update from several micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from functional_optim._context import Context
+from functional_optim._hyperparameters import value_class
+from functional_optim._tensor_map import (
+    device_of,
+    is_sixteen_bit,
+    over,
+    subset,
+)
+from functional_optim._types import Role, Scope, Static, TensorMap
+
+
+class AccumulateState(NamedTuple):
+    """What `Accumulate` remembers of an open window.
+
+    Attributes:
+        sum: Weighted sums of the updates, like the parameters. Meaningful only for
+            names that were seen in the open window.
+        weight: Sum of the weights in the open window. Tensor, shape (), float64.
+        position: How many micro-batches the open window has, on the host.
+        unseen: Names without an update in the open window, on the host.
+    """
+
+    sum: TensorMap
+    weight: Tensor
+    position: Static[int]
+    unseen: Static[tuple[str, ...]]
+
+
+@final
+@value_class
+class Accumulate:
+    """Hold until a window of micro-batches is full, then emit their mean.
+
+        u <- (w_1 u_1 + ... + w_n u_n) / (w_1 + ... + w_n)
+
+    n is the true number of micro-batches: `every`, or less in a last window that
+    `Context(last=True)` closes. The weights are `Context(weight=...)`, such as numbers
+    of tokens, and 1 by default. Until the window is full the result is an empty map:
+    nothing downstream runs. A name that was missing in some micro-batches counts as
+    zero there; one that was missing in all is left out.
+
+    Args:
+        every: Number of micro-batches in a window. >= 1.
+        mean: Whether to divide by the sum of the weights.
+        dtype: Dtype of the sums. None means float32 for 16-bit parameters, else the
+            parameter's own.
+
+    State:
+        sum: Tensors like the parameters, in `dtype`.
+        weight: Sum of the weights so far. Tensor, shape (), float64.
+        position, unseen: `Static`: micro-batches so far, names not seen so far.
+
+    Shapes:
+        Every update keeps its shape, device and name, and takes the dtype of the sums.
+
+    Raises:
+        ValueError: `every` is below 1.
+        TypeError: `every` is not an int, `dtype` no floating-point dtype.
+
+    Example:
+        >>> params = {"w": torch.zeros(1)}
+        >>> two = Accumulate(2)
+        >>> held, state = two.update({"w": torch.ones(1)}, two.init(params), params)
+        >>> held, two.update({"w": 3 * torch.ones(1)}, state, params)[0]
+        ({}, {'w': tensor([2.])})
+
+    Source:
+        The plain PyTorch loop that sums in `.grad` and divides once; optax.MultiSteps.
+    """
+
+    every: int
+    _: KW_ONLY
+    mean: bool = True
+    dtype: torch.dtype | None = None
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    role: ClassVar[Role] = Role.ACCUMULATE
+
+    def check(self) -> None:
+        """Refuse windows without micro-batches and dtypes that cannot hold sums."""
+        if isinstance(self.every, bool) or not isinstance(self.every, int):
+            msg = f"every must be an int, a number of micro-batches, got {self.every!r}"
+            raise TypeError(msg)
+        if self.every < 1:
+            msg = f"every must be >= 1, got {self.every}"
+            raise ValueError(msg)
+        if self.dtype is not None and not self.dtype.is_floating_point:
+            msg = f"dtype must be a floating-point dtype or None, got {self.dtype}"
+            raise TypeError(msg)
+
+    def init(self, params: TensorMap) -> AccumulateState:
+        """Return an empty window."""
+        sums = {
+            name: torch.zeros_like(p, dtype=self._sum_dtype(p))
+            for name, p in params.items()
+        }
+        weight = torch.zeros((), dtype=torch.float64, device=device_of(params))
+        return AccumulateState(sums, weight, Static(0), Static(()))
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: AccumulateState,
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, AccumulateState]:
+        """Return an empty map, or the mean of the window that this update closes."""
+        if not updates:
+            return {}, state
+        opening = state.position.value == 0
+        unseen = set(params if opening else state.unseen.value)
+        sums = self._added(updates, state.sum, unseen, context.weight)
+        weight = _weight_sum(state.weight, context.weight, opening=opening)
+        unseen -= updates.keys()
+        position = state.position.value + 1
+        if position < self.every and not context.last:
+            still = tuple(name for name in params if name in unseen)
+            return {}, AccumulateState(sums, weight, Static(position), Static(still))
+        seen = subset(sums, [name for name in params if name not in unseen])
+        total = over(seen).div(weight).map() if self.mean else over(seen).map()
+        return total, AccumulateState(sums, weight, Static(0), Static(()))
+
+    def _sum_dtype(self, param: Tensor) -> torch.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        return torch.float32 if is_sixteen_bit(param) else param.dtype
+
+    def _added(
+        self,
+        updates: TensorMap,
+        sums: TensorMap,
+        fresh: set[str],
+        weight: float | Tensor | None,
+    ) -> TensorMap:
+        """Return the sums with one more micro-batch.
+
+        The first one is taken as it is, not added to zeros: that is what `.grad` does,
+        and what was left of the last window does not matter.
+        """
+        if weight is not None:
+            # A micro-batch without tokens has the mean 0 / 0; it must not count.
+            factor = torch.as_tensor(weight, dtype=torch.float64)
+            weighted = over(updates, at=subset(sums, updates)).mul(factor).map()
+            updates = {n: torch.where(factor > 0, u, 0.0) for n, u in weighted.items()}
+        first = {name: u for name, u in updates.items() if name in fresh}
+        later = {name: u for name, u in updates.items() if name not in fresh}
+        new = over(first).map(like=sums)
+        return sums | new | over(sums, at=later).add(later).map(like=sums)
+
+
+def _weight_sum(
+    total: Tensor, weight: float | Tensor | None, *, opening: bool
+) -> Tensor:
+    """Return the sum of the weights with one more micro-batch."""
+    before = torch.zeros_like(total) if opening else total
+    return before + (1.0 if weight is None else weight)

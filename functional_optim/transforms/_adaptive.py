@@ -1,0 +1,168 @@
+"""Scaling by running moments of the updates."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
+
+import torch
+
+from functional_optim._context import Context
+from functional_optim._factors import complement, stack, stacked_factor, unstack
+from functional_optim._hyperparameters import (
+    Hyperparameter,
+    ScheduleState,
+    evaluate,
+    hyperparameter,
+    init_schedule,
+    value_class,
+)
+from functional_optim._tensor_map import (
+    over,
+    zeros_like,
+)
+from functional_optim._types import Role, Scope, TensorMap
+
+if TYPE_CHECKING:
+    from functional_optim._tensor_map import Factor
+
+
+class ScaleByAdamState(NamedTuple):
+    """What `ScaleByAdam` remembers.
+
+    Attributes:
+        step: Number of updates of each parameter. 0-dim float64 tensors by name.
+        exp_avg: Running means of the updates, like the parameters.
+        exp_avg_sq: Running means of their squares, like the parameters.
+        max_exp_avg_sq: Largest of those so far, like the parameters; `()` without
+            amsgrad.
+        schedule: State of the schedules.
+    """
+
+    step: TensorMap
+    exp_avg: TensorMap
+    exp_avg_sq: TensorMap
+    max_exp_avg_sq: TensorMap | tuple[()]
+    schedule: ScheduleState | tuple[()]
+
+
+@final
+@value_class
+class ScaleByAdam:
+    """Divide the running mean of the updates by the root of that of their squares.
+
+    With t the number of updates of a parameter, this one included:
+
+        m <- m + (1 - b1) * (u - m)
+        v <- b2 * v + (1 - b2) * u^2
+        u <- (m / (1 - b1^t)) / (sqrt(v) / sqrt(1 - b2^t) + eps)
+
+    With amsgrad the largest v so far stands for v in the last line. With eps_root it is
+    sqrt(v + eps_root * (1 - b2^t)), which is sqrt(v_hat + eps_root) for the corrected
+    v_hat and has a finite derivative at v = 0.
+
+    Args:
+        betas: Decay rates (b1, b2) of the two means. Each >= 0 and < 1.
+        eps: Added to the root, in the units of the updates. Finite, >= 0.
+        eps_root: Added under the root, in their squared units. Finite, >= 0.
+        amsgrad: Whether to use the largest second moment so far.
+
+    State:
+        step: Number of updates. 0-dim float64 tensors by name.
+        exp_avg, exp_avg_sq: Tensors like the parameters.
+        max_exp_avg_sq: Likewise, or `()` without amsgrad.
+        schedule: `()`, or a `ScheduleState` if a hyperparameter is a schedule.
+
+    Shapes:
+        Every update keeps its shape, device and name, and takes the wider dtype of
+        update and moments.
+
+    Raises:
+        ValueError: a number is out of range, or `betas` is no pair.
+        TypeError: an argument is no hyperparameter.
+
+    Example:
+        >>> params = {"w": torch.tensor([1.0, -4.0])}
+        >>> adam = ScaleByAdam()
+        >>> adam.update(params, adam.init(params), params)[0]
+        {'w': tensor([ 1.0000, -1.0000])}
+
+    Source:
+        Kingma & Ba 2015, arXiv:1412.6980, Algorithm 1; Reddi et al. 2018,
+        arXiv:1904.09237 (amsgrad); torch.optim.Adam, whose order of operations this is.
+    """
+
+    betas: tuple[Hyperparameter, Hyperparameter] = hyperparameter(
+        default=(0.9, 0.999), ge=0.0, lt=1.0, pair=True
+    )
+    _: KW_ONLY
+    eps: Hyperparameter = hyperparameter(default=1e-8, ge=0.0)
+    eps_root: Hyperparameter = hyperparameter(default=0.0, ge=0.0)
+    amsgrad: bool = False
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    role: ClassVar[Role] = Role.MOMENT
+
+    def init(self, params: TensorMap) -> ScaleByAdamState:
+        """Return moments of zero."""
+        step = {
+            name: torch.zeros((), dtype=torch.float64, device=p.device)
+            for name, p in params.items()
+        }
+        largest = zeros_like(params) if self.amsgrad else ()
+        schedule = init_schedule(self, params)
+        return ScaleByAdamState(
+            step, zeros_like(params), zeros_like(params), largest, schedule
+        )
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: ScaleByAdamState,
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, ScaleByAdamState]:
+        """Return (m / (1 - b1^t)) / (sqrt(v) / sqrt(1 - b2^t) + eps)."""
+        now, schedule = evaluate(self, state.schedule, updates)
+        (beta1, beta2), names = now.betas, list(updates)
+        t = stack(state.step, names) + 1
+        correction1 = _bias_correction(beta1, t, names)
+        correction2 = _bias_correction(beta2, t, names)
+
+        mean = over(state.exp_avg, at=updates).lerp(updates, complement(beta1))
+        exp_avg = mean.map(like=state.exp_avg)
+        square = over(state.exp_avg_sq, at=updates).mul(beta2)
+        square = square.addcmul(updates, updates, complement(beta2))
+        exp_avg_sq = square.map(like=state.exp_avg_sq)
+
+        second, largest = exp_avg_sq, state.max_exp_avg_sq
+        if isinstance(largest, dict):
+            second = over(largest, at=exp_avg_sq).maximum(exp_avg_sq).map(like=largest)
+            largest = largest | second
+
+        root = over(second, at=updates)
+        if not (isinstance(now.eps_root, float) and now.eps_root == 0.0):
+            root = root.add(_product(now.eps_root, correction2, names))
+        denominator = root.sqrt().div(unstack(names, correction2.sqrt())).add(now.eps)
+        direction = over(exp_avg, at=updates).div(unstack(names, correction1))
+        return direction.div(denominator).map(), ScaleByAdamState(
+            step=state.step | unstack(names, t),
+            exp_avg=state.exp_avg | exp_avg,
+            exp_avg_sq=state.exp_avg_sq | exp_avg_sq,
+            max_exp_avg_sq=largest,
+            schedule=schedule,
+        )
+
+
+def _bias_correction(beta: Factor, t: torch.Tensor, names: list[str]) -> torch.Tensor:
+    """Return 1 - beta^t in float64, for all names at once."""
+    beta = stacked_factor(beta, names)
+    if isinstance(beta, torch.Tensor):
+        beta = beta.double()
+    return 1 - beta**t
+
+
+def _product(factor: Factor, column: torch.Tensor, names: list[str]) -> TensorMap:
+    """Return factor * column by name."""
+    return unstack(names, stacked_factor(factor, names) * column)

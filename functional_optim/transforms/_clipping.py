@@ -1,0 +1,176 @@
+"""Limiting the size of updates."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from functional_optim._context import Context, Norm
+from functional_optim._factors import negated
+from functional_optim._hyperparameters import (
+    Hyperparameter,
+    ScheduleState,
+    evaluate,
+    hyperparameter,
+    init_schedule,
+    value_class,
+)
+from functional_optim._tensor_map import device_of, norms, over
+from functional_optim._types import Role, Scope
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+
+class ClipByGlobalNormState(NamedTuple):
+    """What `ClipByGlobalNorm` remembers.
+
+    Attributes:
+        norm: Joint norm before clipping in the last update. Tensor, shape (), float64;
+            on the device, so that reading it waits only when somebody does.
+        schedule: State of the schedules.
+    """
+
+    norm: Tensor
+    schedule: ScheduleState | tuple[()]
+
+
+@final
+@value_class
+class ClipByGlobalNorm:
+    """Scale all updates together so that their joint norm is at most `max_norm`.
+
+    With ||u|| the norm of all updates concatenated:
+
+        u <- u * min(1, max_norm / (||u|| + 1e-6))
+
+    One joint norm keeps the direction of the step; clipping each tensor would not. A
+    NaN or infinity anywhere makes all updates NaN: put the clip inside `SkipNonfinite`.
+
+    Args:
+        max_norm: Threshold, in the units of the updates at this place in the chain. A
+            number for all parameters together. Finite, > 0.
+        norm_type: Order p of the norm. > 0; `math.inf` is the largest magnitude.
+        error_if_nonfinite: Whether a NaN or infinite norm raises. This reads the norm
+            on the host: it waits for the device, and breaks vmap and torch.compile.
+
+    State:
+        norm: The joint norm before clipping. Tensor, shape (), float64.
+        schedule: `()`, or a `ScheduleState` if `max_norm` is a schedule.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Raises:
+        ValueError: `max_norm` or `norm_type` is out of range.
+        TypeError: `max_norm` is a map or no hyperparameter.
+        RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
+
+    Example:
+        >>> updates = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
+        >>> clip = ClipByGlobalNorm(1.0)
+        >>> clipped, state = clip.update(updates, clip.init(updates), updates)
+        >>> clipped["b"], state.norm
+        (tensor([0.8000]), tensor(5., dtype=torch.float64))
+
+    Source:
+        Pascanu et al. 2013, arXiv:1211.5063, Algorithm 1; equals
+        torch.nn.utils.clip_grad_norm_ bit for bit (hence the 1e-6).
+    """
+
+    max_norm: Hyperparameter = hyperparameter(gt=0.0, per_parameter=False)
+    _: KW_ONLY
+    norm_type: float = 2.0
+    error_if_nonfinite: bool = False
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    role: ClassVar[Role] = Role.CLIP
+
+    def check(self) -> None:
+        """Refuse orders that are no norm."""
+        Norm(self.norm_type)
+
+    def init(self, params: TensorMap) -> ClipByGlobalNormState:
+        """Return a norm of zero."""
+        norm = torch.zeros((), dtype=torch.float64, device=device_of(params))
+        return ClipByGlobalNormState(norm, init_schedule(self, params))
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: ClipByGlobalNormState,
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, ClipByGlobalNormState]:
+        """Return u * min(1, max_norm / (||u|| + 1e-6))."""
+        if not updates:
+            return {}, state
+        now, schedule = evaluate(self, state.schedule, updates)
+        norm = context.reduce(norms(updates, self.norm_type), Norm(self.norm_type))
+        if self.error_if_nonfinite and not norm.isfinite():
+            msg = (
+                f"the joint norm of order {self.norm_type} of the updates is "
+                f"{norm.item()}; find the source with torch.autograd.detect_anomaly, "
+                "skip such steps with SkipNonfinite, or set error_if_nonfinite=False"
+            )
+            raise RuntimeError(msg)
+        coefficient = torch.clamp(now.max_norm / (norm + 1e-6), max=1.0)
+        clipped = over(updates).mul(coefficient).map()
+        return clipped, ClipByGlobalNormState(norm.double(), schedule)
+
+
+@final
+@value_class
+class ClipByValue:
+    """Limit every number of every update: u <- min(max(u, -clip_value), clip_value).
+
+    NaN stays NaN, infinity becomes `clip_value`. This may change the direction.
+
+    Args:
+        clip_value: Largest magnitude, in the units of the updates at this place in the
+            chain. Finite, >= 0.
+
+    State:
+        `()`, or a `ScheduleState` if `clip_value` is a schedule.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Raises:
+        ValueError: `clip_value` is negative, not finite, or not 0-dim.
+        TypeError: `clip_value` is no hyperparameter.
+
+    Example:
+        >>> updates = {"w": torch.tensor([-3.0, 0.5])}
+        >>> ClipByValue(1.0).update(updates, (), updates)[0]
+        {'w': tensor([-1.0000,  0.5000])}
+
+    Source:
+        torch.nn.utils.clip_grad_value_; optax.clip.
+    """
+
+    clip_value: Hyperparameter = hyperparameter(ge=0.0)
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    role: ClassVar[Role] = Role.CLIP
+
+    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
+        """Return the state of the schedules."""
+        return init_schedule(self, params)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: ScheduleState | tuple[()],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+        """Return min(max(u, -clip_value), clip_value)."""
+        now, state = evaluate(self, state, updates)
+        low, high = negated(now.clip_value), now.clip_value
+        return over(updates).clamp(low, high).map(), state

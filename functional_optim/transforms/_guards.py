@@ -1,0 +1,143 @@
+"""Guards: combinators that may refuse a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from functional_optim._chain import checked_transform
+from functional_optim._context import Context
+from functional_optim._hyperparameters import resolvable, resolve, value_class
+from functional_optim._tensor_map import all_finite, device_of
+from functional_optim._types import Role, Scope, Transform, inner_transforms
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+
+class SkipNonfiniteState(NamedTuple):
+    """What `SkipNonfinite` remembers.
+
+    Attributes:
+        inner: State of the inner transform.
+        skipped: Steps skipped so far. Tensor, shape (), float64.
+        consecutive: Steps skipped since the last one taken. Tensor, shape (), float64.
+    """
+
+    inner: Any
+    skipped: Tensor
+    consecutive: Tensor
+
+
+@final
+@value_class
+class SkipNonfinite:
+    """Skip steps whose updates are not all finite.
+
+    With ok = all numbers of all updates are finite:
+
+        u <- inner(u) if ok, else 0
+        state of inner <- the new one if ok, else the old one
+
+    A skipped step leaves parameters, moments, counts and schedules as they were, bit
+    for bit. Nothing is read on the host. Must be the last member of its chain and
+    contains no `Accumulate`: `chain(Accumulate(4), SkipNonfinite(chain(...)))`.
+
+    Args:
+        inner: The transform to protect.
+
+    State:
+        inner: State of the inner transform.
+        skipped, consecutive: Steps skipped in all, and in a row. Tensors, shape (),
+            float64.
+
+    Shapes:
+        As `inner`.
+
+    Raises:
+        TypeError: `inner` is no transform.
+        ValueError: `inner` contains an `Accumulate` or another guard that is not last.
+
+    Example:
+        >>> from functional_optim.transforms import ScaleByLearningRate
+        >>> params = {"w": torch.ones(2)}
+        >>> guarded = SkipNonfinite(ScaleByLearningRate(0.1))
+        >>> bad = {"w": torch.tensor([1.0, float("nan")])}
+        >>> updates, state = guarded.update(bad, guarded.init(params), params)
+        >>> bool((updates["w"] == 0).all()), int(state.skipped)
+        (True, 1)
+
+    Source:
+        torch.amp.GradScaler.step; optax.apply_if_finite.
+    """
+
+    inner: Transform = resolvable(check=checked_transform, resolve=resolve)
+
+    role: ClassVar[Role] = Role.GUARD
+
+    def check(self) -> None:
+        """Refuse windows inside the guard: a skip would lose its micro-batches."""
+        accumulate = _find(self.inner, Role.ACCUMULATE)
+        if accumulate is not None:
+            msg = (
+                f"{accumulate!r} stands inside a guard, where a skip would undo its "
+                f"micro-batch; write chain({accumulate!r}, SkipNonfinite(...))"
+            )
+            raise ValueError(msg)
+
+    @property
+    def scope(self) -> Scope:
+        """The scope of the inner transform."""
+        return self.inner.scope
+
+    def init(self, params: TensorMap) -> SkipNonfiniteState:
+        """Return the inner state, and no skips."""
+        zero = torch.zeros((), dtype=torch.float64, device=device_of(params))
+        return SkipNonfiniteState(self.inner.init(params), zero, zero.clone())
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: SkipNonfiniteState,
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, SkipNonfiniteState]:
+        """Return inner(u) if all is finite, else zeros."""
+        if not updates:
+            return {}, state
+        ok = context.reduce(all_finite(updates), "all")
+        safe = {name: torch.where(ok, u, 0.0) for name, u in updates.items()}
+        moved, inner = self.inner.update(
+            safe, state.inner, params, context=context.at("inner")
+        )
+        # p + (-0.0) is p for every p; p + 0.0 would turn -0.0 into 0.0.
+        moved = {name: torch.where(ok, u, -0.0) for name, u in moved.items()}
+        skip = (~ok).double()
+        return moved, SkipNonfiniteState(
+            inner=_selected(ok, inner, state.inner),
+            skipped=state.skipped + skip,
+            consecutive=(state.consecutive + 1) * skip,
+        )
+
+
+def _selected(ok: Tensor, new: Any, old: Any) -> Any:
+    """Return the new state where ok, else the old one."""
+    leaves, spec = _pytree.tree_flatten(new)
+    before = _pytree.tree_leaves(old)
+    chosen = [torch.where(ok, n, o) for n, o in zip(leaves, before, strict=True)]
+    return _pytree.tree_unflatten(chosen, spec)
+
+
+def _find(transform: object, role: Role) -> Transform | None:
+    """Return a transform with this role, at any depth."""
+    if isinstance(transform, Transform) and getattr(transform, "role", None) is role:
+        return transform
+    for inner in inner_transforms(transform):
+        found = _find(inner, role)
+        if found is not None:
+            return found
+    return None

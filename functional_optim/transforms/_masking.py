@@ -1,0 +1,252 @@
+"""Transforms on some of the parameters only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, final
+
+from functional_optim._chain import checked_transform
+from functional_optim._context import Context
+from functional_optim._hyperparameters import resolvable, resolve, value_class
+from functional_optim._selection import (
+    Selection,
+    check_rules,
+    check_selection,
+    frozen_rules,
+    frozen_selection,
+    picked,
+    picks,
+    ruled,
+)
+from functional_optim._tensor_map import shown, subset
+from functional_optim._types import Scope, Transform
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from functional_optim._types import TensorMap
+
+
+@final
+@value_class
+class Masked:
+    """Apply a transform to the selected parameters, pass the others through.
+
+        u <- inner(u) where mask, u elsewhere
+
+    `inner` sees only the selected names: a global norm in it is theirs alone.
+
+    Args:
+        inner: The transform.
+        mask: Which parameters, any selection: a glob, a regex, a predicate on name and
+            tensor, `exclude(...)`, a map from every name to bool.
+
+    State:
+        The state of `inner`, over the selected names.
+
+    Shapes:
+        As `inner`; what is passed through is copied.
+
+    Raises:
+        TypeError: `inner` is no transform, `mask` is no selection.
+        ValueError: at `init`: part of `mask` matches no parameter.
+
+    Example:
+        >>> import torch
+        >>> from functional_optim.transforms import Scale
+        >>> updates = {"a.weight": torch.ones(1), "a.bias": torch.ones(1)}
+        >>> Masked(Scale(3.0), "*.bias").update(updates, (), updates)[0]
+        {'a.weight': tensor([1.]), 'a.bias': tensor([3.])}
+
+    Source:
+        optax.masked.
+    """
+
+    inner: Transform = resolvable(check=checked_transform, resolve=resolve)
+    mask: Selection = resolvable(check=frozen_selection, resolve=picks)
+
+    @property
+    def scope(self) -> Scope:
+        """The scope of the inner transform."""
+        return self.inner.scope
+
+    def init(self, params: TensorMap) -> Any:
+        """Return the inner state over the selected parameters."""
+        check_selection(self.mask, params, "mask")
+        return self.inner.init(subset(params, picked(self.mask, params, list(params))))
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: Any,
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, Any]:
+        """Return inner(u) where selected, u elsewhere."""
+        names = picked(self.mask, params, list(params))
+        selected = set(names)
+        inside = {name: u for name, u in updates.items() if name in selected}
+        if inside:
+            inner_params = subset(params, names)
+            inside, state = self.inner.update(
+                inside, state, inner_params, context=context.at("inner")
+            )
+        outside = {n: u.clone() for n, u in updates.items() if n not in selected}
+        return subset(inside | outside, params), state
+
+
+def _checked_label(name: str, label: Any) -> str:
+    if not isinstance(label, str):
+        msg = f"{name} must be a label (a string), got {label!r}"
+        raise TypeError(msg)
+    return label
+
+
+def _checked_inners(name: str, inners: Any) -> dict[str, Transform]:
+    if not isinstance(inners, Mapping):
+        msg = f"{name} must be a map from label to transform, got {inners!r}"
+        raise TypeError(msg)
+    if not inners:
+        msg = f"{name} must have at least one label, got an empty map"
+        raise ValueError(msg)
+    return {
+        _checked_label(f"a key of {name}", label): checked_transform(
+            f"{name}[{label!r}]", transform
+        )
+        for label, transform in inners.items()
+    }
+
+
+def _checked_labels(name: str, labels: Any) -> Any:
+    if callable(labels):
+        return labels
+    return frozen_rules(name, labels, _checked_label)
+
+
+def _resolve_inners(
+    inners: Mapping[str, Transform], name: str, param: Tensor
+) -> dict[str, Transform]:
+    return {label: resolve(inner, name, param) for label, inner in inners.items()}
+
+
+def _label(labels: Any, name: str, param: Tensor) -> str:
+    """Return the label of one parameter.
+
+    Raises:
+        ValueError: no rule gives it one.
+    """
+    label = (
+        labels(name, param) if callable(labels) else ruled(labels, name, param, None)
+    )
+    if label is None:
+        msg = (
+            f"labels give {name!r} no label; add a last rule for the rest, such as "
+            '"*": "default"'
+        )
+        raise ValueError(msg)
+    return str(label)
+
+
+@final
+@value_class
+class Partition:
+    """Apply a different transform to each group of parameters.
+
+        u <- inner[label(name)](u)
+
+    Each transform sees only the names with its label. A group whose transform holds,
+    or which got no updates, leaves out its names.
+
+    Args:
+        inner: A map from label to transform.
+        labels: Which parameter has which label: a function of name and tensor, or
+            rules, `{"*.bias": "plain", "*": "decayed"}`; the first rule that fits wins.
+
+    State:
+        A tuple: the states of the transforms, in the order of `inner`.
+
+    Shapes:
+        As the inner transforms.
+
+    Raises:
+        TypeError: `inner` is no map from string to transform, `labels` are no rules.
+        ValueError: `inner` is empty; at `init`: a parameter has no label, a label has
+            no transform or no parameter, a rule matches no parameter.
+
+    Example:
+        >>> import torch
+        >>> from functional_optim.transforms import Scale
+        >>> inner = {"up": Scale(2.0), "down": Scale(0.5)}
+        >>> both = Partition(inner, {"a": "up", "*": "down"})
+        >>> updates = {"a": torch.ones(1), "b": torch.ones(1)}
+        >>> both.update(updates, both.init(updates), updates)[0]
+        {'a': tensor([2.]), 'b': tensor([0.5000])}
+
+    Source:
+        optax.partition.
+    """
+
+    inner: Mapping[str, Transform] = resolvable(
+        check=_checked_inners, resolve=_resolve_inners
+    )
+    labels: Any = resolvable(check=_checked_labels, resolve=_label)
+
+    @property
+    def scope(self) -> Scope:
+        """The widest scope of the inner transforms."""
+        return max(transform.scope for transform in self.inner.values())
+
+    def init(self, params: TensorMap) -> tuple[Any, ...]:
+        """Return the inner states, each over the parameters with its label."""
+        check_rules(self.labels, params, "labels")
+        groups = self._groups(params)
+        for label, names in groups.items():
+            if params and not names:
+                msg = (
+                    f"no parameter has the label {label!r}; the names are "
+                    f"{shown(params)}. Leave it out of inner, or change labels"
+                )
+                raise ValueError(msg)
+        return tuple(
+            transform.init(subset(params, groups[label]))
+            for label, transform in self.inner.items()
+        )
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: tuple[Any, ...],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, tuple[Any, ...]]:
+        """Return inner[label(name)](u)."""
+        groups = self._groups(params)
+        moved: TensorMap = {}
+        new_state = list(state)
+        for index, (label, transform) in enumerate(self.inner.items()):
+            inside = subset(updates, groups[label])
+            if inside:
+                out, new_state[index] = transform.update(
+                    inside,
+                    state[index],
+                    subset(params, groups[label]),
+                    context=context.at(label),
+                )
+                moved |= out
+        return subset(moved, params), tuple(new_state)
+
+    def _groups(self, params: TensorMap) -> dict[str, list[str]]:
+        """Return the names with each label, in the order of the parameters."""
+        groups: dict[str, list[str]] = {label: [] for label in self.inner}
+        for name, param in params.items():
+            label = _label(self.labels, name, param)
+            if label not in groups:
+                msg = (
+                    f"labels give {name!r} the label {label!r}, which inner does not "
+                    f"have; its labels are {shown(self.inner)}"
+                )
+                raise ValueError(msg)
+            groups[label].append(name)
+        return groups

@@ -1,0 +1,136 @@
+"""Momentum: a running sum of updates."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import ClassVar, NamedTuple, final
+
+import torch
+
+from functional_optim._context import Context
+from functional_optim._factors import complement, stack, stacked_factor, unstack
+from functional_optim._hyperparameters import (
+    Hyperparameter,
+    ScheduleState,
+    evaluate,
+    hyperparameter,
+    init_schedule,
+    value_class,
+)
+from functional_optim._tensor_map import (
+    copied,
+    over,
+    zeros_like,
+)
+from functional_optim._types import Role, Scope, TensorMap
+
+
+class TraceState(NamedTuple):
+    """What `Trace` remembers.
+
+    Attributes:
+        momentum_buffer: Running sums, like the parameters.
+        started: Whether a parameter had an update yet, 0-dim bool tensors by name; `()`
+            without dampening, where it makes no difference.
+        schedule: State of the schedules.
+    """
+
+    momentum_buffer: TensorMap
+    started: TensorMap | tuple[()]
+    schedule: ScheduleState | tuple[()]
+
+
+@final
+@value_class
+class Trace:
+    """Accumulate updates into a momentum buffer b, as torch.optim.SGD does.
+
+        b <- momentum * b + (1 - dampening) * u      (at first b <- u)
+        u <- u + momentum * b  if nesterov, else b
+
+    Args:
+        momentum: How much of the buffer stays. Finite, >= 0.
+        dampening: How much of the update is left out, but for the first. Finite.
+        nesterov: Whether to look ahead. Needs momentum > 0 and dampening 0.
+
+    State:
+        momentum_buffer: Tensors like the parameters.
+        started: 0-dim bool tensors by name, or `()` without dampening.
+        schedule: `()`, or a `ScheduleState` if a hyperparameter is a schedule.
+
+    Shapes:
+        Every update keeps its shape, device and name, and takes the wider dtype of
+        update and buffer.
+
+    Raises:
+        ValueError: a number is out of range, or nesterov with dampening.
+        TypeError: an argument is no hyperparameter.
+
+    Example:
+        >>> params = {"w": torch.ones(1)}
+        >>> trace = Trace(0.9)
+        >>> _, state = trace.update(params, trace.init(params), params)
+        >>> trace.update(params, state, params)[0]
+        {'w': tensor([1.9000])}
+
+    Source:
+        torch.optim.SGD; Sutskever et al. 2013, ICML; optax.trace.
+    """
+
+    momentum: Hyperparameter = hyperparameter(ge=0.0)
+    _: KW_ONLY
+    dampening: Hyperparameter = hyperparameter(default=0.0)
+    nesterov: bool = False
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    role: ClassVar[Role] = Role.MOMENT
+
+    def check(self) -> None:
+        """Refuse Nesterov's look-ahead where it is not defined."""
+        if self.nesterov and (self.momentum == 0.0 or self._dampens):
+            msg = (
+                "nesterov=True needs momentum > 0 and dampening 0, got momentum "
+                f"{self.momentum} and dampening {self.dampening}"
+            )
+            raise ValueError(msg)
+
+    @property
+    def _dampens(self) -> bool:
+        return not (isinstance(self.dampening, float) and self.dampening == 0.0)
+
+    def init(self, params: TensorMap) -> TraceState:
+        """Return buffers of zeros."""
+        started: TensorMap | tuple[()] = ()
+        if self._dampens:
+            started = {
+                name: torch.zeros((), dtype=torch.bool, device=p.device)
+                for name, p in params.items()
+            }
+        return TraceState(zeros_like(params), started, init_schedule(self, params))
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: TraceState,
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, TraceState]:
+        """Return the buffer, or the update plus momentum times the buffer."""
+        now, schedule = evaluate(self, state.schedule, updates)
+        started, alpha = state.started, complement(now.dampening)
+        if isinstance(started, dict):
+            # b is zero at first: taking all of u makes it u.
+            seen = stack(started, updates)
+            taken = torch.where(seen, stacked_factor(alpha, updates), 1.0)
+            alpha = unstack(updates, taken)
+            started = started | unstack(updates, torch.ones_like(seen))
+        buffer = over(state.momentum_buffer, at=updates)
+        buffer = buffer.mul(now.momentum).add(updates, alpha=alpha)
+        kept = buffer.map(like=state.momentum_buffer)
+        if self.nesterov:
+            moved = over(updates, at=kept).add(kept, alpha=now.momentum).map()
+        else:
+            moved = copied(kept)
+        new = state.momentum_buffer | kept
+        return moved, TraceState(new, started, schedule)

@@ -1,0 +1,75 @@
+"""Factors that differ from parameter to parameter."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from functional_optim._context import Context
+from functional_optim._hyperparameters import check_factor, resolvable, value_class
+from functional_optim._selection import check_rules, frozen_rules, ruled
+from functional_optim._tensor_map import over
+from functional_optim._types import Scope
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+
+@final
+@value_class
+class MultiplyParamwise:
+    """Multiply the update of each parameter by a factor of its own: u <- c(name) * u.
+
+    After the learning rate or before it, this is a learning-rate multiplier that
+    survives every schedule. To freeze parameters leave them out of the map of
+    parameters: 0 * inf is NaN.
+
+    Args:
+        multipliers: Factors by selection: a map `{"*.bias": 2.0, "head.*": 10.0}`, or a
+            list of (selection, factor) pairs whose selections may also be regexes or
+            predicates on name and tensor. The first that fits wins; parameters that
+            none fits keep their update (factor 1). Chain two of these to let rules
+            compose. Factors are finite numbers or 0-dim tensors.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Raises:
+        ValueError: a factor is not finite; at `init`: a rule matches no parameter.
+        TypeError: the rules are not pairs of selection and factor.
+
+    Example:
+        >>> import torch
+        >>> updates = {"a.weight": torch.ones(1), "a.bias": torch.ones(1)}
+        >>> MultiplyParamwise({"*.bias": 2.0}).update(updates, (), updates)[0]
+        {'a.weight': tensor([1.]), 'a.bias': tensor([2.])}
+
+    Source:
+        MMEngine's paramwise_cfg; timm's and torchtitan's lr multipliers.
+    """
+
+    multipliers: Any = resolvable(
+        check=functools.partial(frozen_rules, check=check_factor),
+        resolve=lambda rules, name, param: ruled(rules, name, param, 1.0),
+    )
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+
+    def init(self, params: TensorMap) -> tuple[()]:
+        """Return the empty state, after a look whether every rule matches."""
+        check_rules(self.multipliers, params, "multipliers")
+        return ()
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: tuple[()],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, tuple[()]]:
+        """Return c(name) * u."""
+        factors = {
+            name: ruled(self.multipliers, name, params[name], 1.0) for name in updates
+        }
+        return over(updates).mul(factors).map(), state

@@ -1,0 +1,176 @@
+"""Multiplying all updates by one number."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, final
+
+import torch
+from torch import Tensor
+
+from functional_optim._context import Context
+from functional_optim._factors import negated
+from functional_optim._hyperparameters import (
+    Hyperparameter,
+    ScheduleState,
+    evaluate,
+    hyperparameter,
+    init_schedule,
+    value_class,
+)
+from functional_optim._tensor_map import over
+from functional_optim._types import Role, Scope
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+
+@final
+@value_class
+class Scale:
+    """Multiply updates by a factor: u <- factor * u.
+
+    Args:
+        factor: Factor, of any sign. Finite.
+
+    State:
+        `()`, or a `ScheduleState` if `factor` is a schedule.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Raises:
+        ValueError: `factor` is not finite, or not 0-dim.
+        TypeError: `factor` is no hyperparameter.
+
+    Example:
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> Scale(-2.0).update(params, (), params)[0]
+        {'w': tensor([-2., -4.])}
+
+    Source:
+        optax.scale, optax.scale_by_schedule.
+    """
+
+    factor: Hyperparameter = hyperparameter()
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+
+    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
+        """Return the state of the schedules."""
+        return init_schedule(self, params)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: ScheduleState | tuple[()],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+        """Return factor * u."""
+        now, state = evaluate(self, state, updates)
+        return over(updates).mul(now.factor).map(), state
+
+
+@final
+@value_class
+class ScaleByLearningRate:
+    """Turn a direction into a step downhill: u <- -lr * u.
+
+    Args:
+        lr: Learning rate, in parameter units per unit of the direction. Finite, >= 0.
+
+    State:
+        `()`, or a `ScheduleState` if `lr` is a schedule.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Raises:
+        ValueError: `lr` is negative, not finite, or not 0-dim.
+        TypeError: `lr` is no hyperparameter.
+
+    Example:
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> ScaleByLearningRate(0.5).update(params, (), params)[0]
+        {'w': tensor([-0.5000, -1.0000])}
+
+    Source:
+        optax.scale_by_learning_rate.
+    """
+
+    lr: Hyperparameter = hyperparameter(ge=0.0)
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    role: ClassVar[Role] = Role.LEARNING_RATE
+
+    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
+        """Return the state of the schedules."""
+        return init_schedule(self, params)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: ScheduleState | tuple[()],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+        """Return -lr * u."""
+        now, state = evaluate(self, state, updates)
+        return over(updates).mul(negated(now.lr)).map(), state
+
+
+@final
+@value_class
+class Unscale:
+    """Undo loss scaling: u <- u * (1 / scale).
+
+    The reciprocal is taken in float64 and rounded to float32, and multiplied, exactly
+    as `GradScaler.unscale_` does it.
+
+    Args:
+        scale: What the loss was multiplied by. Finite, > 0.
+
+    State:
+        `()`, or a `ScheduleState` if `scale` is a schedule.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Raises:
+        ValueError: `scale` is not positive, not finite, or not 0-dim.
+        TypeError: `scale` is no hyperparameter.
+
+    Example:
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> Unscale(4.0).update(params, (), params)[0]
+        {'w': tensor([0.2500, 0.5000])}
+
+    Source:
+        torch.amp.GradScaler.unscale_; Micikevicius et al. 2018, arXiv:1710.03740,
+        section 3.2.
+    """
+
+    scale: Hyperparameter = hyperparameter(gt=0.0, per_parameter=False)
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    role: ClassVar[Role] = Role.UNSCALE
+
+    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
+        """Return the state of the schedules."""
+        return init_schedule(self, params)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: ScheduleState | tuple[()],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+        """Return u * (1 / scale)."""
+        now, state = evaluate(self, state, updates)
+        scale: Tensor = torch.as_tensor(now.scale, dtype=torch.float64)
+        inverse = scale.reciprocal().float()
+        return over(updates).mul(inverse).map(), state

@@ -1,0 +1,111 @@
+"""Weight decay: pulling parameters towards zero."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from functional_optim._context import Context
+from functional_optim._hyperparameters import (
+    Hyperparameter,
+    ScheduleState,
+    evaluate,
+    hyperparameter,
+    init_schedule,
+    resolvable,
+    value_class,
+)
+from functional_optim._selection import (
+    Selection,
+    check_selection,
+    frozen_selection,
+    picked,
+    picks,
+)
+from functional_optim._tensor_map import over, subset
+from functional_optim._types import Scope
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from functional_optim._types import TensorMap
+
+
+def _checked_mask(name: str, mask: Any) -> Any:
+    return None if mask is None else frozen_selection(name, mask)
+
+
+def _resolve_mask(mask: Selection | None, name: str, param: Tensor) -> bool | None:
+    return None if mask is None else picks(mask, name, param)
+
+
+@final
+@value_class
+class AddDecayedWeights:
+    """Add a multiple of the parameters: u <- u + weight_decay * p.
+
+    Before a moment this is L2 regularization (as in torch.optim.Adam), after it
+    decoupled weight decay (as in AdamW).
+
+    Args:
+        weight_decay: Factor. Finite, >= 0.
+        mask: Which parameters decay, any selection: `"*.weight"`, a regex, a predicate
+            on name and tensor, `exclude("*.bias")`, a map from every name to bool. None
+            means all.
+
+    State:
+        `()`, or a `ScheduleState` if `weight_decay` is a schedule.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Raises:
+        ValueError: `weight_decay` is out of range; at `init`: part of `mask` matches no
+            parameter.
+        TypeError: `weight_decay` is no hyperparameter, `mask` is no selection.
+
+    Example:
+        >>> import torch
+        >>> params = {"w": torch.ones(2), "b": torch.ones(1)}
+        >>> updates = {"w": torch.zeros(2), "b": torch.zeros(1)}
+        >>> AddDecayedWeights(0.1, mask="w").update(updates, (), params)[0]
+        {'w': tensor([0.1000, 0.1000]), 'b': tensor([0.])}
+
+    Source:
+        Loshchilov & Hutter 2019, arXiv:1711.05101; optax.add_decayed_weights.
+    """
+
+    weight_decay: Hyperparameter = hyperparameter(ge=0.0)
+    _: KW_ONLY
+    mask: Selection | None = resolvable(
+        check=_checked_mask, resolve=_resolve_mask, default=None
+    )
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+
+    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
+        """Return the state of the schedules."""
+        if self.mask is not None:
+            check_selection(self.mask, params, "mask")
+        return init_schedule(self, params)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: ScheduleState | tuple[()],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+        """Return u + weight_decay * p."""
+        now, state = evaluate(self, state, updates)
+        names: Any = list(updates)
+        if self.mask is not None:
+            names = picked(self.mask, params, names)
+        decayed = over(subset(updates, names)).add(params, alpha=now.weight_decay).map()
+        if len(decayed) == len(updates):
+            return decayed, state
+        return {
+            name: decayed[name] if name in decayed else update.clone()
+            for name, update in updates.items()
+        }, state
