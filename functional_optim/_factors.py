@@ -1,7 +1,9 @@
 """Arithmetic on what multiplies a map: numbers for all names, or one for each.
 
-Counts and values derived from them are 0-dim float64 tensors by name. They are stacked
-into one vector for the arithmetic, so that it costs the same for any number of names.
+Counts, and what is derived from them, are 0-dim float64 tensors by name. Names that
+have seen the same number of updates share one tensor, so that the arithmetic on counts
+is done once for all of them, on the device, without a look at the values. `Column` is
+that arithmetic: it stacks the distinct tensors of some names into one vector.
 """
 
 from __future__ import annotations
@@ -17,31 +19,105 @@ from functional_optim._tensor_map import Factor, lookup
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-
-def stack(column: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
-    """Stack 0-dim entries so that arithmetic on them is one operation. Shape (n,)."""
-    rows = lookup(column, names)
-    return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64)
+    from functional_optim._types import TensorMap
 
 
-def unstack(names: Iterable[str], stacked: Tensor) -> dict[str, Tensor]:
-    """Undo `stack`: one 0-dim tensor for each name."""
-    return dict(zip(names, stacked.unbind(), strict=True))
+def zero_counts(params: TensorMap, dtype: torch.dtype = torch.float64) -> TensorMap:
+    """Return a 0-dim zero for every name, one tensor shared by all on a device.
+
+    Example:
+        >>> zero_counts({"w": torch.ones(2)})
+        {'w': tensor(0., dtype=torch.float64)}
+    """
+    zeros = {
+        device: torch.zeros((), dtype=dtype, device=device)
+        for device in {param.device for param in params.values()}
+    }
+    return {name: zeros[param.device] for name, param in params.items()}
 
 
-def stacked_factor(factor: Factor, names: Iterable[str]) -> float | Tensor:
-    """Bring a factor into the shape of `stack`: one number for all, or shape (n,)."""
-    if not isinstance(factor, Mapping):
-        return factor
-    rows = [torch.as_tensor(v, dtype=torch.float64) for v in lookup(factor, names)]
-    return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64)
+class Column:
+    """0-dim numbers of some names, stacked: one row for each distinct tensor.
+
+    Args:
+        entries: 0-dim tensors by name.
+        names: Which names, in order; at least one.
+
+    Raises:
+        ValueError: `entries` lacks a name.
+    """
+
+    __slots__ = ("_names", "_rows", "values")
+
+    def __init__(self, entries: TensorMap, names: Iterable[str]) -> None:
+        self._names = list(names)
+        found = lookup(entries, self._names)
+        distinct = _distinct(found)
+        self._rows = (
+            list(range(len(found)))
+            if distinct is found
+            else [_position(entry, distinct) for entry in found]
+        )
+        self.values: Tensor = torch.stack(distinct)
+        """The numbers, to compute with. Shape (rows,)."""
+
+    def spread(self) -> None:
+        """Give each name a row of its own, because a factor differs by name."""
+        self.values = torch.stack([self.values[row] for row in self._rows])
+        self._rows = list(range(len(self._names)))
+
+    def along(self, factor: Factor) -> Tensor:
+        """Return a factor in a shape that computes with `values`, in float64."""
+        if isinstance(factor, Mapping):  # Only legal when spread.
+            numbers = lookup(factor, self._names)
+            return torch.stack([_float64(number) for number in numbers])
+        return _float64(factor)
+
+    def by_name(self, values: Tensor) -> TensorMap:
+        """Return the row of each name as a 0-dim tensor, shared like the entries."""
+        rows = values.unbind()
+        return {
+            name: rows[row] for name, row in zip(self._names, self._rows, strict=True)
+        }
+
+    def factor(self, values: Tensor) -> Factor:
+        """Return the rows as a factor: one for all if all share it."""
+        return values[0] if len(values) == 1 else self.by_name(values)
+
+
+def _distinct(tensors: list[Tensor], most: int = 8) -> list[Tensor]:
+    """Return the distinct objects of a list, or the list itself if they are many.
+
+    By `is`, not by `id`: torch.compile guards an `id` on the object of this very call.
+    """
+    distinct: list[Tensor] = []
+    for tensor in tensors:
+        if not any(tensor is other for other in distinct):
+            distinct.append(tensor)
+            if len(distinct) > most:
+                return tensors
+    return distinct
+
+
+def _position(tensor: Tensor, tensors: list[Tensor]) -> int:
+    return next(row for row, other in enumerate(tensors) if tensor is other)
+
+
+def _float64(number: float | Tensor) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float64)
+
+
+def differs_by_name(*factors: Factor) -> bool:
+    """Whether one of the factors is a map."""
+    return any(isinstance(factor, Mapping) for factor in factors)
 
 
 def complement(factor: Factor) -> Factor:
     """Return 1 - factor, for tensors in float64."""
     if isinstance(factor, Mapping):
         return {
-            name: cast("float | Tensor", complement(v)) for name, v in factor.items()
+            name: cast("float | Tensor", complement(value))
+            for name, value in factor.items()
         }
     if isinstance(factor, Tensor):
         return 1 - factor.double()
@@ -51,5 +127,5 @@ def complement(factor: Factor) -> Factor:
 def negated(factor: Factor) -> Factor:
     """Return -factor."""
     if isinstance(factor, Mapping):
-        return {name: -v for name, v in factor.items()}
+        return {name: -value for name, value in factor.items()}
     return -factor

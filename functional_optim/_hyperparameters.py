@@ -240,11 +240,17 @@ class ScheduleState(NamedTuple):
     num_updates: Tensor
 
 
+def _is_schedule(value: Any) -> bool:
+    # The plain kinds first: torch.compile cannot ask a dict whether it is callable.
+    return not isinstance(value, (float, Tensor, dict)) and callable(value)
+
+
 def scheduled(transform: Any) -> bool:
     """Whether a transform of ours holds a schedule."""
     for name in transform.hyperparameters:
         value = getattr(transform, name)
-        if any(map(callable, value if isinstance(value, tuple) else (value,))):
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(_is_schedule(part) for part in parts):
             return True
     return False
 
@@ -286,7 +292,7 @@ def evaluate(
         value = getattr(transform, name)
         if isinstance(value, tuple):
             now[name] = tuple(_at(part, state.num_updates) for part in value)
-        elif callable(value):
+        elif _is_schedule(value):
             now[name] = _at(value, state.num_updates)
     count = state.num_updates + 1 if updates else state.num_updates
     return dataclasses.replace(transform, **now), ScheduleState(count)
@@ -294,7 +300,7 @@ def evaluate(
 
 def _at(value: Any, count: Tensor) -> Any:
     """Evaluate a schedule; a plain number it returns is as good as a tensor."""
-    if not callable(value):
+    if not _is_schedule(value):
         return value
     result = value(count)
     return result if isinstance(result, Tensor) else float(result)

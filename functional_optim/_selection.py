@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, Union, final
 
 import torch
@@ -190,7 +190,7 @@ def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any
         check: Function of (name of the value, value) that returns the checked value.
 
     Returns:
-        A tuple of (selection, value) pairs, or one value.
+        A map, or a tuple of (selection, value) pairs, or one value: as given.
     """
     if isinstance(rules, Mapping):
         pairs = list(rules.items())
@@ -206,17 +206,21 @@ def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any
         selection = frozen_selection(f"selection in {name}", pair[0])
         value = check(f"{name}[{shown_value(selection)}]", pair[1])
         checked.append((selection, value))
-    return tuple(checked)
+    return dict(checked) if isinstance(rules, Mapping) else tuple(checked)
 
 
 def ruled(rules: Any, name: str, param: Tensor, default: Any) -> Any:
     """Return what the first fitting rule gives a parameter, else the default."""
-    if not isinstance(rules, tuple):
+    if not isinstance(rules, (dict, tuple)):
         return rules
-    for selection, value in rules:
+    for selection, value in _pairs(rules):
         if picks(selection, name, param):
             return value
     return default
+
+
+def _pairs(rules: Any) -> Iterable[tuple[Any, Any]]:
+    return rules.items() if isinstance(rules, dict) else rules
 
 
 def check_rules(rules: Any, params: TensorMap, name: str) -> None:
@@ -225,8 +229,8 @@ def check_rules(rules: Any, params: TensorMap, name: str) -> None:
     Raises:
         ValueError: a rule matches nothing.
     """
-    if isinstance(rules, tuple):
-        for selection, _ in rules:
+    if isinstance(rules, (dict, tuple)):
+        for selection, _ in _pairs(rules):
             check_selection(selection, params, f"rule in {name}")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._tensor_map import shown
-from functional_optim._types import Static
+from functional_optim._types import Static, TensorMap
 
 S = TypeVar("S")
 
@@ -142,9 +142,21 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
         msg = f"{place} must be a dict by parameter name, got {_described(data)}"
         raise ValueError(msg)
     _check_names(list(template), list(data), place, "parameters")
-    return {
+    loaded = {
         name: _loaded(part, data[name], f"{place}[{name!r}]")
         for name, part in template.items()
+    }
+    return _shared(loaded)
+
+
+def _shared(column: TensorMap) -> TensorMap:
+    """Let names with the same count share one tensor again, as `init` does."""
+    if any(tensor.ndim for tensor in column.values()):
+        return column
+    distinct: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+    return {
+        name: distinct.setdefault((tensor.item(), tensor.dtype, tensor.device), tensor)
+        for name, tensor in column.items()
     }
 
 

@@ -49,26 +49,40 @@ def check_updates(updates: Any, params: TensorMap) -> None:
     _check_map(params, "params", "parameters(model)")
     for name, update in updates.items():
         param = params.get(name)
-        if param is None:
-            unknown = [n for n in updates if n not in params]
-            msg = (
-                f"updates for names that no parameter has: {shown(unknown)}; the "
-                f"parameters are {shown(params)}"
-            )
-            raise ValueError(msg)
-        _check_tensor("update", name, update)
-        if update.shape != param.shape:
-            msg = (
-                f"update of {name!r} has shape {tuple(update.shape)}, its parameter "
-                f"{tuple(param.shape)}; they must be equal"
-            )
-            raise ValueError(msg)
-        if update.device != param.device:
-            msg = (
-                f"update of {name!r} lies on {update.device}, its parameter on "
-                f"{param.device}; move one with .to(device)"
-            )
-            raise ValueError(msg)
+        # One cheap look at each; only what fails it is looked at closely.
+        if (
+            param is None
+            or not isinstance(update, Tensor)
+            or update.shape != param.shape
+            or not update.is_floating_point()
+            or update.layout != torch.strided
+            or update.device != param.device
+        ):
+            _refuse(name, update, updates, params)
+
+
+def _refuse(name: Any, update: Any, updates: TensorMap, params: TensorMap) -> None:
+    """Say what is wrong with an update."""
+    param = params.get(name)
+    if param is None:
+        unknown = [n for n in updates if n not in params]
+        msg = (
+            f"updates for names that no parameter has: {shown(unknown)}; the "
+            f"parameters are {shown(params)}"
+        )
+        raise ValueError(msg)
+    _check_tensor("update", name, update)
+    if update.shape != param.shape:
+        msg = (
+            f"update of {name!r} has shape {tuple(update.shape)}, its parameter "
+            f"{tuple(param.shape)}; they must be equal"
+        )
+        raise ValueError(msg)
+    msg = (
+        f"update of {name!r} lies on {update.device}, its parameter on "
+        f"{param.device}; move one with .to(device)"
+    )
+    raise ValueError(msg)
 
 
 def _check_map(tensors: Any, name: str, remedy: str) -> None:

@@ -57,7 +57,7 @@ class Expression:
     tensors, maps from name to one of these, tensor maps, or other expressions.
     """
 
-    __slots__ = ("_dtypes", "_foreach", "_names", "_own", "_scalars", "_values")
+    __slots__ = ("_dtypes", "_foreach", "_names", "_own", "_values")
 
     def __init__(self, values: TensorMap, at: TensorMap | None = None) -> None:
         if at is None:
@@ -72,7 +72,6 @@ class Expression:
                     for v, a in zip(self._values, at.values(), strict=True)
                 ]
         self._dtypes = [v.dtype for v in self._values]
-        self._scalars = any(v.ndim == 0 for v in self._values)
         self._foreach = foreach_applies(self._values)
         self._own = False
 
@@ -94,15 +93,15 @@ class Expression:
         return dict(zip(self._names, values, strict=True))
 
     def mul(self, factor: Operand) -> Expression:
-        """X * factor."""
+        """Multiply: x * factor."""
         return self._run("mul", self._column(factor))
 
     def div(self, divisor: Operand) -> Expression:
-        """X / divisor."""
+        """Divide: x / divisor."""
         return self._run("div", self._column(divisor))
 
     def add(self, other: Operand, *, alpha: Factor = 1.0) -> Expression:
-        """X + alpha * other."""
+        """Add: x + alpha * other."""
         column = self._column(other)
         if isinstance(alpha, (int, float)):
             if alpha == 1.0:
@@ -112,7 +111,7 @@ class Expression:
         return self._run("add", [o * a for o, a in self._rows(column, scaled)])
 
     def addcmul(self, first: Operand, second: Operand, value: Factor) -> Expression:
-        """X + value * first * second."""
+        """Add a product: x + value * first * second."""
         one, two = self._column(first), self._column(second)
         if isinstance(value, (int, float)):
             return self._run("addcmul", one, two, value=value)
@@ -120,9 +119,10 @@ class Expression:
         return self._run("addcmul", scaled, two)
 
     def lerp(self, end: TensorMap, weight: Factor) -> Expression:
-        """X + weight * (end - x), with torch.lerp's rounding."""
+        """Move towards: x + weight * (end - x), with torch.lerp's rounding."""
         ends = lookup(end, self._names)
-        ends = [e.to(d) for e, d in zip(ends, self._dtypes, strict=True)]
+        if [e.dtype for e in ends] != self._dtypes:
+            ends = [e.to(d) for e, d in zip(ends, self._dtypes, strict=True)]
         if isinstance(weight, (int, float)):
             return self._run("lerp", ends, weight)
         rows = self._rows(ends, self._column(weight))
@@ -133,17 +133,18 @@ class Expression:
         return self
 
     def sqrt(self) -> Expression:
-        """The square root of x."""
+        """Take the square root of x."""
         return self._run("sqrt")
 
     def maximum(self, other: Operand) -> Expression:
-        """The larger of x and other; NaN if either is."""
+        """Take the larger of x and other; NaN if either is."""
         return self._run("maximum", self._column(other))
 
     def clamp(self, low: Factor, high: Factor) -> Expression:
-        """Min(max(x, low), high); NaN stays."""
-        self._run("clamp_min", self._column(low))
-        return self._run("clamp_max", self._column(high))
+        """Limit: min(max(x, low), high); NaN stays."""
+        return self._run("clamp_min", self._bound(low))._run(
+            "clamp_max", self._bound(high)
+        )
 
     def _run(self, name: str, *columns: Column, **options: float) -> Expression:
         """Apply `torch.<name>` to every tensor, in place on what is already ours."""
@@ -178,11 +179,11 @@ class Expression:
         if isinstance(operand, Expression):
             return operand._values
         if isinstance(operand, (int, float)):
-            return operand
+            return self._as_tensor(operand)
         if isinstance(operand, Tensor):
-            if self._scalars or self._elsewhere(operand):
+            if self._has_scalars() or self._elsewhere(operand):
                 return self._fitted([operand] * len(self._values))
-            return operand
+            return operand.float() if self._is_float32() else operand
         values = lookup(operand, self._names)
         if all(isinstance(v, (int, float)) for v in values):
             return values
@@ -190,7 +191,32 @@ class Expression:
             v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
             for v in values
         ]
-        return self._fitted(values) if self._scalars else values
+        return self._fitted(values) if self._has_scalars() else values
+
+    def _bound(self, bound: Factor) -> Column:
+        """Bring a bound into order; foreach takes no single tensor for one."""
+        if isinstance(bound, Tensor):
+            return self._fitted([bound] * len(self._values))
+        return bound if isinstance(bound, (int, float)) else self._column(bound)
+
+    def _as_tensor(self, number: float) -> float | Tensor:
+        """Return a number in the form that foreach takes fastest, with the same bits.
+
+        On the CPU foreach makes a tensor of a number for every tensor in the list.
+        """
+        if not self._foreach or not self._values or not self._values[0].is_cpu:
+            return number
+        return (
+            torch.tensor(number, dtype=torch.float32) if self._is_float32() else number
+        )
+
+    def _is_float32(self) -> bool:
+        """Whether rounding a factor to float32 first changes no bit of the result."""
+        return all(dtype is torch.float32 for dtype in self._dtypes)
+
+    def _has_scalars(self) -> bool:
+        """Whether a tensor is 0-dim, so that a 0-dim factor may promote it."""
+        return 0 in map(Tensor.dim, self._values)
 
     def _elsewhere(self, factor: Tensor) -> bool:
         """Whether foreach would refuse this 0-dim tensor: it lies on another device."""

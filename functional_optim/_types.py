@@ -140,6 +140,7 @@ _pytree.register_pytree_node(
     lambda static: ([], static.value),
     lambda _, value: Static(value),
     serialized_type_name="functional_optim.Static",
+    flatten_with_keys_fn=lambda static: ([], static.value),
 )
 
 

@@ -74,5 +74,11 @@ def repr_of(self: Any) -> str:
 
 def shown_value(value: Any) -> str:
     """Return a value as one writes it: functions by name, all else by `repr`."""
+    if type(value) is tuple:
+        parts = [shown_value(part) for part in value]
+        return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+    if isinstance(value, dict):
+        pairs = [f"{shown_value(k)}: {shown_value(v)}" for k, v in value.items()]
+        return f"{{{', '.join(pairs)}}}"
     name = getattr(value, "__qualname__", None)
     return repr(value) if name is None else str(name)

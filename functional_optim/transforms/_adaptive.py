@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
-
-import torch
+from typing import ClassVar, NamedTuple, final
 
 from functional_optim._context import Context
-from functional_optim._factors import complement, stack, stacked_factor, unstack
+from functional_optim._factors import Column, complement, differs_by_name, zero_counts
 from functional_optim._hyperparameters import (
     Hyperparameter,
     ScheduleState,
     evaluate,
     hyperparameter,
     init_schedule,
+    is_zero,
     value_class,
 )
 from functional_optim._tensor_map import (
@@ -22,9 +21,6 @@ from functional_optim._tensor_map import (
     zeros_like,
 )
 from functional_optim._types import Role, Scope, TensorMap
-
-if TYPE_CHECKING:
-    from functional_optim._tensor_map import Factor
 
 
 class ScaleByAdamState(NamedTuple):
@@ -82,6 +78,7 @@ class ScaleByAdam:
         TypeError: an argument is no hyperparameter.
 
     Example:
+        >>> import torch
         >>> params = {"w": torch.tensor([1.0, -4.0])}
         >>> adam = ScaleByAdam()
         >>> adam.update(params, adam.init(params), params)[0]
@@ -105,14 +102,14 @@ class ScaleByAdam:
 
     def init(self, params: TensorMap) -> ScaleByAdamState:
         """Return moments of zero."""
-        step = {
-            name: torch.zeros((), dtype=torch.float64, device=p.device)
-            for name, p in params.items()
-        }
         largest = zeros_like(params) if self.amsgrad else ()
         schedule = init_schedule(self, params)
         return ScaleByAdamState(
-            step, zeros_like(params), zeros_like(params), largest, schedule
+            zero_counts(params),
+            zeros_like(params),
+            zeros_like(params),
+            largest,
+            schedule,
         )
 
     def update(
@@ -124,11 +121,17 @@ class ScaleByAdam:
         context: Context = Context(),
     ) -> tuple[TensorMap, ScaleByAdamState]:
         """Return (m / (1 - b1^t)) / (sqrt(v) / sqrt(1 - b2^t) + eps)."""
+        if not updates:
+            return {}, state
         now, schedule = evaluate(self, state.schedule, updates)
-        (beta1, beta2), names = now.betas, list(updates)
-        t = stack(state.step, names) + 1
-        correction1 = _bias_correction(beta1, t, names)
-        correction2 = _bias_correction(beta2, t, names)
+        beta1, beta2 = now.betas
+        counts = Column(state.step, updates)
+        counts.values = counts.values + 1
+        step = state.step | counts.by_name(counts.values)
+        if differs_by_name(beta1, beta2, now.eps_root):
+            counts.spread()
+        correction1 = 1 - counts.along(beta1) ** counts.values
+        correction2 = 1 - counts.along(beta2) ** counts.values
 
         mean = over(state.exp_avg, at=updates).lerp(updates, complement(beta1))
         exp_avg = mean.map(like=state.exp_avg)
@@ -142,27 +145,14 @@ class ScaleByAdam:
             largest = largest | second
 
         root = over(second, at=updates)
-        if not (isinstance(now.eps_root, float) and now.eps_root == 0.0):
-            root = root.add(_product(now.eps_root, correction2, names))
-        denominator = root.sqrt().div(unstack(names, correction2.sqrt())).add(now.eps)
-        direction = over(exp_avg, at=updates).div(unstack(names, correction1))
+        if not is_zero(now.eps_root):
+            root = root.add(counts.factor(counts.along(now.eps_root) * correction2))
+        denominator = root.sqrt().div(counts.factor(correction2.sqrt())).add(now.eps)
+        direction = over(exp_avg, at=updates).div(counts.factor(correction1))
         return direction.div(denominator).map(), ScaleByAdamState(
-            step=state.step | unstack(names, t),
+            step=step,
             exp_avg=state.exp_avg | exp_avg,
             exp_avg_sq=state.exp_avg_sq | exp_avg_sq,
             max_exp_avg_sq=largest,
             schedule=schedule,
         )
-
-
-def _bias_correction(beta: Factor, t: torch.Tensor, names: list[str]) -> torch.Tensor:
-    """Return 1 - beta^t in float64, for all names at once."""
-    beta = stacked_factor(beta, names)
-    if isinstance(beta, torch.Tensor):
-        beta = beta.double()
-    return 1 - beta**t
-
-
-def _product(factor: Factor, column: torch.Tensor, names: list[str]) -> TensorMap:
-    """Return factor * column by name."""
-    return unstack(names, stacked_factor(factor, names) * column)

@@ -128,7 +128,13 @@ def _selected(ok: Tensor, new: Any, old: Any) -> Any:
     """Return the new state where ok, else the old one."""
     leaves, spec = _pytree.tree_flatten(new)
     before = _pytree.tree_leaves(old)
-    chosen = [torch.where(ok, n, o) for n, o in zip(leaves, before, strict=True)]
+    chosen: list[Tensor] = []
+    last: tuple[Tensor, Tensor] | None = None
+    for n, o in zip(leaves, before, strict=True):
+        # Names that share a count go on sharing it; they stand side by side.
+        shared = last is not None and n is last[0] and o is last[1]
+        chosen.append(chosen[-1] if shared else torch.where(ok, n, o))
+        last = n, o
     return _pytree.tree_unflatten(chosen, spec)
 
 

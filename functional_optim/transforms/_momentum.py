@@ -8,13 +8,14 @@ from typing import ClassVar, NamedTuple, final
 import torch
 
 from functional_optim._context import Context
-from functional_optim._factors import complement, stack, stacked_factor, unstack
+from functional_optim._factors import Column, complement, differs_by_name, zero_counts
 from functional_optim._hyperparameters import (
     Hyperparameter,
     ScheduleState,
     evaluate,
     hyperparameter,
     init_schedule,
+    is_zero,
     value_class,
 )
 from functional_optim._tensor_map import (
@@ -87,7 +88,7 @@ class Trace:
 
     def check(self) -> None:
         """Refuse Nesterov's look-ahead where it is not defined."""
-        if self.nesterov and (self.momentum == 0.0 or self._dampens):
+        if self.nesterov and (is_zero(self.momentum) or self._dampens):
             msg = (
                 "nesterov=True needs momentum > 0 and dampening 0, got momentum "
                 f"{self.momentum} and dampening {self.dampening}"
@@ -96,16 +97,13 @@ class Trace:
 
     @property
     def _dampens(self) -> bool:
-        return not (isinstance(self.dampening, float) and self.dampening == 0.0)
+        return not is_zero(self.dampening)
 
     def init(self, params: TensorMap) -> TraceState:
         """Return buffers of zeros."""
         started: TensorMap | tuple[()] = ()
         if self._dampens:
-            started = {
-                name: torch.zeros((), dtype=torch.bool, device=p.device)
-                for name, p in params.items()
-            }
+            started = zero_counts(params, torch.bool)
         return TraceState(zeros_like(params), started, init_schedule(self, params))
 
     def update(
@@ -117,14 +115,18 @@ class Trace:
         context: Context = Context(),
     ) -> tuple[TensorMap, TraceState]:
         """Return the buffer, or the update plus momentum times the buffer."""
+        if not updates:
+            return {}, state
         now, schedule = evaluate(self, state.schedule, updates)
         started, alpha = state.started, complement(now.dampening)
         if isinstance(started, dict):
             # b is zero at first: taking all of u makes it u.
-            seen = stack(started, updates)
-            taken = torch.where(seen, stacked_factor(alpha, updates), 1.0)
-            alpha = unstack(updates, taken)
-            started = started | unstack(updates, torch.ones_like(seen))
+            flags = Column(started, updates)
+            started = started | flags.by_name(torch.ones_like(flags.values))
+            if differs_by_name(alpha):
+                flags.spread()
+            taken = torch.where(flags.values, flags.along(alpha), 1.0)
+            alpha = flags.factor(taken)
         buffer = over(state.momentum_buffer, at=updates)
         buffer = buffer.mul(now.momentum).add(updates, alpha=alpha)
         kept = buffer.map(like=state.momentum_buffer)

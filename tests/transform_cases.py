@@ -1,0 +1,127 @@
+"""The table: at least one valid instance of every public transform and preset.
+
+A public transform that is missing here fails `test_public_api.py`. Tags say where a law
+does not apply, with the reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import torch
+from torch import Tensor
+
+import functional_optim as fo
+from functional_optim import schedules
+
+
+def is_matrix(name: str, param: Tensor) -> bool:  # noqa: ARG001 - a predicate's form
+    """Select what is no bias: a predicate with a name, so that it pickles."""
+    return param.ndim >= 2
+
+
+def is_nonempty(name: str, param: Tensor) -> bool:  # noqa: ARG001
+    """Select parameters that have elements."""
+    return param.numel() > 0
+
+
+def by_shape(name: str, param: Tensor) -> str:  # noqa: ARG001
+    """Label matrices and the rest."""
+    return "matrix" if param.ndim >= 2 else "other"
+
+
+def halving(step: Tensor) -> Tensor:
+    """Halve at every step: a user's own schedule."""
+    return 0.5**step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """A transform, and what is known about it."""
+
+    transform: fo.Transform
+    smooth: bool = True
+    """Whether the output has a derivative with respect to update and parameter."""
+    graphs: int = 1
+    """How many graphs `torch.compile` needs while state and schedules move."""
+
+    def __repr__(self) -> str:
+        return repr(self.transform)
+
+
+# Names and shapes of `examples.PARAMETERS`.
+NAMES = ["a.weight", "a.bias", "b.weight", "scale", "empty"]
+
+CASES = [
+    Case(transform=fo.Scale(-2.0)),
+    Case(transform=fo.Scale(halving)),
+    Case(transform=fo.Scale(dict.fromkeys(NAMES, 0.5) | {"scale": torch.tensor(3.0)})),
+    Case(transform=fo.Scale(torch.tensor(0.3, dtype=torch.float64))),
+    Case(transform=fo.Unscale(1024.0)),
+    Case(transform=fo.Unscale(torch.tensor(3.0))),
+    Case(transform=fo.ScaleByLearningRate(0.1)),
+    Case(transform=fo.ScaleByLearningRate(schedules.linear(0.1, 0.0, 7))),
+    Case(transform=fo.Accumulate(1)),
+    Case(transform=fo.Accumulate(3), graphs=4),
+    Case(transform=fo.Accumulate(2, mean=False, dtype=torch.float64), graphs=3),
+    Case(transform=fo.ClipByGlobalNorm(0.5)),
+    Case(transform=fo.ClipByGlobalNorm(schedules.linear(0.5, 0.1, 5))),
+    Case(transform=fo.ClipByGlobalNorm(0.5, norm_type=float("inf")), smooth=False),
+    Case(transform=fo.ClipByGlobalNorm(0.5, norm_type=1.0)),
+    Case(transform=fo.ClipByValue(0.3), smooth=False),
+    Case(transform=fo.ClipByValue(torch.tensor(0.3)), smooth=False),
+    Case(transform=fo.ClipByValue(dict.fromkeys(NAMES, 0.3)), smooth=False),
+    Case(transform=fo.Trace(0.9)),
+    Case(transform=fo.Trace(0.9, dampening=0.5)),
+    Case(transform=fo.Trace(0.9, nesterov=True)),
+    Case(transform=fo.Trace(schedules.linear(0.5, 0.9, 5), dampening=halving)),
+    Case(transform=fo.Trace(0.9, dampening=dict.fromkeys(NAMES, 0.1))),
+    Case(transform=fo.ScaleByAdam()),
+    Case(transform=fo.ScaleByAdam((0.8, 0.99), eps=1e-6, eps_root=1e-9, amsgrad=True)),
+    Case(transform=fo.ScaleByAdam((torch.tensor(0.9), schedules.linear(0.9, 0.99, 5)))),
+    Case(transform=fo.ScaleByAdam((dict.fromkeys(NAMES, 0.7), 0.9))),
+    Case(transform=fo.AddDecayedWeights(0.1)),
+    Case(transform=fo.AddDecayedWeights(halving, mask=is_matrix)),
+    Case(transform=fo.AddDecayedWeights(torch.tensor(0.1), mask="*.weight")),
+    Case(transform=fo.MultiplyParamwise({"*.bias": 2.0, "b.*": 0.5})),
+    Case(
+        transform=fo.MultiplyParamwise(
+            [(re.compile(r"^a\."), 3.0), (is_matrix, torch.tensor(0.1))]
+        )
+    ),
+    Case(transform=fo.Identity()),
+    Case(transform=fo.Masked(fo.Trace(0.9), "*.weight")),
+    Case(transform=fo.Masked(fo.ClipByGlobalNorm(0.1), fo.exclude("scale"))),
+    Case(
+        transform=fo.Partition(
+            {"matrix": fo.ScaleByAdam(), "other": fo.Trace(0.5)}, by_shape
+        )
+    ),
+    Case(
+        transform=fo.Partition(
+            {"x": fo.ClipByGlobalNorm(0.1), "y": fo.Scale(halving)},
+            {"a.*": "x", "*": "y"},
+        )
+    ),
+    Case(transform=fo.SkipNonfinite(fo.sgd(0.1, momentum=0.9))),
+    Case(
+        transform=fo.SkipNonfinite(
+            fo.chain(fo.ClipByGlobalNorm(0.5), fo.adamw(schedules.linear(1.0, 0.0, 9)))
+        )
+    ),
+    Case(transform=fo.chain()),
+    Case(transform=fo.sgd(0.1, 0.9, 0.1, 0.01)),
+    Case(transform=fo.adam(0.1, weight_decay=0.1, amsgrad=True, maximize=True)),
+    Case(transform=fo.adamw(schedules.cosine_decay(0.1, 9), mask="*.weight")),
+    Case(
+        transform=fo.chain(
+            fo.Unscale(8.0),
+            fo.Accumulate(2),
+            fo.ClipByGlobalNorm(0.5),
+            fo.MultiplyParamwise({"b.*": 0.5}),
+            fo.adamw(schedules.warmup_cosine(0.1, 2, 9)),
+        ),
+        graphs=3,
+    ),
+]
