@@ -57,7 +57,15 @@ class Expression:
     tensors, maps from name to one of these, tensor maps, or other expressions.
     """
 
-    __slots__ = ("_dtypes", "_foreach", "_names", "_own", "_values")
+    __slots__ = (
+        "_dtypes",
+        "_foreach",
+        "_names",
+        "_own",
+        "_scalars",
+        "_shapes",
+        "_values",
+    )
 
     def __init__(self, values: TensorMap, at: TensorMap | None = None) -> None:
         if at is None:
@@ -71,6 +79,11 @@ class Expression:
                     v.to(torch.promote_types(v.dtype, a.dtype))
                     for v, a in zip(self._values, at.values(), strict=True)
                 ]
+        # torch promotes a 0-dim tensor by a 0-dim number, and rounds it differently.
+        self._scalars = 0 in map(Tensor.dim, self._values)
+        if self._scalars:
+            self._shapes = [v.shape for v in self._values]
+            self._values = [v if v.ndim else v.reshape(1) for v in self._values]
         self._dtypes = [v.dtype for v in self._values]
         self._foreach = foreach_applies(self._values)
         self._own = False
@@ -89,6 +102,9 @@ class Expression:
         values = self._values
         if [v.dtype for v in values] != dtypes:
             values = [v.to(d) for v, d in zip(values, dtypes, strict=True)]
+        if self._scalars:
+            shaped = zip(values, self._shapes, strict=True)
+            values = [v if shape else v.reshape(()) for v, shape in shaped]
         self._own = False  # They belong to the map now.
         return dict(zip(self._names, values, strict=True))
 
@@ -120,7 +136,7 @@ class Expression:
 
     def lerp(self, end: TensorMap, weight: Factor) -> Expression:
         """Move towards: x + weight * (end - x), with torch.lerp's rounding."""
-        ends = lookup(end, self._names)
+        ends = self._matched(lookup(end, self._names))
         if [e.dtype for e in ends] != self._dtypes:
             ends = [e.to(d) for e, d in zip(ends, self._dtypes, strict=True)]
         if isinstance(weight, (int, float)):
@@ -181,8 +197,8 @@ class Expression:
         if isinstance(operand, (int, float)):
             return self._as_tensor(operand)
         if isinstance(operand, Tensor):
-            if self._has_scalars() or self._elsewhere(operand):
-                return self._fitted([operand] * len(self._values))
+            if self._elsewhere(operand):
+                return [operand] * len(self._values)
             return operand.float() if self._is_float32() else operand
         values = lookup(operand, self._names)
         if all(isinstance(v, (int, float)) for v in values):
@@ -191,12 +207,12 @@ class Expression:
             v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
             for v in values
         ]
-        return self._fitted(values) if self._has_scalars() else values
+        return self._matched(values)
 
     def _bound(self, bound: Factor) -> Column:
         """Bring a bound into order; foreach takes no single tensor for one."""
         if isinstance(bound, Tensor):
-            return self._fitted([bound] * len(self._values))
+            return [bound] * len(self._values)
         return bound if isinstance(bound, (int, float)) else self._column(bound)
 
     def _as_tensor(self, number: float) -> float | Tensor:
@@ -214,19 +230,17 @@ class Expression:
         """Whether rounding a factor to float32 first changes no bit of the result."""
         return all(dtype is torch.float32 for dtype in self._dtypes)
 
-    def _has_scalars(self) -> bool:
-        """Whether a tensor is 0-dim, so that a 0-dim factor may promote it."""
-        return 0 in map(Tensor.dim, self._values)
-
     def _elsewhere(self, factor: Tensor) -> bool:
         """Whether foreach would refuse this 0-dim tensor: it lies on another device."""
         return bool(self._values) and factor.device != self._values[0].device
 
-    def _fitted(self, column: list[Tensor]) -> list[Tensor]:
-        """Keep a float64 number from promoting a parameter that is itself 0-dim."""
+    def _matched(self, column: list[Tensor]) -> list[Tensor]:
+        """Give 0-dim tensors the shape that ours have here; factors stay 0-dim."""
+        if not self._scalars:
+            return column
         return [
-            c.to(x.dtype) if x.ndim == 0 else c
-            for x, c in zip(self._values, column, strict=True)
+            c.reshape(1) if not (shape or c.ndim) and c.dtype == x.dtype else c
+            for c, shape, x in zip(column, self._shapes, self._values, strict=True)
         ]
 
 

@@ -1,0 +1,45 @@
+"""Presets against torch.optim: every combination of options, on fixed numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch_parity
+from examples import numbers
+
+import functional_optim as fo
+
+SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "norm": (), "empty": (0,)}
+
+each_pair = pytest.mark.parametrize(
+    "pair", torch_parity.PAIRS, ids=lambda pair: f"{pair[0].__name__}-{pair[2]}"
+)
+
+
+def _grads(steps: int) -> list[fo.TensorMap]:
+    """Return gradients of which some names are missing in some steps."""
+    made = []
+    for index in range(steps):
+        step = numbers(SHAPES, index)
+        missing = {1: ["a.bias"], 3: ["a.weight", "norm"]}.get(index % 7, [])
+        made.append({name: g for name, g in step.items() if name not in missing})
+    return made
+
+
+@each_pair
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["float lr", "tensor lr"])
+def test_float64(pair: torch_parity.Pair, as_tensor: bool) -> None:
+    """50 steps agree to 1e-12, with some gradients missing."""
+    lr = torch.tensor(0.1, dtype=torch.float64) if as_tensor else 0.1
+    params = {n: p for n, p in numbers(SHAPES, 99).items() if p.numel()}
+    grads = [{n: g for n, g in step.items() if n in params} for step in _grads(50)]
+    torch_parity.agree_in_float64(pair, params, grads, lr)
+
+
+@each_pair
+def test_float32(pair: torch_parity.Pair) -> None:
+    """From torch's state after up to ten steps one more is within 2 ulp."""
+    params = {name: p.float() for name, p in numbers(SHAPES, 99).items()}
+    grads = [{n: g.float() for n, g in step.items()} for step in _grads(10)]
+    for steps in (1, 2, 10):
+        torch_parity.agree_in_float32(pair, params, grads[:steps], 0.1)
