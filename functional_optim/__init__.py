@@ -4,7 +4,8 @@ from functional_optim import schedules, transforms
 from functional_optim._apply import apply_updates, gradients, parameters
 from functional_optim._chain import Chain, chain
 from functional_optim._context import Context, Norm
-from functional_optim._hyperparameters import ScheduleState, resolve
+from functional_optim._hyperparameters import resolve
+from functional_optim._scheduling import ScheduleState
 from functional_optim._selection import exclude
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, Scope, Static, TensorMap, Transform

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from functional_optim._tensor_map import Factor, lookup
+from functional_optim._names import lookup
+from functional_optim._tensor_map import Factor
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -1,8 +1,8 @@
-"""Hyperparameters: kinds, checks, equality, schedules, resolve.
+"""Hyperparameters: kinds, checks, and what a transform is for one parameter.
 
 A transform is a frozen dataclass whose fields say what they are. From those fields
 follows, for every transform alike: what is checked at construction, when two are equal,
-how one prints, how schedules are evaluated, and what it becomes for one parameter.
+how one prints, where schedules stand, and what it becomes for one parameter.
 """
 
 from __future__ import annotations
@@ -12,17 +12,13 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from functional_optim._tensor_map import device_of, lookup
+from functional_optim._names import lookup
 from functional_optim._value import equal, hash_of, repr_of
-
-if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 """A pure function from a 0-dim float64 step count to a 0-dim value."""
@@ -230,82 +226,6 @@ def _post_init(self: Any) -> None:
         self.check()
 
 
-class ScheduleState(NamedTuple):
-    """How often a transform with schedules has emitted: what they are evaluated at.
-
-    Attributes:
-        num_updates: Updates emitted so far. Tensor, shape (), float64.
-    """
-
-    num_updates: Tensor
-
-
-def _is_schedule(value: Any) -> bool:
-    # The plain kinds first: torch.compile cannot ask a dict whether it is callable.
-    return not isinstance(value, (float, Tensor, dict)) and callable(value)
-
-
-def scheduled(transform: Any) -> bool:
-    """Whether a transform of ours holds a schedule."""
-    for name in transform.hyperparameters:
-        value = getattr(transform, name)
-        parts = value if isinstance(value, tuple) else (value,)
-        if any(_is_schedule(part) for part in parts):
-            return True
-    return False
-
-
-def init_schedule(transform: Any, params: TensorMap) -> ScheduleState | tuple[()]:
-    """Return the state of a transform's schedules: `()` if it has none."""
-    if not scheduled(transform):
-        return ()
-    zero = torch.zeros((), dtype=torch.float64, device=device_of(params))
-    return ScheduleState(zero)
-
-
-def evaluate(
-    transform: Any, state: ScheduleState | tuple[()], updates: TensorMap
-) -> tuple[Any, ScheduleState | tuple[()]]:
-    """Return the transform with its schedules replaced by their values now.
-
-    Args:
-        transform: A transform of ours.
-        state: What `init_schedule` or the last `evaluate` returned.
-        updates: This step's updates; the count stands still if there are none.
-
-    Returns:
-        The transform without schedules, and the state after this update.
-
-    Raises:
-        ValueError: the transform holds a schedule and the state was made without.
-    """
-    if not scheduled(transform):
-        return transform, ()
-    if not isinstance(state, ScheduleState):
-        msg = (
-            f"{transform!r} holds a schedule, but its state was made without; call "
-            "init again after replacing a number by a schedule"
-        )
-        raise ValueError(msg)
-    now: dict[str, Any] = {}
-    for name in transform.hyperparameters:
-        value = getattr(transform, name)
-        if isinstance(value, tuple):
-            now[name] = tuple(_at(part, state.num_updates) for part in value)
-        elif _is_schedule(value):
-            now[name] = _at(value, state.num_updates)
-    count = state.num_updates + 1 if updates else state.num_updates
-    return dataclasses.replace(transform, **now), ScheduleState(count)
-
-
-def _at(value: Any, count: Tensor) -> Any:
-    """Evaluate a schedule; a plain number it returns is as good as a tensor."""
-    if not _is_schedule(value):
-        return value
-    result = value(count)
-    return result if isinstance(result, Tensor) else float(result)
-
-
 def resolve(transform: T, name: str, param: Tensor) -> T:
     """Return what a transform is for one parameter: constants instead of rules.
 
@@ -325,6 +245,7 @@ def resolve(transform: T, name: str, param: Tensor) -> T:
         ValueError: a map has no entry for this name.
 
     Example:
+        >>> import torch
         >>> from functional_optim.transforms import AddDecayedWeights
         >>> decay = AddDecayedWeights({"w": 0.1, "b": 0.0})
         >>> resolve(decay, "b", torch.zeros(3))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._hyperparameters import resolvable, value_class
-from functional_optim._tensor_map import lookup, shown
+from functional_optim._names import lookup, shown
 from functional_optim._value import shown_value
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functional_optim._tensor_map import shown
+from functional_optim._names import shown
 from functional_optim._types import Static, TensorMap
 
 S = TypeVar("S")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._tensor_map import shown
+from functional_optim._names import shown
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap

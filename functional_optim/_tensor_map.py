@@ -10,12 +10,13 @@ ordinary operations out of place.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+
+from functional_optim._names import lookup
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -98,7 +99,7 @@ class Expression:
             self._values = [v.clone() for v in self._values]
         dtypes = self._dtypes
         if like is not None:
-            dtypes = [like[name].dtype for name in self._names]
+            dtypes = [v.dtype for v in lookup(like, self._names)]
         values = self._values
         if [v.dtype for v in values] != dtypes:
             values = [v.to(d) for v, d in zip(values, dtypes, strict=True)]
@@ -203,11 +204,12 @@ class Expression:
         values = lookup(operand, self._names)
         if all(isinstance(v, (int, float)) for v in values):
             return values
-        values = [
-            v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
-            for v in values
-        ]
-        return self._matched(values)
+        return self._matched(
+            [
+                v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
+                for v in values
+            ]
+        )
 
     def _bound(self, bound: Factor) -> Column:
         """Bring a bound into order; foreach takes no single tensor for one."""
@@ -270,65 +272,6 @@ def foreach_applies(tensors: Sequence[Tensor]) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and set(map(type, tensors)) <= _PLAIN_TYPES
     )
-
-
-def lookup(values: Mapping[str, Any], names: Iterable[str]) -> list[Any]:
-    """Return the entries of a map at some names, in the order of the names.
-
-    Raises:
-        ValueError: a name is missing.
-    """
-    try:
-        return [values[name] for name in names]
-    except KeyError as error:
-        msg = (
-            f"no entry for {error.args[0]!r}, only for {shown(values)}; call init "
-            "again after adding parameters, and give a value for every name in a map"
-        )
-        raise ValueError(msg) from None
-
-
-def shown(names: Iterable[str], most: int = 5) -> str:
-    """Return a list of names short enough for an error message."""
-    names = list(names)
-    text = ", ".join(repr(name) for name in names[:most])
-    more = f", ... ({len(names)} in all)" if len(names) > most else ""
-    return f"[{text}{more}]"
-
-
-def norms(tensors: TensorMap, p: float) -> Tensor:
-    """Return the p-norm of every tensor, stacked. Shape (n,).
-
-    Example:
-        >>> norms({"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([])}, 2.0)
-        tensor([5., 0.])
-    """
-    values = list(tensors.values())
-    if not values:
-        return torch.zeros(0)
-    if p == math.inf and any(v.numel() == 0 for v in values):
-        # torch refuses the largest magnitude of nothing; as a norm it is 0.
-        values = [v if v.numel() else v.new_zeros(1) for v in values]
-    if foreach_applies(values):
-        return torch.stack(list(torch._foreach_norm(values, p)))
-    return torch.stack([torch.linalg.vector_norm(v, p) for v in values])
-
-
-def all_finite(tensors: TensorMap) -> Tensor:
-    """Tell for every tensor whether all its numbers are finite. Shape (n,), bool.
-
-    The largest magnitude is finite iff all numbers are: one pass, nothing allocated.
-
-    Example:
-        >>> all_finite({"w": torch.tensor([1.0, math.inf]), "b": torch.ones(2)})
-        tensor([False,  True])
-    """
-    return norms(tensors, math.inf).isfinite()
-
-
-def subset(tensors: TensorMap, names: Iterable[str]) -> TensorMap:
-    """Return the entries at some names, as far as they are there, in their order."""
-    return {name: tensors[name] for name in names if name in tensors}
 
 
 def copied(tensors: TensorMap) -> TensorMap:

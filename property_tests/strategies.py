@@ -22,7 +22,9 @@ finite = st.one_of(
 )
 """Also signed zeros, subnormals and huge ones whose squares stay finite in float32."""
 
-hostile = st.one_of(finite, st.sampled_from([float("nan"), float("inf"), -float("inf")]))
+hostile = st.one_of(
+    finite, st.sampled_from([float("nan"), float("inf"), -float("inf")])
+)
 
 
 def tensors(
@@ -73,7 +75,9 @@ def runs(
     omit: bool = True,
 ) -> list[fo.TensorMap]:
     """Gradients of some steps, drawn from a small pool; names may be missing."""
-    pool = draw(st.lists(maps(of, dtype, elements), min_size=1, max_size=3), label="pool")
+    pool = draw(
+        st.lists(maps(of, dtype, elements), min_size=1, max_size=3), label="pool"
+    )
     order = draw(
         st.lists(st.integers(0, len(pool) - 1), min_size=steps, max_size=steps),
         label="order",

@@ -316,9 +316,7 @@ def _compare_states(
     globals_before = _global_scalars(before)
     globals_whole = _global_scalars(whole)
     for part in parts:
-        scalars = zip(
-            globals_whole, globals_before, _global_scalars(part), strict=True
-        )
+        scalars = zip(globals_whole, globals_before, _global_scalars(part), strict=True)
         for (place, new), (_, old), (_, got) in scalars:
             # A part without any name of a branch leaves the branch as it was.
             fits = torch.allclose(got.double(), new.double(), 1e-12, equal_nan=True)

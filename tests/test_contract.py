@@ -99,7 +99,10 @@ def test_resolved_is_the_same_rule(case: Case) -> None:
     for name, param in data.params.items():
         resolved = fo.resolve(case.transform, name, param)
         assert fo.resolve(resolved, name, param) == resolved
-        state, all_state = resolved.init({name: param}), case.transform.init(data.params)
+        state, all_state = (
+            resolved.init({name: param}),
+            case.transform.init(data.params),
+        )
         for updates, _ in data.steps:
             out, state = resolved.update({name: updates[name]}, state, {name: param})
             whole, all_state = case.transform.update(updates, all_state, data.params)

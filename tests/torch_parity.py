@@ -51,7 +51,9 @@ PAIRS: list[Pair] = [
 
 
 def _torch_optimizer(
-    reference: Callable[..., torch.optim.Optimizer], params: fo.TensorMap, **options: Any
+    reference: Callable[..., torch.optim.Optimizer],
+    params: fo.TensorMap,
+    **options: Any,
 ) -> tuple[torch.optim.Optimizer, fo.TensorMap]:
     leaves = {name: p.clone().requires_grad_() for name, p in params.items()}
     return reference(leaves.values(), foreach=False, **options), leaves

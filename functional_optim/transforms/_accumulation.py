@@ -10,12 +10,8 @@ from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._hyperparameters import value_class
-from functional_optim._tensor_map import (
-    device_of,
-    is_sixteen_bit,
-    over,
-    subset,
-)
+from functional_optim._names import subset
+from functional_optim._tensor_map import device_of, is_sixteen_bit, over
 from functional_optim._types import Role, Scope, Static, TensorMap
 
 

@@ -9,17 +9,12 @@ from functional_optim._context import Context
 from functional_optim._factors import Column, complement, differs_by_name, zero_counts
 from functional_optim._hyperparameters import (
     Hyperparameter,
-    ScheduleState,
-    evaluate,
     hyperparameter,
-    init_schedule,
     is_zero,
     value_class,
 )
-from functional_optim._tensor_map import (
-    over,
-    zeros_like,
-)
+from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
+from functional_optim._tensor_map import over, zeros_like
 from functional_optim._types import Role, Scope, TensorMap
 
 

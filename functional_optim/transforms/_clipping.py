@@ -12,13 +12,12 @@ from functional_optim._context import Context, Norm
 from functional_optim._factors import negated
 from functional_optim._hyperparameters import (
     Hyperparameter,
-    ScheduleState,
-    evaluate,
     hyperparameter,
-    init_schedule,
     value_class,
 )
-from functional_optim._tensor_map import device_of, norms, over
+from functional_optim._norms import norms
+from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
+from functional_optim._tensor_map import device_of, over
 from functional_optim._types import Role, Scope
 
 if TYPE_CHECKING:

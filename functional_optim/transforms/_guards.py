@@ -11,7 +11,8 @@ from torch.utils import _pytree
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
 from functional_optim._hyperparameters import resolvable, resolve, value_class
-from functional_optim._tensor_map import all_finite, device_of
+from functional_optim._norms import all_finite
+from functional_optim._tensor_map import device_of
 from functional_optim._types import Role, Scope, Transform, inner_transforms
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
 from functional_optim._hyperparameters import resolvable, resolve, value_class
+from functional_optim._names import shown, subset
 from functional_optim._selection import (
     Selection,
     check_rules,
@@ -18,7 +19,6 @@ from functional_optim._selection import (
     picks,
     ruled,
 )
-from functional_optim._tensor_map import shown, subset
 from functional_optim._types import Scope, Transform
 
 if TYPE_CHECKING:

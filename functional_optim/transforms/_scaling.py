@@ -11,12 +11,10 @@ from functional_optim._context import Context
 from functional_optim._factors import negated
 from functional_optim._hyperparameters import (
     Hyperparameter,
-    ScheduleState,
-    evaluate,
     hyperparameter,
-    init_schedule,
     value_class,
 )
+from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
 from functional_optim._tensor_map import over
 from functional_optim._types import Role, Scope
 

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from functional_optim._context import Context
 from functional_optim._hyperparameters import (
     Hyperparameter,
-    ScheduleState,
-    evaluate,
     hyperparameter,
-    init_schedule,
     resolvable,
     value_class,
 )
+from functional_optim._names import subset
+from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
 from functional_optim._selection import (
     Selection,
     check_selection,
@@ -22,7 +21,7 @@ from functional_optim._selection import (
     picked,
     picks,
 )
-from functional_optim._tensor_map import over, subset
+from functional_optim._tensor_map import over
 from functional_optim._types import Scope
 
 if TYPE_CHECKING:

@@ -1,0 +1,39 @@
+"""Names of parameters: looking entries up by them, and showing them in errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+V = TypeVar("V")
+
+
+def lookup(values: Mapping[str, V], names: Iterable[str]) -> list[V]:
+    """Return the entries of a map at some names, in the order of the names.
+
+    Raises:
+        ValueError: a name is missing.
+    """
+    try:
+        return [values[name] for name in names]
+    except KeyError as error:
+        msg = (
+            f"no entry for {error.args[0]!r}, only for {shown(values)}; call init "
+            "again after adding parameters, and give a value for every name in a map"
+        )
+        raise ValueError(msg) from None
+
+
+def shown(names: Iterable[str], most: int = 5) -> str:
+    """Return a list of names short enough for an error message."""
+    names = list(names)
+    text = ", ".join(repr(name) for name in names[:most])
+    more = f", ... ({len(names)} in all)" if len(names) > most else ""
+    return f"[{text}{more}]"
+
+
+def subset(tensors: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
+    """Return the entries at some names, as far as they are there, in their order."""
+    return {name: tensors[name] for name in names if name in tensors}

@@ -1,0 +1,95 @@
+"""Schedules inside transforms: their count, and their values now.
+
+A schedule is evaluated at the number of updates that the transform holding it has
+emitted, before this one is counted. The count is a global scalar of the state, so a
+parameter without a gradient does not fall behind the others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from functional_optim._tensor_map import device_of
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+
+class ScheduleState(NamedTuple):
+    """How often a transform with schedules has emitted: what they are evaluated at.
+
+    Attributes:
+        num_updates: Updates emitted so far. Tensor, shape (), float64.
+    """
+
+    num_updates: Tensor
+
+
+def _is_schedule(value: Any) -> bool:
+    # The plain kinds first: torch.compile cannot ask a dict whether it is callable.
+    return not isinstance(value, (float, Tensor, dict)) and callable(value)
+
+
+def scheduled(transform: Any) -> bool:
+    """Whether a transform of ours holds a schedule."""
+    for name in transform.hyperparameters:
+        value = getattr(transform, name)
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(_is_schedule(part) for part in parts):
+            return True
+    return False
+
+
+def init_schedule(transform: Any, params: TensorMap) -> ScheduleState | tuple[()]:
+    """Return the state of a transform's schedules: `()` if it has none."""
+    if not scheduled(transform):
+        return ()
+    zero = torch.zeros((), dtype=torch.float64, device=device_of(params))
+    return ScheduleState(zero)
+
+
+def evaluate(
+    transform: Any, state: ScheduleState | tuple[()], updates: TensorMap
+) -> tuple[Any, ScheduleState | tuple[()]]:
+    """Return the transform with its schedules replaced by their values now.
+
+    Args:
+        transform: A transform of ours.
+        state: What `init_schedule` or the last `evaluate` returned.
+        updates: This step's updates; the count stands still if there are none.
+
+    Returns:
+        The transform without schedules, and the state after this update.
+
+    Raises:
+        ValueError: the transform holds a schedule and the state was made without.
+    """
+    if not scheduled(transform):
+        return transform, ()
+    if not isinstance(state, ScheduleState):
+        msg = (
+            f"{transform!r} holds a schedule, but its state was made without; call "
+            "init again after replacing a number by a schedule"
+        )
+        raise ValueError(msg)
+    now: dict[str, Any] = {}
+    for name in transform.hyperparameters:
+        value = getattr(transform, name)
+        if isinstance(value, tuple):
+            now[name] = tuple(_at(part, state.num_updates) for part in value)
+        elif _is_schedule(value):
+            now[name] = _at(value, state.num_updates)
+    count = state.num_updates + 1 if updates else state.num_updates
+    return dataclasses.replace(transform, **now), ScheduleState(count)
+
+
+def _at(value: Any, count: Tensor) -> Any:
+    """Evaluate a schedule; a plain number it returns is as good as a tensor."""
+    if not _is_schedule(value):
+        return value
+    result = value(count)
+    return result if isinstance(result, Tensor) else float(result)

@@ -1,0 +1,369 @@
+"""What users get wrong: each has an error with name, value, legal range and remedy."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+
+import laws
+import pytest
+import torch
+
+import functional_optim as fo
+from functional_optim import schedules
+
+PARAMS = {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2)}
+GRADS = {"a.weight": torch.full((2, 3), 0.5), "a.bias": torch.ones(2)}
+PIPELINE = fo.chain(fo.Accumulate(1), fo.ClipByGlobalNorm(1.0), fo.adamw(1e-3))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x: fo.Scale(x), "factor must be finite"),
+        (lambda x: fo.Unscale(x), "scale must be finite and > 0"),
+        (lambda x: fo.ScaleByLearningRate(x), "lr must be finite and >= 0"),
+        (lambda x: fo.ClipByGlobalNorm(x), "max_norm must be finite and > 0"),
+        (lambda x: fo.ClipByGlobalNorm(1.0, norm_type=-x), "p must be > 0"),
+        (lambda x: fo.ClipByValue(x), "clip_value must be finite and >= 0"),
+        (lambda x: fo.Trace(x), "momentum must be finite and >= 0"),
+        (lambda x: fo.Trace(0.9, dampening=x), "dampening must be finite"),
+        (lambda x: fo.ScaleByAdam((x, 0.9)), r"betas\[0\] must be finite and >= 0 and"),
+        (lambda x: fo.ScaleByAdam((0.9, x)), r"betas\[1\] must be finite and >= 0 and"),
+        (lambda x: fo.ScaleByAdam(eps=x), "eps must be finite and >= 0"),
+        (lambda x: fo.ScaleByAdam(eps_root=x), "eps_root must be finite and >= 0"),
+        (lambda x: fo.AddDecayedWeights(x), "weight_decay must be finite and >= 0"),
+        (
+            lambda x: fo.MultiplyParamwise({"a": x}),
+            r"multipliers\['a'\] must be finite",
+        ),
+        pytest.param(lambda x: fo.sgd(x), "lr must be finite and >= 0", id="sgd"),
+        pytest.param(
+            lambda x: fo.adam(weight_decay=x),
+            "weight_decay must be finite and >= 0",
+            id="adam",
+        ),
+        pytest.param(
+            lambda x: fo.adamw(eps=x), "eps must be finite and >= 0", id="adamw"
+        ),
+        (lambda x: fo.Scale({"a": x}), r"factor\['a'\] must be finite"),
+        (lambda x: schedules.constant(x), "value must be finite"),
+        (lambda x: schedules.linear(x, 0.0, 3), "init_value must be finite"),
+        (lambda x: schedules.cosine_decay(1.0, 3, x), "alpha must be finite"),
+        (lambda x: schedules.warmup_cosine(x, 1, 3), "peak_value must be finite"),
+        (lambda x: fo.Context(weight=x), "weight must be finite and >= 0"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nonfinite_hyperparameter(make, message: str, value: float) -> None:
+    """Numbers that are not finite are refused with the legal range."""
+    if message == "p must be > 0" and value == -math.inf:
+        return  # -(-inf) is the infinity norm.
+    with pytest.raises(ValueError, match=message):
+        make(value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fo.ScaleByLearningRate(-0.1), "lr must be .* >= 0, got -0.1"),
+        (lambda: fo.sgd(0.1, momentum=-0.9), "momentum must be .* got -0.9"),
+        (lambda: fo.adamw(betas=(0.9, 1.0)), r"betas\[1\] must be .* < 1, got 1.0"),
+        (lambda: fo.adamw(betas=(0.9,)), "betas must be a pair"),
+        (lambda: fo.ClipByGlobalNorm(0.0), "max_norm must be .* > 0, got 0.0"),
+        (lambda: fo.Unscale(0), "scale must be .* > 0, got 0"),
+        (lambda: fo.ClipByValue(-1), "clip_value must be .* >= 0, got -1"),
+        (lambda: fo.Accumulate(0), "every must be >= 1, got 0"),
+        (lambda: fo.Scale(torch.ones(2)), r"factor must be a 0-dim tensor, got shape"),
+        (lambda: fo.Context(weight=torch.ones(2)), r"weight must be .* got shape \(2,"),
+        (lambda: fo.sgd(nesterov=True), "nesterov=True needs momentum > 0"),
+        (lambda: fo.sgd(0.1, 0.9, 0.1, nesterov=True), "nesterov=True needs .* damp"),
+        (lambda: schedules.linear(1.0, 0.0, 0), "num_steps must be >= 1, got 0"),
+        (lambda: schedules.cosine_decay(1.0, 0), "decay_steps must be >= 1"),
+        (lambda: schedules.warmup_cosine(1.0, 5, 5), "decay_steps must be >= 6"),
+        (lambda: schedules.warmup_cosine(1.0, -1, 5), "warmup_steps must be >= 0"),
+        (lambda: fo.Partition({}, {}), "inner must have at least one label"),
+        (lambda: fo.Norm(0.0), "p must be > 0"),
+    ],
+)
+def test_illegal_value(make, message: str) -> None:
+    """A number out of range is refused with its value."""
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fo.sgd("0.1"), "lr must be a number, a 0-dim tensor, a schedule"),
+        (lambda: fo.sgd(True), "lr must be a number.* got True"),
+        (lambda: fo.sgd(None), "lr must be a number.* got None"),
+        (lambda: fo.Scale(torch.tensor(1)), "factor must be a floating-point tensor"),
+        (lambda: fo.ClipByGlobalNorm({"a": 1.0}), "max_norm applies to all parameters"),
+        (lambda: fo.Scale({1: 1.0}), "factor must map parameter names"),
+        (lambda: fo.Scale({"a": schedules.constant(1.0)}), "factor must map"),
+        (lambda: fo.adamw(betas=0.9), "betas must be a pair"),
+        (lambda: fo.Accumulate(2.0), "every must be an int.* got 2.0"),
+        (lambda: fo.Accumulate(True), "every must be an int.* got True"),
+        (lambda: fo.Accumulate(2, dtype=torch.int32), "dtype must be a floating"),
+        (lambda: fo.chain(fo.Scale), r"got the class Scale; write Scale\(\.\.\.\)"),
+        (lambda: fo.chain(3), "without init and update and scope"),
+        (lambda: fo.Masked(3, "*"), "inner must be a transform .* got 3"),
+        (lambda: fo.Masked(fo.Identity(), 3), "mask must be a glob"),
+        (lambda: fo.Masked(fo.Identity(), {"a": 1}), "mask as a map must give a bool"),
+        (lambda: fo.AddDecayedWeights(0.1, mask=3.0), "mask must be a glob.* 3.0"),
+        (lambda: fo.exclude(3), "selections must be a glob"),
+        (lambda: fo.MultiplyParamwise([3]), r"must be \(selection, value\) pairs"),
+        (lambda: fo.MultiplyParamwise({"a": "2"}), "must be a number"),
+        (lambda: fo.Partition([fo.Identity()], {}), "inner must be a map from label"),
+        (lambda: fo.Partition({"x": 3}, {}), r"inner\['x'\] must be a transform"),
+        (lambda: fo.Partition({"x": fo.Identity()}, {"*": 3}), "must be a label"),
+        (lambda: fo.SkipNonfinite(None), "inner must be a transform .* got None"),
+        (lambda: schedules.linear(1.0, 0.0, 2.5), "num_steps must be an int"),
+        (lambda: schedules.constant("1"), "value must be a number"),
+    ],
+)
+def test_wrong_kind(make, message: str) -> None:
+    """An argument of the wrong kind is refused with what it must be."""
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "message"),
+    [
+        ({"a.bias": torch.ones(2, dtype=torch.int64)}, TypeError, r"'a.bias' .*int64"),
+        ({"a.bias": torch.ones(2, dtype=torch.complex64)}, TypeError, "view_as_real"),
+        ({"a.bias": torch.ones(2).to_sparse()}, TypeError, "'a.bias' is sparse"),
+        ({"a.bias": None}, TypeError, "omit names without a gradient"),
+        ({"a.bias": 1.0}, TypeError, "update of 'a.bias' must be a tensor, got 1.0"),
+        ({"a.bias": torch.ones(3)}, ValueError, r"shape \(3,\), its parameter \(2,\)"),
+        ({"a.bias": torch.ones(2, device="meta")}, ValueError, "lies on meta"),
+        ({"unknown": torch.ones(2)}, ValueError, r"no parameter has: \['unknown'\]"),
+    ],
+)
+@pytest.mark.parametrize("where", ["update", "apply_updates"])
+def test_bad_gradient(changed, error, message: str, where: str) -> None:
+    """A gradient that does not fit is refused by name, and nothing changes."""
+    grads = GRADS | changed
+    state = PIPELINE.init(PARAMS)
+    before = copy.deepcopy((PARAMS, state))
+    with pytest.raises(error, match=message):
+        if where == "update":
+            PIPELINE.update(grads, state, PARAMS)
+        else:
+            fo.apply_updates(PARAMS, grads)
+    laws.assert_same(before, (PARAMS, state), "inputs")
+
+
+@pytest.mark.parametrize(
+    ("params", "error", "message"),
+    [
+        ({"w": torch.ones(2, dtype=torch.int64)}, TypeError, "'w' has dtype .*int64"),
+        ({"w": torch.ones(2, dtype=torch.complex64)}, TypeError, "view_as_real"),
+        ({"w": torch.ones(2).to_sparse()}, TypeError, "parameter of 'w' is sparse"),
+        ({1: torch.ones(2)}, TypeError, "names must be strings, got 1"),
+        ([torch.ones(2)], TypeError, "params must be a dict .* got list"),
+        (
+            {"w": torch.ones(2), "v": torch.ones(2, device="meta")},
+            ValueError,
+            "several devices: 'w' on cpu, 'v' on meta",
+        ),
+    ],
+)
+def test_bad_parameters(params, error, message: str) -> None:
+    """Parameters that cannot be optimized are refused at init."""
+    with pytest.raises(error, match=message):
+        PIPELINE.init(params)
+
+
+def test_names_unknown_to_init() -> None:
+    """A parameter added after init is named, with the remedy."""
+    state = PIPELINE.init(PARAMS)
+    more = PARAMS | {"new": torch.ones(1)}
+    with pytest.raises(ValueError, match=r"no entry for 'new'.*call init again"):
+        PIPELINE.update({"new": torch.ones(1)}, state, more)
+    with pytest.raises(ValueError, match="call init again"):
+        fo.Trace(0.9).update({"new": torch.ones(1)}, fo.Trace(0.9).init(PARAMS), more)
+
+
+def test_state_of_another_chain() -> None:
+    """A state that is not this chain's is refused."""
+    with pytest.raises(ValueError, match="tuple of 5 member states, got tuple of len"):
+        PIPELINE.update(GRADS, fo.sgd(0.1).init(PARAMS), PARAMS)
+    with pytest.raises(ValueError, match="got NoneType; make it with this chain's in"):
+        PIPELINE.update(GRADS, None, PARAMS)
+
+
+def test_schedule_added_after_init() -> None:
+    """A schedule whose count is not in the state asks for init."""
+    state = fo.Scale(1.0).init(PARAMS)
+    scheduled = fo.Scale(schedules.constant(1.0))
+    with pytest.raises(ValueError, match="holds a schedule.*call init again"):
+        scheduled.update(GRADS, state, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (
+            fo.MultiplyParamwise({"typo.*": 2.0}),
+            r"multipliers: 'typo\.\*' matches no p",
+        ),
+        (fo.MultiplyParamwise([(re.compile("typo"), 2.0)]), "matches no parameter"),
+        (
+            fo.MultiplyParamwise([(lambda n, p: False, 2.0)]),
+            "<lambda> matches no param",
+        ),
+        (fo.Masked(fo.Identity(), "typo"), "mask: 'typo' matches no parameter"),
+        (fo.Masked(fo.Identity(), ("a.*", "typo")), "'typo' matches no parameter"),
+        (fo.Masked(fo.Identity(), fo.exclude("typo")), "'typo' matches no parameter"),
+        (fo.Masked(fo.Identity(), {"a.weight": True}), "no entry for 'a.bias'"),
+        (
+            fo.Masked(fo.Identity(), {"a.weight": True, "a.bias": True, "x": True}),
+            r"names parameters that do not exist: \['x'\]",
+        ),
+        (fo.adamw(mask="typo"), "mask: 'typo' matches no parameter"),
+        (fo.Partition({"x": fo.Identity()}, {"a.weight": "x"}), "'a.bias' no label"),
+        (
+            fo.Partition({"x": fo.Identity()}, {"a.weight": "x", "*": "y"}),
+            "label 'y', which inner does not have",
+        ),
+        (
+            fo.Partition({"x": fo.Identity(), "y": fo.Identity()}, {"*": "x"}),
+            "no parameter has the label 'y'",
+        ),
+        (
+            fo.Partition({"x": fo.Identity()}, {"typo": "x", "*": "x"}),
+            "labels: 'typo' matches no parameter",
+        ),
+    ],
+    ids=repr,
+)
+def test_rules_that_match_nothing(transform: fo.Transform, message: str) -> None:
+    """A rule, mask or label that selects nothing is an error at init."""
+    with pytest.raises(ValueError, match=message):
+        transform.init(PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (
+            (fo.ClipByGlobalNorm(1.0), fo.Unscale(2.0)),
+            r"Write chain\(Unscale\(2.0\), ..., ClipByGlobalNorm\(1.0\), ...\)",
+        ),
+        ((fo.ClipByValue(1.0), fo.Unscale(2.0)), "threshold is meant for true grad"),
+        (
+            (fo.SkipNonfinite(fo.sgd(0.1)), fo.Unscale(2.0)),
+            r"Write chain\(Unscale\(2.0\), ..., SkipNonfinite",
+        ),
+        ((fo.sgd(0.1), fo.Accumulate(2)), "once a window"),
+        ((fo.Trace(0.9), fo.Accumulate(2)), "one gradient a window"),
+        ((fo.ScaleByAdam(), fo.Scale(1.0), fo.Accumulate(2)), "one gradient a window"),
+        ((fo.adamw(0.1), fo.ScaleByLearningRate(0.1)), "two learning rates"),
+        (
+            (fo.SkipNonfinite(fo.ScaleByAdam()), fo.Scale(0.1)),
+            r"Write SkipNonfinite\(chain\(..., Scale\(0.1\)\)\)",
+        ),
+    ],
+)
+def test_orders_that_cannot_be_right(members, message: str) -> None:
+    """Chain refuses exactly the listed orders and says the right one."""
+    with pytest.raises(ValueError, match=message):
+        fo.chain(*members)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        fo.Accumulate(2),
+        fo.chain(fo.Scale(1.0), fo.Accumulate(2)),
+        fo.Masked(fo.Accumulate(2), "*"),
+        fo.Partition({"x": fo.chain(fo.Accumulate(2), fo.sgd(0.1))}, {"*": "x"}),
+    ],
+    ids=repr,
+)
+def test_accumulate_inside_a_guard(inner: fo.Transform) -> None:
+    """A window inside a guard is refused at any depth."""
+    with pytest.raises(ValueError, match="stands inside a guard"):
+        fo.SkipNonfinite(inner)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        (fo.Unscale(2.0), fo.Accumulate(2), fo.ClipByGlobalNorm(1.0), fo.adamw(0.1)),
+        (fo.Accumulate(2), fo.Unscale(2.0), fo.sgd(0.1)),
+        (fo.adamw(0.1), fo.ClipByGlobalNorm(1.0), fo.MultiplyParamwise({"*": 2.0})),
+        (fo.Trace(0.9), fo.ScaleByAdam(), fo.ClipByValue(1.0), fo.ClipByValue(2.0)),
+        (fo.Accumulate(2), fo.Accumulate(3), fo.SkipNonfinite(fo.adamw(0.1))),
+        (fo.Trace(0.9), fo.Unscale(2.0)),
+    ],
+    ids=repr,
+)
+def test_other_orders_are_accepted(members) -> None:
+    """Nothing else is refused."""
+    assert len(fo.chain(*members)) >= len(members)
+
+
+def test_clip_raises_on_nonfinite_norm_if_asked() -> None:
+    """error_if_nonfinite says what the norm was, and how to go on."""
+    clip = fo.ClipByGlobalNorm(1.0, error_if_nonfinite=True)
+    bad = GRADS | {"a.bias": torch.tensor([math.nan, 1.0])}
+    with pytest.raises(RuntimeError, match="of the updates is nan; .*SkipNonfinite"):
+        clip.update(bad, clip.init(PARAMS), PARAMS)
+    clip.update(GRADS, clip.init(PARAMS), PARAMS)
+
+
+def test_reduce_refuses_what_it_cannot_join() -> None:
+    """Partials are one value a tensor, and the operation is one of four."""
+    with pytest.raises(ValueError, match=r"shape \(n,\), got shape \(\)"):
+        fo.Context().reduce(torch.tensor(1.0), "sum")
+    with pytest.raises(ValueError, match="op must be 'sum', 'max', 'all' or Norm"):
+        fo.Context().reduce(torch.ones(1), "mean")
+
+
+def test_empty_maps_and_chains_are_defined() -> None:
+    """No parameters, no updates, no members: nothing happens."""
+    for pipeline in (fo.chain(), PIPELINE, fo.chain(fo.SkipNonfinite(fo.sgd(0.1)))):
+        state = pipeline.init({})
+        assert pipeline.update({}, state, {})[0] == {}
+    assert fo.apply_updates({}, {}) == {}
+    assert fo.apply_updates(PARAMS, {}) == PARAMS
+    assert repr(fo.chain()) == "chain()"
+    assert len(fo.chain()) == 0
+
+
+def test_zero_size_tensors_are_defined() -> None:
+    """A tensor without elements has norm 0 and disturbs nothing."""
+    params = {"empty": torch.zeros(0, 3), "w": torch.tensor([3.0, 4.0])}
+    for p in (2.0, math.inf):
+        clip = fo.ClipByGlobalNorm(1.0, norm_type=p)
+        clipped, state = clip.update(params, clip.init(params), params)
+        assert clipped["empty"].shape == (0, 3)
+        assert state.norm == (5.0 if p == 2.0 else 4.0)
+    only = {"empty": torch.zeros(0)}
+    pipeline = fo.chain(fo.SkipNonfinite(fo.chain(fo.ClipByGlobalNorm(1.0), fo.adam())))
+    updates, state = pipeline.update(only, pipeline.init(only), only)
+    assert updates["empty"].shape == (0,)
+    assert state[0].skipped == 0
+
+
+def test_callers_dicts_stay_their_own() -> None:
+    """Changing what was passed to a constructor afterwards changes nothing."""
+    factors, rules, labels = {"a": 1.0}, {"*.bias": 2.0}, {"*": "x"}
+    inner, mask = {"x": fo.Identity()}, ["*.bias"]
+    made = [
+        fo.Scale(factors),
+        fo.MultiplyParamwise(rules),
+        fo.Partition(inner, labels),
+        fo.Masked(fo.Identity(), mask),
+    ]
+    before = copy.deepcopy(made)
+    factors["a"] = rules["*.bias"] = 9.0
+    labels["b"] = "x"
+    inner["y"] = fo.Scale(2.0)
+    mask.append("*")
+    assert made == before

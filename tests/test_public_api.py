@@ -1,0 +1,112 @@
+"""The public surface: sorted, complete, documented, and in the table of cases."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+from transform_cases import CASES
+
+import functional_optim as fo
+from functional_optim import optimizers, schedules, transforms
+from functional_optim._types import inner_transforms
+
+MODULES = [fo, transforms, optimizers, schedules]
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_all_is_sorted_and_exact(module) -> None:
+    """`__all__` is sorted, without repeats, and every name exists."""
+    assert module.__all__ == sorted(set(module.__all__))
+    assert all(hasattr(module, name) for name in module.__all__)
+
+
+def _instances(transform: object) -> list[object]:
+    found = [transform]
+    for inner in inner_transforms(transform):
+        found += _instances(inner)
+    return found
+
+
+def test_every_transform_is_in_the_table() -> None:
+    """A public transform that no law looks at is a failure."""
+    seen = {type(t) for case in CASES for t in _instances(case.transform)}
+    public = {
+        value
+        for name in transforms.__all__
+        if hasattr(value := getattr(transforms, name), "update")
+    }
+    assert len(public) >= 14
+    assert public <= seen, f"missing in transform_cases: {public - seen}"
+
+
+def test_top_level_has_every_transform_and_preset() -> None:
+    """`fo.X` works for all transforms and presets; state types stay one level down."""
+    names = {name for name in transforms.__all__ if not name.endswith("State")}
+    assert names | set(optimizers.__all__) <= set(fo.__all__)
+
+
+def _public_objects() -> list[object]:
+    found = []
+    for module in MODULES:
+        for name in module.__all__:
+            value = getattr(module, name)
+            if inspect.isclass(value) or inspect.isfunction(value):
+                found.append(value)
+    return sorted(set(found), key=lambda value: value.__name__)
+
+
+@pytest.mark.parametrize("value", _public_objects(), ids=lambda v: v.__name__)
+def test_docstring_has_the_agreed_form(value) -> None:
+    """A public name says what it computes, its arguments, errors, and an example."""
+    text = inspect.getdoc(value)
+    assert text
+    if value.__name__.endswith("State"):
+        assert "Attributes:" in text
+        return
+    assert ">>>" in text, "no example"
+    parameters = [
+        name
+        for name, parameter in inspect.signature(value).parameters.items()
+        if parameter.kind is not parameter.VAR_POSITIONAL
+    ]
+    if inspect.isclass(value) and (
+        not dataclasses.is_dataclass(value) or value is fo.Chain
+    ):
+        parameters = []
+    for name in parameters:
+        assert f"{name}" in text, f"argument {name} is not documented"
+    if hasattr(value, "update") and value not in (fo.Transform, fo.Chain):
+        assert "Shapes:" in text
+        assert "Source:" in text or "Partition" in text or "Masked" in text
+    if value in {getattr(transforms, name) for name in transforms.__all__}:
+        for method in ("init", "update"):
+            assert inspect.getdoc(getattr(value, method))
+
+
+def test_every_module_imports_alone() -> None:
+    """No module needs another to be imported first."""
+    for info in pkgutil.walk_packages(fo.__path__, "functional_optim."):
+        importlib.import_module(info.name)
+
+
+def test_transforms_take_one_positional_argument() -> None:
+    """First argument positional, the rest keyword-only; combinators may have two."""
+    two = {fo.Masked, fo.Partition}
+    for name in transforms.__all__:
+        value = getattr(transforms, name)
+        if hasattr(value, "update"):
+            fields = [f for f in dataclasses.fields(value) if not f.kw_only]
+            assert len(fields) <= (2 if value in two else 1), name
+
+
+def test_values_are_final() -> None:
+    """Transforms are final: tweak by wrapping, not by inheriting."""
+    for name in transforms.__all__:
+        value = getattr(transforms, name)
+        if hasattr(value, "update"):
+            assert value.__final__
+            assert value.__mro__[1:] == (object,)
