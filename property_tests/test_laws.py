@@ -6,12 +6,12 @@ import laws
 import pytest
 import strategies
 import torch
-from examples import SHAPES
 from hypothesis import given
 from hypothesis import strategies as st
 from transform_cases import CASES, Case
 
 import functional_optim as fo
+from examples import SHAPES
 
 LAWS = [laws.purity, laws.determinism, laws.structure, laws.omitted_names, laws.hold]
 cases = st.sampled_from(CASES)

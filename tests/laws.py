@@ -372,7 +372,9 @@ def vmapped(transform: fo.Transform, examples: Sequence[Example]) -> None:
         return _pytree.tree_map(lambda *xs: torch.stack(xs), *trees)
 
     def members(tree: Any) -> list[Any]:
-        return [_pytree.tree_map(lambda x: x[i], tree) for i in range(len(examples))]
+        return [
+            _pytree.tree_map(lambda x, i=i: x[i], tree) for i in range(len(examples))
+        ]
 
     params = stacked([example.params for example in examples])
     state = torch.func.vmap(transform.init)(params)

@@ -149,11 +149,12 @@ def test_bad_gradient(changed, error, message: str, where: str) -> None:
     grads = GRADS | changed
     state = PIPELINE.init(PARAMS)
     before = copy.deepcopy((PARAMS, state))
+    calls = {
+        "update": lambda: PIPELINE.update(grads, state, PARAMS),
+        "apply_updates": lambda: fo.apply_updates(PARAMS, grads),
+    }
     with pytest.raises(error, match=message):
-        if where == "update":
-            PIPELINE.update(grads, state, PARAMS)
-        else:
-            fo.apply_updates(PARAMS, grads)
+        calls[where]()
     laws.assert_same(before, (PARAMS, state), "inputs")
 
 

@@ -11,10 +11,10 @@ import laws
 import pytest
 import torch
 import transform_cases
-from examples import example
 from transform_cases import CASES, Case
 
 import functional_optim as fo
+from examples import example
 from functional_optim import schedules
 
 # The names that a repr is written with.

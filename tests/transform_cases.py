@@ -16,17 +16,17 @@ import functional_optim as fo
 from functional_optim import schedules
 
 
-def is_matrix(name: str, param: Tensor) -> bool:  # noqa: ARG001 - a predicate's form
+def is_matrix(name: str, param: Tensor) -> bool:
     """Select what is no bias: a predicate with a name, so that it pickles."""
     return param.ndim >= 2
 
 
-def is_nonempty(name: str, param: Tensor) -> bool:  # noqa: ARG001
+def is_nonempty(name: str, param: Tensor) -> bool:
     """Select parameters that have elements."""
     return param.numel() > 0
 
 
-def by_shape(name: str, param: Tensor) -> str:  # noqa: ARG001
+def by_shape(name: str, param: Tensor) -> str:
     """Label matrices and the rest."""
     return "matrix" if param.ndim >= 2 else "other"
 

@@ -1,0 +1,49 @@
+# make train   install and run the main job: a language model, trained in three ways
+# make test    install, then lint, types, doctests, tests and property tests
+# make bench   install and time one optimizer step against torch.optim and TorchOpt
+#
+# Each works on a fresh machine with Python 3.10 to 3.13 and nothing else.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: train test test-thorough lint bench clean
+
+train: $(VENV)/examples.installed
+	$(BIN)/python examples/train_language_model.py $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest --quiet --doctest-modules functional_optim tests property_tests
+
+test-thorough: lint
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --quiet property_tests
+
+lint: $(VENV)/dev.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/bench.installed
+	$(BIN)/python benchmarks/update_step.py --out benchmarks/results $(ARGS)
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/examples.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[examples]'
+	touch $@
+
+$(VENV)/dev.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[test,dev,examples]'
+	touch $@
+
+$(VENV)/bench.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[bench]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
