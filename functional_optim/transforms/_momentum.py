@@ -16,7 +16,7 @@ from functional_optim._hyperparameters import (
     value_class,
 )
 from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
-from functional_optim._tensor_map import copied, over, zeros_like
+from functional_optim._tensor_map import over, zeros_like
 from functional_optim._types import Role, Scope, TensorMap
 
 
@@ -127,6 +127,6 @@ class Trace:
         if self.nesterov:
             moved = over(updates, at=kept).add(kept, alpha=now.momentum).map()
         else:
-            moved = copied(kept)
+            moved = over(kept, at=updates).map()
         new = state.momentum_buffer | kept
         return moved, TraceState(new, started, schedule)

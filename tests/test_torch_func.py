@@ -1,0 +1,148 @@
+"""Inside torch.func and autograd: hypergradients, ensembles, no leaks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import functional_optim as fo
+
+PARAMS = {
+    "w": torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64),
+    "b": torch.tensor(0.3, dtype=torch.float64),
+}
+
+
+def _loss(params: fo.TensorMap) -> torch.Tensor:
+    return ((params["w"] * params["b"]).exp().sum() - 1.0) ** 2
+
+
+def _trained(hyper: torch.Tensor, make, *, differentiable: bool) -> torch.Tensor:
+    """Return the loss after three steps with a hyperparameter."""
+    pipeline = make(hyper)
+    params, state = PARAMS, pipeline.init(PARAMS)
+    context = fo.Context(differentiable=differentiable)
+    for _ in range(3):
+        grads = torch.func.grad(_loss)(params)
+        updates, state = pipeline.update(grads, state, params, context=context)
+        params = fo.apply_updates(params, updates, differentiable=differentiable)
+    return _loss(params)
+
+
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [
+        (lambda h: fo.sgd(h, momentum=0.9), 0.01),
+        (lambda h: fo.sgd(0.01, momentum=h), 0.5),
+        (lambda h: fo.sgd(0.01, momentum=0.5, dampening=h), 0.2),
+        (lambda h: fo.adamw(h), 0.01),
+        (lambda h: fo.adamw(0.01, weight_decay=h), 0.1),
+        (lambda h: fo.adamw(0.01, betas=(h, 0.99)), 0.8),
+        (lambda h: fo.adamw(0.01, betas=(0.8, h)), 0.9),
+        (lambda h: fo.adamw(0.01, eps=h), 1e-3),
+        (lambda h: fo.chain(fo.ClipByGlobalNorm(h), fo.sgd(0.1)), 0.5),
+        (lambda h: fo.chain(fo.MultiplyParamwise({"b": h}), fo.sgd(0.01)), 0.5),
+        (lambda h: fo.chain(fo.SkipNonfinite(fo.adamw(h))), 0.01),
+    ],
+    ids=[
+        "sgd lr",
+        "momentum",
+        "dampening",
+        "adamw lr",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "eps",
+        "max_norm",
+        "multiplier",
+        "guarded lr",
+    ],
+)
+@pytest.mark.parametrize("way", ["torch.func", "backward"])
+def test_hypergradients(make, value: float, way: str) -> None:
+    """Derivatives with respect to hyperparameters are those of finite differences."""
+    h = torch.tensor(value, dtype=torch.float64)
+    if way == "torch.func":
+        slope = torch.func.grad(lambda x: _trained(x, make, differentiable=False))(h)
+    else:
+        leaf = h.clone().requires_grad_()
+        _trained(leaf, make, differentiable=True).backward()
+        slope = leaf.grad
+    step = 1e-6 * value
+    after = _trained(h + step, make, differentiable=False)
+    before = _trained(h - step, make, differentiable=False)
+    # Central differences: truncation (1e-6)^2 relative, rounding 1e-16 / 1e-6.
+    assert torch.allclose(slope, (after - before) / (2 * step), rtol=1e-5, atol=1e-8)
+    assert slope != 0
+
+
+def test_ensemble_with_a_learning_rate_each() -> None:
+    """vmap with a hyperparameter for each member equals the loop over members."""
+    lrs = torch.tensor([0.1, 0.01, 0.001], dtype=torch.float64)
+    stacked = {name: torch.stack([p, 2 * p, -p]) for name, p in PARAMS.items()}
+
+    def step(lr, params, state):
+        grads = torch.func.grad(_loss)(params)
+        updates, state = fo.adamw(lr).update(grads, state, params)
+        return fo.apply_updates(params, updates), state
+
+    state = torch.func.vmap(fo.adamw().init)(stacked)
+    together = stacked
+    for _ in range(3):
+        together, state = torch.func.vmap(step)(lrs, together, state)
+    for index, lr in enumerate(lrs):
+        params = {name: p[index] for name, p in stacked.items()}
+        alone = fo.adamw().init(params)
+        for _ in range(3):
+            params, alone = step(lr, params, alone)
+        for name in params:
+            # The same operations; sums in exp() may differ in order.
+            assert torch.allclose(together[name][index], params[name], rtol=1e-12)
+
+
+def test_a_long_loop_keeps_no_graph() -> None:
+    """Nothing that a step hands to the next one holds on to a graph."""
+    model = torch.nn.Linear(3, 1)
+    pipeline = fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(0.1))
+    params = dict(model.named_parameters())
+    state = pipeline.init(params)
+    for _ in range(20):
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        out = torch.func.functional_call(model, leaves, torch.ones(2, 3))
+        grads = dict(
+            zip(leaves, torch.autograd.grad(out.sum(), leaves.values()), strict=True)
+        )
+        updates, state = pipeline.update(grads, state, leaves)
+        params = fo.apply_updates(leaves, updates)
+        kept = torch.utils._pytree.tree_leaves((params, updates, state))
+        assert not any(x.requires_grad or x.grad_fn for x in kept)
+
+
+# Inductor's own imports warn of what torch deprecates.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_inductor_compiles_the_whole_training_step() -> None:
+    """Gradient, clip, AdamW and apply in one graph equal eager, schedule included."""
+    pipeline = fo.chain(
+        fo.ClipByGlobalNorm(1.0), fo.adamw(fo.schedules.linear(0.1, 0.0, 9))
+    )
+
+    def step(params, state):
+        grads, loss = torch.func.grad_and_value(_loss)(params)
+        updates, state = pipeline.update(grads, state, params)
+        return fo.apply_updates(params, updates), state, loss
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(step, fullgraph=True)
+    eager, eager_state = PARAMS, pipeline.init(PARAMS)
+    fast, fast_state = PARAMS, pipeline.init(PARAMS)
+    for _ in range(6):
+        eager, eager_state, loss = step(eager, eager_state)
+        fast, fast_state, fast_loss = compiled(fast, fast_state)
+        # Six steps of float64; Inductor contracts nothing but orders sums anew.
+        assert torch.allclose(loss, fast_loss, rtol=1e-10)
+    for name, p in eager.items():
+        assert torch.allclose(p, fast[name], rtol=1e-10)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
