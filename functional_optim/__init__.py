@@ -1,12 +1,16 @@
 """Gradient processing for PyTorch as pure functions."""
 
 from functional_optim import schedules, transforms
-from functional_optim._apply import apply_updates, gradients, parameters
+from functional_optim._apply import (
+    apply_updates,
+    gradients,
+    load_parameters,
+    parameters,
+)
 from functional_optim._chain import Chain, chain
-from functional_optim._context import Context, Norm
-from functional_optim._hyperparameters import resolve
-from functional_optim._scheduling import ScheduleState
-from functional_optim._selection import exclude
+from functional_optim._context import Context, Norm, ReduceOp, Reducer
+from functional_optim._hyperparameters import Hyperparameter, Schedule, resolve
+from functional_optim._selection import Rules, Selection, exclude
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, Scope, Static, TensorMap, Transform
 from functional_optim.optimizers import adam, adamw, sgd
@@ -36,17 +40,22 @@ __all__ = [
     "ClipByGlobalNorm",
     "ClipByValue",
     "Context",
+    "Hyperparameter",
     "Identity",
     "Masked",
     "MultiplyParamwise",
     "Norm",
     "Partition",
+    "ReduceOp",
+    "Reducer",
     "Role",
+    "Rules",
     "Scale",
     "ScaleByAdam",
     "ScaleByLearningRate",
-    "ScheduleState",
+    "Schedule",
     "Scope",
+    "Selection",
     "SkipNonfinite",
     "Static",
     "TensorMap",
@@ -59,6 +68,7 @@ __all__ = [
     "chain",
     "exclude",
     "gradients",
+    "load_parameters",
     "load_state_dict",
     "parameters",
     "resolve",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from functional_optim._names import shown
 from functional_optim._structure import check_updates
 from functional_optim._tensor_map import over
 
@@ -27,8 +28,8 @@ def recording(*, differentiable: bool) -> torch.set_grad_enabled:
 def parameters(model: torch.nn.Module) -> TensorMap:
     """Return the parameters of a model by name, detached.
 
-    The tensors share their memory with the model. Parameters with `requires_grad` off
-    are left out, tied ones come once, as in `model.named_parameters()`.
+    The tensors share their memory with the model: when it changes, so do they.
+    Frozen parameters are left out; tied ones come once, as in `named_parameters()`.
 
     Args:
         model: The model.
@@ -48,7 +49,7 @@ def gradients(model: torch.nn.Module) -> TensorMap:
     """Return the gradients of a model by parameter name, detached.
 
     The tensors share their memory with `.grad`. Parameters without a gradient are left
-    out: their parameter and state stay as they are.
+    out, so that they and their state stay as they are; so are frozen ones.
 
     Args:
         model: The model, after a backward.
@@ -62,8 +63,38 @@ def gradients(model: torch.nn.Module) -> TensorMap:
     return {
         name: param.grad.detach()
         for name, param in model.named_parameters()
-        if param.grad is not None
+        if param.requires_grad and param.grad is not None
     }
+
+
+def load_parameters(model: torch.nn.Module, params: TensorMap) -> None:
+    """Copy parameters into a model: the inverse of `parameters`, in place.
+
+    Buffers, frozen parameters and names that `params` lacks keep their values.
+
+    Args:
+        model: The model to change.
+        params: Parameters by name, such as `apply_updates` returns.
+
+    Raises:
+        ValueError: a name that the model does not have, or another shape.
+
+    Example:
+        >>> model = torch.nn.Linear(1, 1)
+        >>> load_parameters(model, {"bias": torch.tensor([2.0])})
+        >>> model.bias.item()
+        2.0
+    """
+    own = dict(model.named_parameters())
+    unknown = [name for name in params if name not in own]
+    wrong = [n for n, p in params.items() if n in own and p.shape != own[n].shape]
+    if unknown or wrong:
+        msg = (
+            f"the model has no parameters {shown(unknown)}, and others than these "
+            f"shapes for {shown(wrong)}; make the map with parameters(model)"
+        )
+        raise ValueError(msg)
+    model.load_state_dict(params, strict=False)
 
 
 def apply_updates(
@@ -90,5 +121,5 @@ def apply_updates(
     """
     check_updates(updates, params)
     with recording(differentiable=differentiable):
-        new = over(params, at=updates).add(updates).map(like=params)
+        new = over(params, at=updates).add(updates).to_map(like=params)
     return {**params, **new}

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, final
 
 from functional_optim._apply import recording
 from functional_optim._context import Context
-from functional_optim._hyperparameters import resolvable, resolve, value_class
-from functional_optim._structure import check_parameters, check_updates
+from functional_optim._hyperparameters import checked, resolve, value_class
+from functional_optim._structure import check_parameters, check_updates, shown_state
 from functional_optim._tensor_map import copied
 from functional_optim._types import Role, Scope, Transform
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 
 def _checked_members(name: str, members: Sequence[Any]) -> tuple[Transform, ...]:
-    return tuple(
-        checked_transform(f"{name}[{i}]", member) for i, member in enumerate(members)
-    )
+    flat: list[Transform] = []
+    for index, member in enumerate(members):
+        transform = checked_transform(f"{name}[{index}]", member)
+        flat.extend(transform.members if isinstance(transform, Chain) else [transform])
+    return tuple(flat)
 
 
 def _resolve_members(
@@ -40,7 +42,8 @@ class Chain:
     and everything downstream keeps its state.
 
     Args:
-        members: The transforms, outermost first, without chains among them.
+        members: The transforms, the one that sees the gradients first; chains among
+            them are flattened.
 
     State:
         A tuple: the members' states in order.
@@ -54,11 +57,11 @@ class Chain:
         ClipByValue(1.0)
     """
 
-    members: tuple[Transform, ...] = resolvable(
+    members: tuple[Transform, ...] = checked(
         check=_checked_members, resolve=_resolve_members
     )
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse orders that cannot be right."""
         _check_order(self.members)
 
@@ -118,7 +121,7 @@ class Chain:
         if not isinstance(state, tuple) or len(state) != len(self.members):
             msg = (
                 f"state must be a tuple of {len(self.members)} member states, got "
-                f"{_kind(state)}; make it with this chain's init"
+                f"{shown_state(state)}; make it with this chain's init"
             )
             raise ValueError(msg)
         with recording(differentiable=context.differentiable):
@@ -157,12 +160,7 @@ def chain(*transforms: Transform) -> Chain:
         >>> fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(0.1, momentum=0.9))
         chain(ClipByGlobalNorm(1.0), Trace(0.9), ScaleByLearningRate(0.1))
     """
-    members: list[Transform] = []
-    for transform in transforms:
-        members.extend(
-            transform.members if isinstance(transform, Chain) else [transform]
-        )
-    return Chain(tuple(members))
+    return Chain(transforms)
 
 
 def checked_transform(name: str, transform: Any) -> Transform:
@@ -187,12 +185,6 @@ def checked_transform(name: str, transform: Any) -> Transform:
         )
         raise TypeError(msg)
     return transform
-
-
-def _kind(state: object) -> str:
-    if isinstance(state, tuple):
-        return f"{type(state).__name__} of length {len(state)}"
-    return type(state).__name__
 
 
 def _role(transform: Transform) -> Role | None:

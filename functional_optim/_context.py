@@ -37,7 +37,14 @@ ReduceOp: TypeAlias = Literal["sum", "max", "all"] | Norm
 
 
 class Reducer(Protocol):
-    """Who answers `Context.reduce` when an update runs on a part of the parameters."""
+    """Who answers `Context.reduce` when an update runs on a part of the parameters.
+
+    Example:
+        >>> def half_of_all(path, partial, op):
+        ...     return 2 * local_total(partial, op)
+        >>> Context(reducer=half_of_all).reduce(torch.ones(3), "sum")
+        tensor(6.)
+    """
 
     def __call__(
         self, path: tuple[int | str, ...], partial: Tensor, op: ReduceOp
@@ -92,6 +99,7 @@ class Context:
     Raises:
         ValueError: `weight` is a number that is negative or not finite, or a tensor
             that is not 0-dim.
+        TypeError: `weight` is neither.
 
     Example:
         >>> Context(weight=512.0, last=True).weight
@@ -114,6 +122,9 @@ class Context:
                     f"{tuple(weight.shape)}; pass weight.sum()"
                 )
                 raise ValueError(msg)
+        elif weight is not None and not isinstance(weight, (int, float)):
+            msg = f"weight must be a number or a 0-dim tensor, got {weight!r}"
+            raise TypeError(msg)
         elif weight is not None and not 0 <= weight < math.inf:
             msg = f"weight must be finite and >= 0, got {weight}"
             raise ValueError(msg)

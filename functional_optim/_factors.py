@@ -9,7 +9,7 @@ that arithmetic: it stacks the distinct tensors of some names into one vector.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,12 +37,24 @@ def zero_counts(params: TensorMap, dtype: torch.dtype = torch.float64) -> Tensor
     return {name: zeros[param.device] for name, param in params.items()}
 
 
+def incremented(counts: TensorMap, names: Iterable[str]) -> TensorMap:
+    """Return the counts of some names, one more each.
+
+    Example:
+        >>> incremented(zero_counts({"w": torch.ones(2)}), ["w"])
+        {'w': tensor(1., dtype=torch.float64)}
+    """
+    column = Column(counts, names)
+    return column.by_name(column.values + 1)
+
+
 class Column:
     """0-dim numbers of some names, stacked: one row for each distinct tensor.
 
     Args:
         entries: 0-dim tensors by name.
         names: Which names, in order; at least one.
+        apart: Give each name a row of its own, because a factor differs by name.
 
     Raises:
         ValueError: `entries` lacks a name.
@@ -50,10 +62,12 @@ class Column:
 
     __slots__ = ("_names", "_rows", "values")
 
-    def __init__(self, entries: TensorMap, names: Iterable[str]) -> None:
+    def __init__(
+        self, entries: TensorMap, names: Iterable[str], *, apart: bool = False
+    ) -> None:
         self._names = list(names)
         found = lookup(entries, self._names)
-        distinct = _distinct(found)
+        distinct = found if apart else _distinct(found)
         self._rows = (
             list(range(len(found)))
             if distinct is found
@@ -62,17 +76,12 @@ class Column:
         self.values: Tensor = torch.stack(distinct)
         """The numbers, to compute with. Shape (rows,)."""
 
-    def spread(self) -> None:
-        """Give each name a row of its own, because a factor differs by name."""
-        self.values = torch.stack([self.values[row] for row in self._rows])
-        self._rows = list(range(len(self._names)))
-
     def along(self, factor: Factor) -> Tensor:
         """Return a factor in a shape that computes with `values`, in float64."""
-        if isinstance(factor, Mapping):  # Only legal when spread.
+        if isinstance(factor, Mapping):  # Then the rows are apart.
             numbers = lookup(factor, self._names)
-            return torch.stack([_float64(number) for number in numbers])
-        return _float64(factor)
+            return torch.stack([self._float64(number) for number in numbers])
+        return self._float64(factor)
 
     def by_name(self, values: Tensor) -> TensorMap:
         """Return the row of each name as a 0-dim tensor, shared like the entries."""
@@ -84,6 +93,10 @@ class Column:
     def factor(self, values: Tensor) -> Factor:
         """Return the rows as a factor: one for all if all share it."""
         return values[0] if len(values) == 1 else self.by_name(values)
+
+    def _float64(self, number: float | Tensor) -> Tensor:
+        device = self.values.device
+        return torch.as_tensor(number, dtype=torch.float64, device=device)
 
 
 def _distinct(tensors: list[Tensor], most: int = 8) -> list[Tensor]:
@@ -104,10 +117,6 @@ def _position(tensor: Tensor, tensors: list[Tensor]) -> int:
     return next(row for row, other in enumerate(tensors) if tensor is other)
 
 
-def _float64(number: float | Tensor) -> Tensor:
-    return torch.as_tensor(number, dtype=torch.float64)
-
-
 def differs_by_name(*factors: Factor) -> bool:
     """Whether one of the factors is a map."""
     return any(isinstance(factor, Mapping) for factor in factors)
@@ -116,13 +125,12 @@ def differs_by_name(*factors: Factor) -> bool:
 def complement(factor: Factor) -> Factor:
     """Return 1 - factor, for tensors in float64."""
     if isinstance(factor, Mapping):
-        return {
-            name: cast("float | Tensor", complement(value))
-            for name, value in factor.items()
-        }
-    if isinstance(factor, Tensor):
-        return 1 - factor.double()
-    return 1 - factor
+        return {name: _complement(value) for name, value in factor.items()}
+    return _complement(factor)
+
+
+def _complement(number: float | Tensor) -> float | Tensor:
+    return 1 - (number.double() if isinstance(number, Tensor) else number)
 
 
 def negated(factor: Factor) -> Factor:

@@ -30,32 +30,6 @@ C = TypeVar("C", bound=type)
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Range:
-    """The legal finite numbers of a hyperparameter."""
-
-    ge: float | None = None
-    gt: float | None = None
-    lt: float | None = None
-
-    def __contains__(self, value: float) -> bool:
-        return (
-            math.isfinite(value)
-            and (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.lt is None or value < self.lt)
-        )
-
-    def __str__(self) -> str:
-        bounds = [("ge", ">="), ("gt", ">"), ("lt", "<")]
-        parts = [
-            f"{sign} {getattr(self, name):g}"
-            for name, sign in bounds
-            if getattr(self, name) is not None
-        ]
-        return " and ".join(["finite", *parts])
-
-
 def hyperparameter(
     *,
     default: Any = dataclasses.MISSING,
@@ -75,42 +49,85 @@ def hyperparameter(
         per_parameter: Whether a map from parameter name to value is allowed.
         pair: Whether it is a tuple of two hyperparameters, like `betas`.
     """
-    kind = _Kind(Range(ge=ge, gt=gt, lt=lt), per_parameter=per_parameter, pair=pair)
+    kind = _Kind(ge=ge, gt=gt, lt=lt, per_parameter=per_parameter, pair=pair)
     return dataclasses.field(
         default=default,
         metadata={
             "hyperparameter": True,
             "check": functools.partial(_normalized, kind=kind),
-            "resolve": _resolve_number,
+            "resolve": resolved_number,
         },
     )
 
 
-def resolvable(
+def flag(*, default: bool) -> Any:
+    """Declare a field of a transform as a switch: True or False, nothing like it."""
+    return dataclasses.field(default=default, metadata={"check": _checked_flag})
+
+
+def _checked_flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        msg = f"{name} must be True or False, got {value!r}"
+        raise TypeError(msg)
+    return value
+
+
+def checked(
     *,
     check: Callable[[str, Any], Any],
-    resolve: Callable[[Any, str, Tensor], Any],
+    resolve: Callable[[Any, str, Tensor], Any] | None = None,
     default: Any = dataclasses.MISSING,
 ) -> Any:
-    """Declare a field whose value depends on the parameter: a mask, rules, labels.
+    """Declare a field that is checked at construction: a mask, rules, a transform.
 
     Args:
         check: Function of (name of the field, value) that returns the checked value,
             safe from later changes by the caller.
         resolve: Function of (value, name, param) that returns the constant to use for
-            this parameter.
+            one parameter; None leaves the value to the class's own `resolved`.
         default: Its default; none if left out.
     """
-    return dataclasses.field(
-        default=default, metadata={"check": check, "resolve": resolve}
-    )
+    metadata: dict[str, Any] = {"check": check}
+    if resolve is not None:
+        metadata["resolve"] = resolve
+    return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _Kind:
-    legal: Range
-    per_parameter: bool
-    pair: bool
+    """What a hyperparameter may be."""
+
+    ge: float | None = None
+    gt: float | None = None
+    lt: float | None = None
+    per_parameter: bool = False
+    pair: bool = False
+    schedule: bool = True
+
+    def __contains__(self, number: float) -> bool:
+        return (
+            math.isfinite(number)
+            and (self.ge is None or number >= self.ge)
+            and (self.gt is None or number > self.gt)
+            and (self.lt is None or number < self.lt)
+        )
+
+    @property
+    def legal(self) -> str:
+        """The legal range, in words."""
+        bounds = ((">=", self.ge), (">", self.gt), ("<", self.lt))
+        parts = [f"{sign} {bound:g}" for sign, bound in bounds if bound is not None]
+        return " and ".join(["finite", *parts])
+
+    @property
+    def kinds(self) -> str:
+        """The legal kinds, in words."""
+        kinds = ["a number", "a 0-dim tensor"]
+        if self.schedule:
+            kinds.append("a schedule")
+        if self.per_parameter:
+            kinds.append("a map from parameter name to number or tensor")
+        return f"{', '.join(kinds[:-1])} or {kinds[-1]}"
 
 
 def _normalized(name: str, value: Any, kind: _Kind) -> Any:
@@ -133,13 +150,10 @@ def _normalized(name: str, value: Any, kind: _Kind) -> Any:
                 f"name, got {value!r}; use Masked or Partition for separate ones"
             )
             raise TypeError(msg)
-        single = dataclasses.replace(kind, per_parameter=False)
+        single = dataclasses.replace(kind, per_parameter=False, schedule=False)
         for key, part in value.items():
-            if not isinstance(key, str) or callable(part):
-                msg = (
-                    f"{name} must map parameter names to numbers or 0-dim tensors, got "
-                    f"{key!r}: {part!r}"
-                )
+            if not isinstance(key, str):
+                msg = f"{name} must map parameter names to values, got {key!r}: {part}"
                 raise TypeError(msg)
         return {
             key: _normalized(f"{name}[{key!r}]", part, single)
@@ -147,7 +161,10 @@ def _normalized(name: str, value: Any, kind: _Kind) -> Any:
         }
     if isinstance(value, Tensor):
         return _checked_tensor(name, value)
-    if callable(value):
+    if isinstance(value, type):
+        msg = f"{name} must be {kind.kinds}, got a class; write {value.__name__}(...)"
+        raise TypeError(msg)
+    if kind.schedule and callable(value):
         return value
     return _checked_number(name, value, kind)
 
@@ -164,34 +181,37 @@ def _checked_tensor(name: str, value: Tensor) -> Tensor:
 
 def _checked_number(name: str, value: Any, kind: _Kind) -> float:
     if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
-        kinds = "a number, a 0-dim tensor, a schedule"
-        if kind.per_parameter:
-            kinds += " or a map from parameter name to number or tensor"
-        msg = f"{name} must be {kinds}, got {value!r}"
+        msg = f"{name} must be {kind.kinds}, got {value!r}"
         raise TypeError(msg)
     number = float(value)
-    if number not in kind.legal:
+    if number not in kind:
         msg = f"{name} must be {kind.legal}, got {value}"
         raise ValueError(msg)
     return number
 
 
-def _resolve_number(value: Any, name: str, param: Tensor) -> Any:
-    """Replace a map by its entry for this parameter."""
+def resolved_number(value: Any, name: str, param: Tensor) -> Any:
+    """Return a hyperparameter for one parameter: a map's entry, else the value.
+
+    Raises:
+        ValueError: a map has no entry for this name.
+    """
     if isinstance(value, tuple):
-        return tuple(_resolve_number(part, name, param) for part in value)
+        return tuple(resolved_number(part, name, param) for part in value)
     return lookup(value, [name])[0] if isinstance(value, Mapping) else value
 
 
 @dataclass_transform(
-    frozen_default=True, eq_default=False, field_specifiers=(hyperparameter, resolvable)
+    frozen_default=True,
+    eq_default=False,
+    field_specifiers=(hyperparameter, checked, flag),
 )
 def value_class(cls: C) -> C:
     """Make a class a value: frozen, checked, printed as written, equal by value.
 
     Args:
         cls: A class whose annotations are its fields. At construction declared fields
-            are checked one by one; then the class's own `check` runs, if it has one.
+            are checked one by one; then the class's own `_check` runs, if it has one.
     """
     _define(
         cls,
@@ -204,10 +224,12 @@ def value_class(cls: C) -> C:
     fields = dataclasses.fields(cls)
     _define(
         cls,
-        field_checks=tuple(
+        _field_checks=tuple(
             (f.name, f.metadata["check"]) for f in fields if "check" in f.metadata
         ),
-        hyperparameters=tuple(f.name for f in fields if "hyperparameter" in f.metadata),
+        _hyperparameters=tuple(
+            f.name for f in fields if "hyperparameter" in f.metadata
+        ),
     )
     return cls
 
@@ -220,10 +242,10 @@ def _define(cls: type, **members: Any) -> None:
 
 
 def _post_init(self: Any) -> None:
-    for name, check in self.field_checks:
+    for name, check in self._field_checks:
         object.__setattr__(self, name, check(name, getattr(self, name)))
-    if hasattr(self, "check"):
-        self.check()
+    if hasattr(self, "_check"):
+        self._check()
 
 
 def resolve(transform: T, name: str, param: Tensor) -> T:
@@ -253,6 +275,10 @@ def resolve(transform: T, name: str, param: Tensor) -> T:
     """
     if not dataclasses.is_dataclass(transform) or isinstance(transform, type):
         return transform
+    own = getattr(transform, "resolved", None)
+    if own is not None:
+        chosen: T = own(name, param)
+        return chosen
     changes = {
         field.name: field.metadata["resolve"](
             getattr(transform, field.name), name, param
@@ -278,6 +304,4 @@ def check_factor(name: str, value: Any) -> Any:
         ValueError: it is not finite, or not 0-dim.
         TypeError: it is neither.
     """
-    if isinstance(value, Tensor):
-        return _checked_tensor(name, value)
-    return _checked_number(name, value, _Kind(Range(), per_parameter=False, pair=False))
+    return _normalized(name, value, _Kind(schedule=False))

@@ -37,3 +37,21 @@ def shown(names: Iterable[str], most: int = 5) -> str:
 def subset(tensors: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
     """Return the entries at some names, as far as they are there, in their order."""
     return {name: tensors[name] for name in names if name in tensors}
+
+
+def check_same_names(
+    what: str, values: Mapping[str, object], params: Mapping[str, object]
+) -> None:
+    """Refuse a map that does not give every parameter, and nothing else, a value.
+
+    Raises:
+        ValueError: naming what is missing and what does not exist.
+    """
+    missing = [name for name in params if name not in values]
+    unknown = [name for name in values if name not in params]
+    if missing or unknown:
+        msg = (
+            f"{what} must have a value for every parameter and no other: missing "
+            f"{shown(missing)}, unknown {shown(unknown)}"
+        )
+        raise ValueError(msg)

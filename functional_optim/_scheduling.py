@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_optim._names import check_same_names
 from functional_optim._tensor_map import device_of
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def _is_schedule(value: Any) -> bool:
 
 def scheduled(transform: Any) -> bool:
     """Whether a transform of ours holds a schedule."""
-    for name in transform.hyperparameters:
+    for name in transform._hyperparameters:
         value = getattr(transform, name)
         parts = value if isinstance(value, tuple) else (value,)
         if any(_is_schedule(part) for part in parts):
@@ -44,8 +45,23 @@ def scheduled(transform: Any) -> bool:
     return False
 
 
-def init_schedule(transform: Any, params: TensorMap) -> ScheduleState | tuple[()]:
-    """Return the state of a transform's schedules: `()` if it has none."""
+def init_hyperparameters(
+    transform: Any, params: TensorMap
+) -> ScheduleState | tuple[()]:
+    """Check maps by name, and return the state of the schedules: `()` without any.
+
+    Args:
+        transform: A transform of ours.
+        params: All parameters that it will see.
+
+    Raises:
+        ValueError: a map lacks a parameter, or names one that does not exist.
+    """
+    for name in transform._hyperparameters:
+        value = getattr(transform, name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, dict):
+                check_same_names(name, part, params)
     if not scheduled(transform):
         return ()
     zero = torch.zeros((), dtype=torch.float64, device=device_of(params))
@@ -59,7 +75,7 @@ def evaluate(
 
     Args:
         transform: A transform of ours.
-        state: What `init_schedule` or the last `evaluate` returned.
+        state: What `init_hyperparameters` or the last `evaluate` returned.
         updates: This step's updates; the count stands still if there are none.
 
     Returns:
@@ -77,7 +93,7 @@ def evaluate(
         )
         raise ValueError(msg)
     now: dict[str, Any] = {}
-    for name in transform.hyperparameters:
+    for name in transform._hyperparameters:
         value = getattr(transform, name)
         if isinstance(value, tuple):
             now[name] = tuple(_at(part, state.num_updates) for part in value)

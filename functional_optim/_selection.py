@@ -9,6 +9,8 @@ A *selection* picks parameters. It is one of
 - a tuple or list of selections: whatever any of them picks,
 - a map from every name to bool, or one bool for all.
 
+A predicate must depend on the name, shape and dtype alone: it is asked at every step.
+
 *Rules* give each parameter a value: a map from selection (or name) to value, or a list
 of (selection, value) pairs. The first rule that fits wins.
 """
@@ -18,17 +20,19 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, Union, final
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union, final
 
 import torch
 from torch import Tensor
 
-from functional_optim._hyperparameters import resolvable, value_class
-from functional_optim._names import lookup, shown
+from functional_optim._hyperparameters import checked, value_class
+from functional_optim._names import check_same_names, lookup, shown
 from functional_optim._value import shown_value
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap
+
+V = TypeVar("V")
 
 Predicate: TypeAlias = Callable[[str, Tensor], bool]
 
@@ -118,9 +122,7 @@ class Exclude:
         TypeError: one is no selection.
     """
 
-    selections: tuple[Selection, ...] = resolvable(
-        check=frozen_selection, resolve=picks
-    )
+    selections: tuple[Selection, ...] = checked(check=frozen_selection)
 
     def __repr__(self) -> str:
         return f"exclude({', '.join(map(shown_value, self.selections))})"
@@ -151,7 +153,9 @@ def picked(selection: Any, params: TensorMap, names: Sequence[str]) -> list[str]
 
 
 def check_selection(selection: Any, params: TensorMap, name: str) -> None:
-    """Refuse a selection of which a part picks no parameter at all.
+    """Refuse a selection that picks no parameter, as a whole or in a part.
+
+    Only an explicit False, or a map of them, may select nothing.
 
     Args:
         selection: A frozen selection.
@@ -162,23 +166,23 @@ def check_selection(selection: Any, params: TensorMap, name: str) -> None:
         ValueError: a part picks nothing, or a map does not cover the parameters.
     """
     if isinstance(selection, Mapping):
-        unknown = [key for key in selection if key not in params]
-        if unknown:
-            raise ValueError(_unknown(name, unknown, params))
-        lookup(selection, params)
-    elif isinstance(selection, Exclude):
-        check_selection(selection.selections, params, name)
-    elif isinstance(selection, tuple):
-        for part in selection:
-            check_selection(part, params, name)
-    elif not isinstance(selection, bool) and not picked(
-        selection, params, list(params)
-    ):
+        check_same_names(name, selection, params)
+        return
+    if isinstance(selection, bool) or not params:
+        return
+    parts = selection.selections if isinstance(selection, Exclude) else selection
+    for part in parts if isinstance(parts, tuple) else ():
+        check_selection(part, params, name)
+    if not picked(selection, params, list(params)):
         msg = (
             f"{name}: {shown_value(selection)} matches no parameter; the names are "
             f"{shown(params)}"
         )
         raise ValueError(msg)
+
+
+Rules: TypeAlias = Mapping[Selection, V] | Sequence[tuple[Selection, V]]
+"""Values by selection, the first that fits wins."""
 
 
 def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any:
@@ -232,10 +236,3 @@ def check_rules(rules: Any, params: TensorMap, name: str) -> None:
     if isinstance(rules, (dict, tuple)):
         for selection, _ in _pairs(rules):
             check_selection(selection, params, f"rule in {name}")
-
-
-def _unknown(name: str, unknown: list[str], params: TensorMap) -> str:
-    return (
-        f"{name} names parameters that do not exist: {shown(unknown)}; the names are "
-        f"{shown(params)}"
-    )

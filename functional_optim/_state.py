@@ -8,6 +8,7 @@ where it differs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -37,7 +38,7 @@ def state_dict(state: Any) -> dict[str, Any]:
     Example:
         >>> from functional_optim.transforms import Trace
         >>> state = Trace(0.9).init({"w": torch.zeros(1)})
-        >>> state_dict(state)["state"]["momentum_buffer"]
+        >>> state_dict(state)["state"]["fields"]["momentum_buffer"]
         {'w': tensor([0.])}
     """
     return {"format": _FORMAT, "state": _plain(state, "state")}
@@ -53,7 +54,7 @@ def _plain(state: Any, place: str) -> Any:
             name: _plain(getattr(state, name), f"{place}.{name}")
             for name in state._fields
         }
-        return {"type": type(state).__name__, **fields}
+        return {"type": type(state).__name__, "fields": fields}
     if isinstance(state, tuple):
         return [_plain(part, f"{place}[{i}]") for i, part in enumerate(state)]
     if isinstance(state, Mapping):
@@ -122,7 +123,8 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
     if isinstance(template, tuple) and hasattr(template, "_fields"):
         kind = type(template)
         _check_type(data, kind.__name__, place)
-        _check_names(kind._fields, [k for k in data if k != "type"], place, "fields")
+        data = data["fields"]
+        _check_names(kind._fields, list(data), place, "fields")
         parts = [
             _loaded(getattr(template, n), data[n], f"{place}.{n}") for n in kind._fields
         ]
@@ -151,12 +153,17 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
 
 def _shared(column: TensorMap) -> TensorMap:
     """Let names with the same count share one tensor again, as `init` does."""
-    if any(tensor.ndim for tensor in column.values()):
+    tensors = list(column.values())
+    if not tensors or any(t.ndim or t.dtype != tensors[0].dtype for t in tensors):
         return column
-    distinct: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+    distinct: dict[tuple[float, float], Tensor] = {}
+    # The sign tells -0.0 from 0.0; NaN equals nothing and stays by itself.
+    keys = [
+        (value, math.copysign(1.0, value)) for value in torch.stack(tensors).tolist()
+    ]
     return {
-        name: distinct.setdefault((tensor.item(), tensor.dtype, tensor.device), tensor)
-        for name, tensor in column.items()
+        name: distinct.setdefault(key, tensor)
+        for (name, tensor), key in zip(column.items(), keys, strict=True)
     }
 
 
@@ -171,8 +178,7 @@ def _loaded_tensor(template: Tensor, data: Any, place: str) -> Tensor:
             "checkpoint is of another model"
         )
         raise ValueError(msg)
-    copy = torch.empty_like(template, requires_grad=False)
-    return copy.copy_(data.detach())
+    return data.detach().to(template.device, copy=True)
 
 
 def _check_type(data: Any, kind: str, place: str) -> None:

@@ -61,6 +61,23 @@ def check_updates(updates: Any, params: TensorMap) -> None:
             _refuse(name, update, updates, params)
 
 
+def check_names(updates: TensorMap, params: TensorMap) -> None:
+    """Refuse updates for names that no parameter has; `check_updates` checks the rest.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not updates.keys() <= params.keys():
+        check_updates(updates, params)
+
+
+def shown_state(state: object) -> str:
+    """Return what a state is, for an error message."""
+    if isinstance(state, tuple):
+        return f"{type(state).__name__} of length {len(state)}"
+    return type(state).__name__
+
+
 def _refuse(name: Any, update: Any, updates: TensorMap, params: TensorMap) -> None:
     """Say what is wrong with an update."""
     param = params.get(name)

@@ -1,7 +1,7 @@
 """The algebra of tensor maps: one vocabulary, two lowerings.
 
-`over(v).mul(b2).addcmul(g, g, 1 - b2).map()` reads like the formula and makes one new
-map: the first operation allocates, those after it reuse what the first one made. On
+`over(v).mul(b2).addcmul(g, g, 1 - b2).to_map()` reads like the formula and makes one
+new map: the first operation allocates, those after it reuse what the first one made. On
 plain tensors that record no graph it runs as `torch._foreach_*`; under `torch.func`,
 `torch.compile`, autograd and for tensor subclasses, which foreach does not serve, as
 ordinary operations out of place.
@@ -35,17 +35,17 @@ def over(values: TensorMap, at: TensorMap | None = None) -> Expression:
 
     Args:
         values: The map to start from; it is only read.
-        at: Start from the entries of `values` at the names of this map, in the wider
-            dtype of the two.
+        at: Start from the entries of `values` at the names of this map only, and
+            compute in the wider dtype of the two.
 
     Returns:
-        An expression; `.map()` ends it.
+        An expression; `.to_map()` ends it.
 
     Raises:
         ValueError: `values` has no entry for a name of `at`.
 
     Example:
-        >>> over({"w": torch.tensor([1.0, 2.0])}).mul(3.0).add(1.0).map()
+        >>> over({"w": torch.tensor([1.0, 2.0])}).mul(3.0).add(1.0).to_map()
         {'w': tensor([4., 7.])}
     """
     return Expression(values, at)
@@ -89,7 +89,7 @@ class Expression:
         self._foreach = foreach_applies(self._values)
         self._own = False
 
-    def map(self, like: TensorMap | None = None) -> TensorMap:
+    def to_map(self, like: TensorMap | None = None) -> TensorMap:
         """End the expression: a new map, in the dtype it started with.
 
         Args:
@@ -163,7 +163,7 @@ class Expression:
             "clamp_max", self._bound(high)
         )
 
-    def _run(self, name: str, *columns: Column, **options: float) -> Expression:
+    def _run(self, name: str, *columns: Operands, **options: float) -> Expression:
         """Apply `torch.<name>` to every tensor, in place on what is already ours."""
         if not self._foreach:
             function = getattr(torch, name)
@@ -181,7 +181,7 @@ class Expression:
         self._own = True
         return self
 
-    def _rows(self, *columns: Column) -> Iterable[tuple[Any, ...]]:
+    def _rows(self, *columns: Operands) -> Iterable[tuple[Any, ...]]:
         """Return the operands of each tensor."""
         count = len(self._values)
         each = [
@@ -191,7 +191,7 @@ class Expression:
             return itertools.repeat((), count)
         return zip(*each, strict=True)
 
-    def _column(self, operand: Operand) -> Column:
+    def _column(self, operand: Operand) -> Operands:
         """Bring an operand into order: one number for all, or a list by name."""
         if isinstance(operand, Expression):
             return operand._values
@@ -206,12 +206,14 @@ class Expression:
             return values
         return self._matched(
             [
-                v if isinstance(v, Tensor) else torch.tensor(v, dtype=torch.float64)
-                for v in values
+                v.to(x.device)
+                if isinstance(v, Tensor)
+                else torch.tensor(v, dtype=torch.float64, device=x.device)
+                for v, x in zip(values, self._values, strict=True)
             ]
         )
 
-    def _bound(self, bound: Factor) -> Column:
+    def _bound(self, bound: Factor) -> Operands:
         """Bring a bound into order; foreach takes no single tensor for one."""
         if isinstance(bound, Tensor):
             return [bound] * len(self._values)
@@ -247,7 +249,7 @@ class Expression:
 
 
 Operand: TypeAlias = Factor | Expression
-Column: TypeAlias = float | Tensor | list[Any]
+Operands: TypeAlias = float | Tensor | list[Any]
 
 
 def _lerp(x: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:

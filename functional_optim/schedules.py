@@ -69,7 +69,7 @@ class constant:
 
     value: float
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse values that are not finite."""
         _check_numbers(self, "value")
 
@@ -106,7 +106,7 @@ class linear:
     end_value: float
     num_steps: int
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse values that are not finite and lines without length."""
         _check_numbers(self, "init_value", "end_value")
         _check_steps("num_steps", self.num_steps, 1)
@@ -147,7 +147,7 @@ class cosine_decay:
     decay_steps: int
     alpha: float = 0.0
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse values that are not finite and decays without length."""
         _check_numbers(self, "init_value", "alpha")
         _check_steps("decay_steps", self.decay_steps, 1)
@@ -195,7 +195,7 @@ class warmup_cosine:
     init_value: float = 0.0
     end_value: float = 0.0
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse values that are not finite and lengths that do not fit."""
         _check_numbers(self, "peak_value", "init_value", "end_value")
         _check_steps("warmup_steps", self.warmup_steps, 0)

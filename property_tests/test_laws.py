@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transform_cases import CASES, Case
 
 import functional_optim as fo
-from examples import SHAPES
+from law_examples import SHAPES
 
 LAWS = [laws.purity, laws.determinism, laws.structure, laws.omitted_names, laws.hold]
 cases = st.sampled_from(CASES)

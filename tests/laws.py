@@ -56,9 +56,10 @@ def leaves(tree: Any) -> list[tuple[str, Tensor]]:
 
 def assert_same(a: Any, b: Any, what: str, rtol: float | None = None) -> None:
     """Assert that two trees agree: bit for bit, or relative to their largest number."""
+    forms = _pytree.tree_structure(a), _pytree.tree_structure(b)
+    # The structure holds the names, and what is Static.
+    assert forms[0] == forms[1], f"{what}: {forms[0]} / {forms[1]}"
     left, right = leaves(a), leaves(b)
-    places = [place for place, _ in left], [place for place, _ in right]
-    assert places[0] == places[1], f"{what}: different names {places[0]} / {places[1]}"
     for (place, x), (_, y) in zip(left, right, strict=True):
         if rtol is None:
             assert same_bits(x, y), f"{what}{place}: {x} / {y}"
@@ -158,7 +159,19 @@ def structure(transform: fo.Transform, example: Example) -> None:
 
 
 def _form(state: Any) -> Any:
-    return [(place, x.shape, x.dtype, x.device) for place, x in leaves(state)]
+    """Return the structure of a state, whatever its Static values are."""
+    masked = _without_static(state)
+    kinds = [(x.shape, x.dtype, x.device) for _, x in leaves(masked)]
+    return _pytree.tree_structure(masked), kinds
+
+
+def _without_static(state: Any) -> Any:
+    if isinstance(state, fo.Static):
+        return fo.Static(None)
+    if isinstance(state, tuple):
+        parts = [_without_static(part) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return state
 
 
 def omitted_names(transform: fo.Transform, example: Example) -> None:
@@ -193,69 +206,69 @@ def scope(transform: fo.Transform, example: Example) -> None:
     params = example.params
     if transform.scope == fo.Scope.GLOBAL:
         return
-    for cuts in _cuts(transform.scope, params):
+    for cut in _cuts(transform.scope, params):
         state = transform.init(params)
         for updates, context in example.steps:
             whole = transform.update(updates, state, params, context=context)
-            parts = _update_parts(transform, cuts, updates, state, params, context)
-            out = {}
-            for name in whole[0]:
-                found = [part[0][name] for part in parts if name in part[0]]
-                out[name] = _glued(found, params[name])
-            # Cuts inside a tensor change the order of sums: n * eps of float64.
-            assert_same(whole[0], out, f"update cut at {cuts}", rtol=1e-12)
-            _compare_states(whole[1], state, [new for _, new in parts], params)
+            # A part that is given nothing is not run.
+            parts = [part for part in cut if any(name in updates for name, _ in part)]
+            new = _update_parts(transform, parts, updates, state, params, context)
+            _compare_parts(whole, state, new, params, strict=_is_across(cut, params))
             state = whole[1]
     if transform.scope == fo.Scope.ELEMENTWISE:
         _commutes_with_permutation(transform, example)
 
 
-def _cuts(scope: fo.Scope, params: fo.TensorMap) -> list[dict[str, list[int]]]:
-    """Return where to cut: for each name the sizes of its pieces along dimension 0."""
-    whole = {name: [p.shape[0] if p.ndim else 1] for name, p in params.items()}
+Part = list[tuple[str, slice]]
+"""Pieces of some names, along dimension 0; in the order of the parameters."""
+
+
+def _cuts(scope: fo.Scope, params: fo.TensorMap) -> list[list[Part]]:
+    """Return the legal cuts that are tried: lists of parts."""
+    everything = slice(None)
+    by_name = [[(name, everything)] for name in params]
     if scope != fo.Scope.ELEMENTWISE:
-        return [whole]
-    ones = {name: [1] * sizes[0] or [0] for name, sizes in whole.items()}
-    halves = {
-        name: [sizes[0] // 2, sizes[0] - sizes[0] // 2] if sizes[0] > 1 else sizes
-        for name, sizes in whole.items()
-    }
-    return [whole, halves, ones]
+        return [by_name]
+    rows: list[Part] = []
+    for name, p in params.items():
+        count = p.shape[0] if p.ndim else 0
+        rows += [[(name, slice(i, i + 1))] for i in range(count)] or [
+            [(name, everything)]
+        ]
+    # Every part holds some elements of every name, as ranks do.
+    across: list[Part] = [
+        [(n, slice(None, 1) if p.ndim else everything) for n, p in params.items()],
+        [(n, slice(1, None)) for n, p in params.items() if p.ndim],
+    ]
+    return [by_name, rows, across]
 
 
-def _pieces(x: Tensor, sizes: list[int]) -> list[Tensor]:
-    return [piece.clone() for piece in x.split(sizes)] if x.ndim else [x.clone()]
+def _is_across(cut: list[Part], params: fo.TensorMap) -> bool:
+    return len(cut) == 2 and len(cut[0]) == len(params)
 
 
-def _glued(pieces: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(pieces) if like.ndim else pieces[0]
+def _piece(x: Tensor, where: slice) -> Tensor:
+    return x[where].clone() if x.ndim else x.clone()
 
 
 def _update_parts(
     transform: fo.Transform,
-    cuts: dict[str, list[int]],
+    parts: list[Part],
     updates: fo.TensorMap,
     state: Any,
     params: fo.TensorMap,
     context: fo.Context,
-) -> list[tuple[fo.TensorMap, Any]]:
-    """Run `update` on every piece of every name by itself, with totals shared."""
-    parts = []
-    for name in params:
-        if name not in updates:
-            continue
-        pieces = zip(
-            _pieces(updates[name], cuts[name]),
-            _pieces(params[name], cuts[name]),
-            strict=True,
-        )
-        for index, (u, p) in enumerate(pieces):
-            part_state = _part_of(state, name, index, cuts[name], params)
-            parts.append(({name: u}, part_state, {name: p}))
+) -> list[tuple[Part, fo.TensorMap, Any]]:
+    """Run `update` on every part by itself, with totals shared."""
+    given = []
+    for part in parts:
+        u = {name: _piece(updates[name], w) for name, w in part if name in updates}
+        p = {name: _piece(params[name], w) for name, w in part}
+        given.append((u, _part_of(state, part, params), p))
     totals: dict[tuple[Any, ...], Tensor] = {}
     while True:
         results, stopped = [], []
-        for u, s, p in parts:
+        for u, s, p in given:
             reducer = _supplied(totals)
             part_context = dataclasses.replace(context, reducer=reducer)
             try:
@@ -263,7 +276,7 @@ def _update_parts(
             except _Total as total:
                 stopped.append(total)
         if not stopped:
-            return results
+            return [(part, *r) for part, r in zip(parts, results, strict=True)]
         key, op = stopped[0].key, stopped[0].op
         assert {total.key for total in stopped} == {key}, "parts reduce differently"
         partial = torch.cat([total.partial for total in stopped])
@@ -299,62 +312,91 @@ def _map_fields(function: Callable[[fo.TensorMap], Any], state: Any) -> Any:
     return state
 
 
-def _part_of(
-    state: Any, name: str, index: int, sizes: list[int], params: fo.TensorMap
-) -> Any:
-    """Return the state of one piece of one name."""
+def _part_of(state: Any, part: Part, params: fo.TensorMap) -> Any:
+    """Return the state of one part."""
 
     def cut(entries: fo.TensorMap) -> fo.TensorMap:
-        if name not in entries:
-            return {}
-        if _is_elementwise(entries, params):
-            return {name: _pieces(entries[name], sizes)[index]}
-        return {name: entries[name]}
+        elementwise = _is_elementwise(entries, params)
+        return {
+            name: _piece(entries[name], where) if elementwise else entries[name]
+            for name, where in part
+            if name in entries
+        }
 
     return _map_fields(cut, state)
 
 
-def _compare_states(
-    whole: Any, before: Any, parts: list[Any], params: fo.TensorMap
+def _compare_parts(
+    whole: tuple[fo.TensorMap, Any],
+    before: Any,
+    parts: list[tuple[Part, fo.TensorMap, Any]],
+    params: fo.TensorMap,
+    *,
+    strict: bool,
 ) -> None:
-    """Assert that the parts' states are the whole's, and global scalars are equal."""
-    globals_before = _global_scalars(before)
-    globals_whole = _global_scalars(whole)
-    for part in parts:
-        scalars = zip(globals_whole, globals_before, _global_scalars(part), strict=True)
-        for (place, new), (_, old), (_, got) in scalars:
+    """Assert that the parts together are the whole.
+
+    Cuts inside a tensor change the order of sums: n * eps of float64.
+    """
+    found = [out for _, out, _ in parts]
+    assert_same(whole[0], _glued(whole[0], found, params), "update of the parts", 1e-12)
+    fields: list[fo.TensorMap] = []
+    _map_fields(fields.append, whole[1])
+    part_fields: list[list[fo.TensorMap]] = []
+    for _, _, new in parts:
+        part_fields.append([])
+        _map_fields(part_fields[-1].append, new)
+    for index, entries in enumerate(fields):
+        got = [some[index] for some in part_fields]
+        seen = {n: x for n, x in entries.items() if any(n in some for some in got)}
+        if _is_elementwise(entries, params):
+            seen = {n: x for n, x in seen.items() if _is_covered(n, got, params)}
+            assert_same(seen, _glued(seen, got, params), "state of the parts", 1e-12)
+        else:
+            for some in got:
+                assert_same(
+                    {n: entries[n] for n in some}, some, "state of a part", 1e-12
+                )
+    rest, rest_before = _global_part(whole[1]), _global_part(before)
+    for _, _, new in parts:
+        try:
+            assert_same(rest, _global_part(new), "global scalars of a part", 1e-12)
+        except AssertionError:
             # A part without any name of a branch leaves the branch as it was.
-            fits = torch.allclose(got.double(), new.double(), 1e-12, equal_nan=True)
-            assert fits or same_bits(got, old), f"state{place} differs between parts"
-    if parts:
-        for index, (place, new) in enumerate(globals_whole):
-            got = [_global_scalars(part)[index][1] for part in parts]
-            fits = [
-                torch.allclose(g.double(), new.double(), 1e-12, equal_nan=True)
-                for g in got
-            ]
-            assert any(fits), f"state{place} comes out of no part"
-    fields_whole: list[fo.TensorMap] = []
-    _map_fields(fields_whole.append, whole)
-    fields_parts: list[list[fo.TensorMap]] = []
-    for part in parts:
-        found: list[fo.TensorMap] = []
-        _map_fields(found.append, part)
-        fields_parts.append(found)
-    for index, entries in enumerate(fields_whole):
-        for name, new in entries.items():
-            got = [f[index][name] for f in fields_parts if name in f[index]]
-            if not got:
-                continue
-            if _is_elementwise(entries, params):
-                assert_same(new, _glued(got, params[name]), f"state of {name}", 1e-12)
-            else:
-                for piece in got:
-                    assert_same(new, piece, f"state of {name}", 1e-12)
+            if strict or not _is_mixture(_global_part(new), rest, rest_before):
+                raise
 
 
-def _global_scalars(state: Any) -> list[tuple[str, Tensor]]:
-    return leaves(_map_fields(lambda _: (), state))
+def _is_covered(name: str, got: list[fo.TensorMap], params: fo.TensorMap) -> bool:
+    """Whether the parts that ran hold all of a name."""
+    return sum(some[name].numel() for some in got if name in some) == (
+        params[name].numel()
+    )
+
+
+def _glued(
+    like: fo.TensorMap, parts: list[fo.TensorMap], params: fo.TensorMap
+) -> fo.TensorMap:
+    """Put the pieces of each name together."""
+    made = {}
+    for name in like:
+        pieces = [part[name] for part in parts if name in part]
+        made[name] = torch.cat(pieces) if params[name].ndim else pieces[0]
+    return made
+
+
+def _is_mixture(got: Any, new: Any, old: Any) -> bool:
+    """Whether every scalar is the new one or the old one."""
+    triples = zip(leaves(got), leaves(new), leaves(old), strict=True)
+    return all(
+        same_bits(g, o) or torch.allclose(g.double(), n.double(), 1e-12, equal_nan=True)
+        for (_, g), (_, n), (_, o) in triples
+    )
+
+
+def _global_part(state: Any) -> Any:
+    """Return a state without its fields by name: its scalars and what is Static."""
+    return _map_fields(lambda _: (), state)
 
 
 def _commutes_with_permutation(transform: fo.Transform, example: Example) -> None:

@@ -14,7 +14,7 @@ import transform_cases
 from transform_cases import CASES, Case
 
 import functional_optim as fo
-from examples import example
+from law_examples import example
 from functional_optim import schedules
 
 # The names that a repr is written with.

@@ -11,7 +11,7 @@ import torch
 from torch.autograd.gradcheck import GradcheckError
 
 import functional_optim as fo
-from examples import example
+from law_examples import example
 
 
 class Broken:

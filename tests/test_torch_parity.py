@@ -7,7 +7,7 @@ import torch
 import torch_parity
 
 import functional_optim as fo
-from examples import numbers
+from law_examples import numbers
 
 SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "norm": (), "empty": (0,)}
 

@@ -50,7 +50,7 @@ class Case:
         return repr(self.transform)
 
 
-# Names and shapes of `examples.PARAMETERS`.
+# Names and shapes of `law_examples.SHAPES`.
 NAMES = ["a.weight", "a.bias", "b.weight", "scale", "empty"]
 
 CASES = [

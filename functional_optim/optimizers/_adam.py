@@ -47,7 +47,8 @@ def adam(
         amsgrad: Whether to divide by the largest second moment so far.
         maximize: Whether to climb instead of to descend.
         decoupled_weight_decay: Whether weights decay apart from the moments (AdamW).
-        mask: Which parameters decay, any selection; None means all.
+        mask: Which parameters decay, any selection; None means all. Not looked at if
+            weight_decay is a plain 0.
 
     Returns:
         A chain of public transforms.
@@ -99,7 +100,8 @@ def adamw(
         weight_decay: Decay rate per unit of lr. Finite, >= 0; a plain 0 leaves it out.
         amsgrad: Whether to divide by the largest second moment so far.
         maximize: Whether to climb instead of to descend.
-        mask: Which parameters decay, any selection; None means all.
+        mask: Which parameters decay, any selection; None means all. Not looked at if
+            weight_decay is a plain 0.
 
     Returns:
         A chain of public transforms.

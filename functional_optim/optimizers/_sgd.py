@@ -45,7 +45,8 @@ def sgd(
         weight_decay: L2 penalty. Finite, >= 0.
         nesterov: Whether to look ahead. Needs momentum > 0 and dampening 0.
         maximize: Whether to climb instead of to descend.
-        mask: Which parameters decay, any selection; None means all.
+        mask: Which parameters decay, any selection; None means all. Not looked at if
+            weight_decay is a plain 0.
 
     Returns:
         A chain of public transforms.

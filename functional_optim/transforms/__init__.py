@@ -1,5 +1,6 @@
 """Transforms: each a line of mathematics, one concept a file."""
 
+from functional_optim._scheduling import ScheduleState
 from functional_optim.transforms._accumulation import Accumulate, AccumulateState
 from functional_optim.transforms._adaptive import ScaleByAdam, ScaleByAdamState
 from functional_optim.transforms._clipping import (
@@ -30,6 +31,7 @@ __all__ = [
     "ScaleByAdam",
     "ScaleByAdamState",
     "ScaleByLearningRate",
+    "ScheduleState",
     "SkipNonfinite",
     "SkipNonfiniteState",
     "Trace",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._context import Context
-from functional_optim._hyperparameters import value_class
+from functional_optim._hyperparameters import flag, value_class
 from functional_optim._names import subset
 from functional_optim._tensor_map import device_of, is_sixteen_bit, over
 from functional_optim._types import Role, Scope, Static, TensorMap
@@ -45,6 +45,9 @@ class Accumulate:
     nothing downstream runs. A name that was missing in some micro-batches counts as
     zero there; one that was missing in all is left out.
 
+    `last=True` must come with the last micro-batch itself: an empty map holds, it does
+    not close a window. To know the end in advance, look one batch ahead.
+
     Args:
         every: Number of micro-batches in a window. >= 1.
         mean: Whether to divide by the sum of the weights.
@@ -76,13 +79,13 @@ class Accumulate:
 
     every: int
     _: KW_ONLY
-    mean: bool = True
+    mean: bool = flag(default=True)
     dtype: torch.dtype | None = None
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.ACCUMULATE
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse windows without micro-batches and dtypes that cannot hold sums."""
         if isinstance(self.every, bool) or not isinstance(self.every, int):
             msg = f"every must be an int, a number of micro-batches, got {self.every!r}"
@@ -124,7 +127,7 @@ class Accumulate:
             still = tuple(name for name in params if name in unseen)
             return {}, AccumulateState(sums, weight, Static(position), Static(still))
         seen = subset(sums, [name for name in params if name not in unseen])
-        total = over(seen).div(weight).map() if self.mean else over(seen).map()
+        total = over(seen).div(weight).to_map() if self.mean else over(seen).to_map()
         return total, AccumulateState(sums, weight, Static(0), Static(()))
 
     def _sum_dtype(self, param: Tensor) -> torch.dtype:
@@ -147,12 +150,12 @@ class Accumulate:
         if weight is not None:
             # A micro-batch without tokens has the mean 0 / 0; it must not count.
             factor = torch.as_tensor(weight, dtype=torch.float64)
-            weighted = over(updates, at=subset(sums, updates)).mul(factor).map()
+            weighted = over(updates, at=subset(sums, updates)).mul(factor).to_map()
             updates = {n: torch.where(factor > 0, u, 0.0) for n, u in weighted.items()}
         first = {name: u for name, u in updates.items() if name in fresh}
         later = {name: u for name, u in updates.items() if name not in fresh}
-        new = over(first).map(like=sums)
-        return sums | new | over(sums, at=later).add(later).map(like=sums)
+        new = over(first).to_map(like=sums)
+        return sums | new | over(sums, at=later).add(later).to_map(like=sums)
 
 
 def _weight_sum(

@@ -6,14 +6,21 @@ from dataclasses import KW_ONLY
 from typing import ClassVar, NamedTuple, final
 
 from functional_optim._context import Context
-from functional_optim._factors import Column, complement, differs_by_name, zero_counts
+from functional_optim._factors import (
+    Column,
+    complement,
+    differs_by_name,
+    incremented,
+    zero_counts,
+)
 from functional_optim._hyperparameters import (
     Hyperparameter,
+    flag,
     hyperparameter,
     is_zero,
     value_class,
 )
-from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
+from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._tensor_map import over, zeros_like
 from functional_optim._types import Role, Scope, TensorMap
 
@@ -90,7 +97,7 @@ class ScaleByAdam:
     _: KW_ONLY
     eps: Hyperparameter = hyperparameter(default=1e-8, ge=0.0)
     eps_root: Hyperparameter = hyperparameter(default=0.0, ge=0.0)
-    amsgrad: bool = False
+    amsgrad: bool = flag(default=False)
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.MOMENT
@@ -98,7 +105,7 @@ class ScaleByAdam:
     def init(self, params: TensorMap) -> ScaleByAdamState:
         """Return moments of zero."""
         largest = zeros_like(params) if self.amsgrad else ()
-        schedule = init_schedule(self, params)
+        schedule = init_hyperparameters(self, params)
         return ScaleByAdamState(
             zero_counts(params),
             zeros_like(params),
@@ -120,31 +127,31 @@ class ScaleByAdam:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)
         beta1, beta2 = now.betas
-        counts = Column(state.step, updates)
-        counts.values = counts.values + 1
-        step = state.step | counts.by_name(counts.values)
-        if differs_by_name(beta1, beta2, now.eps_root):
-            counts.spread()
-        correction1 = 1 - counts.along(beta1) ** counts.values
-        correction2 = 1 - counts.along(beta2) ** counts.values
+        step = state.step | incremented(state.step, updates)
+        apart = differs_by_name(beta1, beta2, now.eps_root)
+        t = Column(step, updates, apart=apart)
+        correction1 = 1 - t.along(beta1) ** t.values
+        correction2 = 1 - t.along(beta2) ** t.values
 
         mean = over(state.exp_avg, at=updates).lerp(updates, complement(beta1))
-        exp_avg = mean.map(like=state.exp_avg)
+        exp_avg = mean.to_map(like=state.exp_avg)
         square = over(state.exp_avg_sq, at=updates).mul(beta2)
         square = square.addcmul(updates, updates, complement(beta2))
-        exp_avg_sq = square.map(like=state.exp_avg_sq)
+        exp_avg_sq = square.to_map(like=state.exp_avg_sq)
 
         second, largest = exp_avg_sq, state.max_exp_avg_sq
         if isinstance(largest, dict):
-            second = over(largest, at=exp_avg_sq).maximum(exp_avg_sq).map(like=largest)
+            second = (
+                over(largest, at=exp_avg_sq).maximum(exp_avg_sq).to_map(like=largest)
+            )
             largest = largest | second
 
         root = over(second, at=updates)
         if not is_zero(now.eps_root):
-            root = root.add(counts.factor(counts.along(now.eps_root) * correction2))
-        denominator = root.sqrt().div(counts.factor(correction2.sqrt())).add(now.eps)
-        direction = over(exp_avg, at=updates).div(counts.factor(correction1))
-        return direction.div(denominator).map(), ScaleByAdamState(
+            root = root.add(t.factor(t.along(now.eps_root) * correction2))
+        denominator = root.sqrt().div(t.factor(correction2.sqrt())).add(now.eps)
+        direction = over(exp_avg, at=updates).div(t.factor(correction1))
+        return direction.div(denominator).to_map(), ScaleByAdamState(
             step=step,
             exp_avg=state.exp_avg | exp_avg,
             exp_avg_sq=state.exp_avg_sq | exp_avg_sq,

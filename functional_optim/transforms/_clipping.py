@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -12,11 +12,13 @@ from functional_optim._context import Context, Norm
 from functional_optim._factors import negated
 from functional_optim._hyperparameters import (
     Hyperparameter,
+    checked,
+    flag,
     hyperparameter,
     value_class,
 )
 from functional_optim._norms import norms
-from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
+from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._tensor_map import device_of, over
 from functional_optim._types import Role, Scope
 
@@ -35,6 +37,16 @@ class ClipByGlobalNormState(NamedTuple):
 
     norm: Tensor
     schedule: ScheduleState | tuple[()]
+
+
+def _checked_norm_type(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} must be a number > 0 (math.inf is allowed), got {value!r}"
+        raise TypeError(msg)
+    if not value > 0:
+        msg = f"{name} must be > 0 (math.inf is allowed), got {value}"
+        raise ValueError(msg)
+    return float(value)
 
 
 @final
@@ -82,20 +94,16 @@ class ClipByGlobalNorm:
 
     max_norm: Hyperparameter = hyperparameter(gt=0.0, per_parameter=False)
     _: KW_ONLY
-    norm_type: float = 2.0
-    error_if_nonfinite: bool = False
+    norm_type: float = checked(check=_checked_norm_type, default=2.0)
+    error_if_nonfinite: bool = flag(default=False)
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.CLIP
 
-    def check(self) -> None:
-        """Refuse orders that are no norm."""
-        Norm(self.norm_type)
-
     def init(self, params: TensorMap) -> ClipByGlobalNormState:
         """Return a norm of zero."""
         norm = torch.zeros((), dtype=torch.float64, device=device_of(params))
-        return ClipByGlobalNormState(norm, init_schedule(self, params))
+        return ClipByGlobalNormState(norm, init_hyperparameters(self, params))
 
     def update(
         self,
@@ -118,7 +126,7 @@ class ClipByGlobalNorm:
             )
             raise RuntimeError(msg)
         coefficient = torch.clamp(now.max_norm / (norm + 1e-6), max=1.0)
-        clipped = over(updates).mul(coefficient).map()
+        clipped = over(updates).mul(coefficient).to_map()
         return clipped, ClipByGlobalNormState(norm.double(), schedule)
 
 
@@ -158,8 +166,8 @@ class ClipByValue:
     role: ClassVar[Role] = Role.CLIP
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules."""
-        return init_schedule(self, params)
+        """Return the state of the schedules; check maps by name."""
+        return init_hyperparameters(self, params)
 
     def update(
         self,
@@ -172,4 +180,4 @@ class ClipByValue:
         """Return min(max(u, -clip_value), clip_value)."""
         now, state = evaluate(self, state, updates)
         low, high = negated(now.clip_value), now.clip_value
-        return over(updates).clamp(low, high).map(), state
+        return over(updates).clamp(low, high).to_map(), state

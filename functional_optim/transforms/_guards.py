@@ -10,7 +10,7 @@ from torch.utils import _pytree
 
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
-from functional_optim._hyperparameters import resolvable, resolve, value_class
+from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._norms import all_finite
 from functional_optim._tensor_map import device_of
 from functional_optim._types import Role, Scope, Transform, inner_transforms
@@ -60,7 +60,7 @@ class SkipNonfinite:
 
     Raises:
         TypeError: `inner` is no transform.
-        ValueError: `inner` contains an `Accumulate` or another guard that is not last.
+        ValueError: `inner` contains an `Accumulate`, at any depth.
 
     Example:
         >>> from functional_optim.transforms import ScaleByLearningRate
@@ -75,11 +75,11 @@ class SkipNonfinite:
         torch.amp.GradScaler.step; optax.apply_if_finite.
     """
 
-    inner: Transform = resolvable(check=checked_transform, resolve=resolve)
+    inner: Transform = checked(check=checked_transform, resolve=resolve)
 
     role: ClassVar[Role] = Role.GUARD
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse windows inside the guard: a skip would lose its micro-batches."""
         accumulate = _find(self.inner, Role.ACCUMULATE)
         if accumulate is not None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias, final
+
+from torch import Tensor
 
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
-from functional_optim._hyperparameters import resolvable, resolve, value_class
+from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._names import shown, subset
 from functional_optim._selection import (
+    Rules,
     Selection,
     check_rules,
     check_selection,
@@ -19,12 +22,12 @@ from functional_optim._selection import (
     picks,
     ruled,
 )
+from functional_optim._structure import check_names, shown_state
 from functional_optim._types import Scope, Transform
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from functional_optim._types import TensorMap
+    from functional_optim._structure import check_names, shown_state
+from functional_optim._types import TensorMap
 
 
 @final
@@ -62,8 +65,15 @@ class Masked:
         optax.masked.
     """
 
-    inner: Transform = resolvable(check=checked_transform, resolve=resolve)
-    mask: Selection = resolvable(check=frozen_selection, resolve=picks)
+    inner: Transform = checked(check=checked_transform)
+    mask: Selection = checked(check=frozen_selection)
+
+    def resolved(self, name: str, param: Tensor) -> Masked:
+        """Return what this is for one parameter: inside the mask, or outside."""
+        inside = picks(self.mask, name, param)
+        return Masked(
+            resolve(self.inner, name, param) if inside else self.inner, inside
+        )
 
     @property
     def scope(self) -> Scope:
@@ -84,6 +94,7 @@ class Masked:
         context: Context = Context(),
     ) -> tuple[TensorMap, Any]:
         """Return inner(u) where selected, u elsewhere."""
+        check_names(updates, params)
         names = picked(self.mask, params, list(params))
         selected = set(names)
         inside = {name: u for name, u in updates.items() if name in selected}
@@ -94,6 +105,10 @@ class Masked:
             )
         outside = {n: u.clone() for n, u in updates.items() if n not in selected}
         return subset(inside | outside, params), state
+
+
+Labels: TypeAlias = Rules[str] | Callable[[str, Tensor], str] | str
+"""Which parameter has which label: rules, a function, or one label for all."""
 
 
 def _checked_label(name: str, label: Any) -> str:
@@ -122,12 +137,6 @@ def _checked_labels(name: str, labels: Any) -> Any:
     if callable(labels):
         return labels
     return frozen_rules(name, labels, _checked_label)
-
-
-def _resolve_inners(
-    inners: Mapping[str, Transform], name: str, param: Tensor
-) -> dict[str, Transform]:
-    return {label: resolve(inner, name, param) for label, inner in inners.items()}
 
 
 def _label(labels: Any, name: str, param: Tensor) -> str:
@@ -187,10 +196,13 @@ class Partition:
         optax.partition.
     """
 
-    inner: Mapping[str, Transform] = resolvable(
-        check=_checked_inners, resolve=_resolve_inners
-    )
-    labels: Any = resolvable(check=_checked_labels, resolve=_label)
+    inner: Mapping[str, Transform] = checked(check=_checked_inners)
+    labels: Labels = checked(check=_checked_labels)
+
+    def resolved(self, name: str, param: Tensor) -> Partition:
+        """Return what this is for one parameter: the transform with its label."""
+        label = _label(self.labels, name, param)
+        return Partition({label: resolve(self.inner[label], name, param)}, label)
 
     @property
     def scope(self) -> Scope:
@@ -222,6 +234,13 @@ class Partition:
         context: Context = Context(),
     ) -> tuple[TensorMap, tuple[Any, ...]]:
         """Return inner[label(name)](u)."""
+        check_names(updates, params)
+        if not isinstance(state, tuple) or len(state) != len(self.inner):
+            msg = (
+                f"state must be a tuple of {len(self.inner)} states, one for each "
+                f"label, got {shown_state(state)}; make it with this transform's init"
+            )
+            raise ValueError(msg)
         groups = self._groups(params)
         moved: TensorMap = {}
         new_state = list(state)

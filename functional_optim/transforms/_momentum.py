@@ -11,11 +11,12 @@ from functional_optim._context import Context
 from functional_optim._factors import Column, complement, differs_by_name, zero_counts
 from functional_optim._hyperparameters import (
     Hyperparameter,
+    flag,
     hyperparameter,
     is_zero,
     value_class,
 )
-from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
+from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._tensor_map import over, zeros_like
 from functional_optim._types import Role, Scope, TensorMap
 
@@ -75,12 +76,12 @@ class Trace:
     momentum: Hyperparameter = hyperparameter(ge=0.0)
     _: KW_ONLY
     dampening: Hyperparameter = hyperparameter(default=0.0)
-    nesterov: bool = False
+    nesterov: bool = flag(default=False)
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.MOMENT
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Refuse Nesterov's look-ahead where it is not defined."""
         if self.nesterov and (is_zero(self.momentum) or self._dampens):
             msg = (
@@ -98,7 +99,9 @@ class Trace:
         started: TensorMap | tuple[()] = ()
         if self._dampens:
             started = zero_counts(params, torch.bool)
-        return TraceState(zeros_like(params), started, init_schedule(self, params))
+        return TraceState(
+            zeros_like(params), started, init_hyperparameters(self, params)
+        )
 
     def update(
         self,
@@ -115,18 +118,16 @@ class Trace:
         started, alpha = state.started, complement(now.dampening)
         if isinstance(started, dict):
             # b is zero at first: taking all of u makes it u.
-            flags = Column(started, updates)
+            flags = Column(started, updates, apart=differs_by_name(alpha))
             started = started | flags.by_name(torch.ones_like(flags.values))
-            if differs_by_name(alpha):
-                flags.spread()
             taken = torch.where(flags.values, flags.along(alpha), 1.0)
             alpha = flags.factor(taken)
         buffer = over(state.momentum_buffer, at=updates)
         buffer = buffer.mul(now.momentum).add(updates, alpha=alpha)
-        kept = buffer.map(like=state.momentum_buffer)
+        kept = buffer.to_map(like=state.momentum_buffer)
         if self.nesterov:
-            moved = over(updates, at=kept).add(kept, alpha=now.momentum).map()
+            moved = over(updates, at=kept).add(kept, alpha=now.momentum).to_map()
         else:
-            moved = over(kept, at=updates).map()
+            moved = over(kept, at=updates).to_map()
         new = state.momentum_buffer | kept
         return moved, TraceState(new, started, schedule)

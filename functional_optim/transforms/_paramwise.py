@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import TYPE_CHECKING, ClassVar, final
+
+from torch import Tensor
 
 from functional_optim._context import Context
-from functional_optim._hyperparameters import check_factor, resolvable, value_class
-from functional_optim._selection import check_rules, frozen_rules, ruled
+from functional_optim._hyperparameters import check_factor, checked, value_class
+from functional_optim._selection import Rules, check_rules, frozen_rules, ruled
 from functional_optim._tensor_map import over
 from functional_optim._types import Scope
 
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
 class MultiplyParamwise:
     """Multiply the update of each parameter by a factor of its own: u <- c(name) * u.
 
-    After the learning rate or before it, this is a learning-rate multiplier that
-    survives every schedule. To freeze parameters leave them out of the map of
-    parameters: 0 * inf is NaN.
+    Behind the moments this is a learning-rate multiplier that survives every schedule,
+    and scales decoupled decay too; before Adam it nearly cancels.
+    To freeze parameters leave them out of the map of parameters: 0 * inf is NaN.
 
     Args:
         multipliers: Factors by selection: a map `{"*.bias": 2.0, "head.*": 10.0}`, or a
@@ -48,7 +50,7 @@ class MultiplyParamwise:
         MMEngine's paramwise_cfg; timm's and torchtitan's lr multipliers.
     """
 
-    multipliers: Any = resolvable(
+    multipliers: Rules[float | Tensor] | float | Tensor = checked(
         check=functools.partial(frozen_rules, check=check_factor),
         resolve=lambda rules, name, param: ruled(rules, name, param, 1.0),
     )
@@ -72,4 +74,4 @@ class MultiplyParamwise:
         factors = {
             name: ruled(self.multipliers, name, params[name], 1.0) for name in updates
         }
-        return over(updates).mul(factors).map(), state
+        return over(updates).mul(factors).to_map(), state

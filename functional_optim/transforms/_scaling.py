@@ -14,7 +14,7 @@ from functional_optim._hyperparameters import (
     hyperparameter,
     value_class,
 )
-from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
+from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._tensor_map import over
 from functional_optim._types import Role, Scope
 
@@ -54,8 +54,8 @@ class Scale:
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules."""
-        return init_schedule(self, params)
+        """Return the state of the schedules; check maps by name."""
+        return init_hyperparameters(self, params)
 
     def update(
         self,
@@ -67,7 +67,7 @@ class Scale:
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return factor * u."""
         now, state = evaluate(self, state, updates)
-        return over(updates).mul(now.factor).map(), state
+        return over(updates).mul(now.factor).to_map(), state
 
 
 @final
@@ -103,8 +103,8 @@ class ScaleByLearningRate:
     role: ClassVar[Role] = Role.LEARNING_RATE
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules."""
-        return init_schedule(self, params)
+        """Return the state of the schedules; check maps by name."""
+        return init_hyperparameters(self, params)
 
     def update(
         self,
@@ -116,7 +116,7 @@ class ScaleByLearningRate:
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return -lr * u."""
         now, state = evaluate(self, state, updates)
-        return over(updates).mul(negated(now.lr)).map(), state
+        return over(updates).mul(negated(now.lr)).to_map(), state
 
 
 @final
@@ -156,8 +156,8 @@ class Unscale:
     role: ClassVar[Role] = Role.UNSCALE
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules."""
-        return init_schedule(self, params)
+        """Return the state of the schedules; check maps by name."""
+        return init_hyperparameters(self, params)
 
     def update(
         self,
@@ -171,4 +171,4 @@ class Unscale:
         now, state = evaluate(self, state, updates)
         scale: Tensor = torch.as_tensor(now.scale, dtype=torch.float64)
         inverse = scale.reciprocal().float()
-        return over(updates).mul(inverse).map(), state
+        return over(updates).mul(inverse).to_map(), state

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from functional_optim._context import Context
 from functional_optim._hyperparameters import (
     Hyperparameter,
+    checked,
     hyperparameter,
-    resolvable,
+    resolved_number,
     value_class,
 )
 from functional_optim._names import subset
-from functional_optim._scheduling import ScheduleState, evaluate, init_schedule
+from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._selection import (
     Selection,
     check_selection,
@@ -32,10 +33,6 @@ if TYPE_CHECKING:
 
 def _checked_mask(name: str, mask: Any) -> Any:
     return None if mask is None else frozen_selection(name, mask)
-
-
-def _resolve_mask(mask: Selection | None, name: str, param: Tensor) -> bool | None:
-    return None if mask is None else picks(mask, name, param)
 
 
 @final
@@ -76,17 +73,22 @@ class AddDecayedWeights:
 
     weight_decay: Hyperparameter = hyperparameter(ge=0.0)
     _: KW_ONLY
-    mask: Selection | None = resolvable(
-        check=_checked_mask, resolve=_resolve_mask, default=None
-    )
+    mask: Selection | None = checked(check=_checked_mask, default=None)
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
 
+    def resolved(self, name: str, param: Tensor) -> AddDecayedWeights:
+        """Return what this is for one parameter: its rate, or no decay."""
+        if self.mask is not None and not picks(self.mask, name, param):
+            return AddDecayedWeights(0.0, mask=False)
+        rate = resolved_number(self.weight_decay, name, param)
+        return AddDecayedWeights(rate, mask=None if self.mask is None else True)
+
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules."""
+        """Return the state of the schedules; check maps by name."""
         if self.mask is not None:
             check_selection(self.mask, params, "mask")
-        return init_schedule(self, params)
+        return init_hyperparameters(self, params)
 
     def update(
         self,
@@ -98,10 +100,12 @@ class AddDecayedWeights:
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return u + weight_decay * p."""
         now, state = evaluate(self, state, updates)
-        names: Any = list(updates)
+        names = list(updates)
         if self.mask is not None:
             names = picked(self.mask, params, names)
-        decayed = over(subset(updates, names)).add(params, alpha=now.weight_decay).map()
+        decayed = (
+            over(subset(updates, names)).add(params, alpha=now.weight_decay).to_map()
+        )
         if len(decayed) == len(updates):
             return decayed, state
         return {
