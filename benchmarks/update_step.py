@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -95,7 +96,7 @@ def pure_step(shapes: list[tuple[int, ...]]) -> Step:
     return step
 
 
-def torchopt_step(shapes: list[tuple[int, ...]], *, inplace: bool) -> Step | None:
+def torchopt_step(shapes: list[tuple[int, ...]]) -> Step | None:
     """Return TorchOpt's functional AdamW, after its functional clip."""
     try:
         import torchopt  # noqa: PLC0415 - an optional competitor
@@ -111,13 +112,11 @@ def torchopt_step(shapes: list[tuple[int, ...]], *, inplace: bool) -> Step | Non
 
     def step() -> None:
         nonlocal params, state
-        # Clipping in place would spoil the gradients for the next round.
-        given = tuple(g.clone() for g in grads) if inplace else grads
         with torch.no_grad():
             updates, state = optimizer.update(
-                given, state, params=params, inplace=inplace
+                grads, state, params=params, inplace=False
             )
-            params = torchopt.apply_updates(params, updates, inplace=inplace)
+            params = torchopt.apply_updates(params, updates, inplace=False)
 
     return step
 
@@ -126,7 +125,7 @@ CANDIDATES: dict[str, Callable[[list[tuple[int, ...]]], Step | None]] = {
     "torch foreach": functools.partial(torch_step, implementation="foreach"),
     "torch fused": functools.partial(torch_step, implementation="fused"),
     "functional_optim pure": pure_step,
-    "TorchOpt functional": functools.partial(torchopt_step, inplace=False),
+    "TorchOpt functional": torchopt_step,
 }
 MODELS = {"ResNet-50": resnet50_shapes, "1000 small": small_shapes}
 
@@ -148,8 +147,8 @@ def measure(shapes: list[tuple[int, ...]], rounds: int) -> dict[str, list[float]
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for index in range(rounds):
-        # Each starts after each: nobody always inherits the same cache.
-        for name in names[index % len(names) :] + names[: index % len(names)]:
+        # In random order: nobody always inherits the same cache.
+        for name in random.Random(index).sample(names, len(names)):
             times[name].append(timed(steps[name]))
     return times
 
@@ -171,8 +170,10 @@ def main() -> None:
     """Measure, print the tables, and write them as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=pathlib.Path, help="folder for the JSON result")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     results: dict[str, object] = {
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -48,6 +48,17 @@ def incremented(counts: TensorMap, names: Iterable[str]) -> TensorMap:
     return column.by_name(column.values + 1)
 
 
+def raised(flags: TensorMap, names: Iterable[str]) -> TensorMap:
+    """Return the flags of some names, all true.
+
+    Example:
+        >>> raised(zero_counts({"w": torch.ones(2)}, torch.bool), ["w"])
+        {'w': tensor(True)}
+    """
+    column = Column(flags, names)
+    return column.by_name(torch.ones_like(column.values))
+
+
 class Column:
     """0-dim numbers of some names, stacked: one row for each distinct tensor.
 

@@ -8,10 +8,10 @@ import strategies
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from law_examples import SHAPES
 from transform_cases import CASES, Case
 
 import functional_optim as fo
-from law_examples import SHAPES
 
 LAWS = [laws.purity, laws.determinism, laws.structure, laws.omitted_names, laws.hold]
 cases = st.sampled_from(CASES)

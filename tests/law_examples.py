@@ -26,15 +26,18 @@ def numbers(shapes: dict[str, tuple[int, ...]], seed: int) -> fo.TensorMap:
     return made
 
 
-def example(seed: int = 0, steps: int = 4, *, full: bool = False) -> Example:
-    """Return parameters and updates; some steps lack some names unless `full`."""
+def example(
+    seed: int = 0, contexts: tuple[fo.Context, ...] = (), *, full: bool = False
+) -> Example:
+    """Return parameters and four updates; some lack some names unless `full`."""
     params = numbers(SHAPES, 1000 + seed)
     made = []
-    for index in range(steps):
+    for index in range(4):
         updates = numbers(SHAPES, 10 * seed + index)
         if not full and index == 1:
             del updates["a.bias"]
         if not full and index == 2:
             updates = {"b.weight": updates["b.weight"], "scale": updates["scale"]}
-        made.append((updates, fo.Context()))
+        context = contexts[index % len(contexts)] if contexts else fo.Context()
+        made.append((updates, context))
     return Example(params, made)

@@ -284,8 +284,7 @@ def test_schedule_added_after_init() -> None:
         (fo.Scale({"a.weight": 1.0}), "factor must have a value for every parameter"),
         (
             fo.adam(betas=({"a.weight": 0.9, "a.bias": 0.9, "typo": 0.9}, 0.9)),
-            "betas must have a value for every parameter and no other: missing [], "
-            "unknown ['typo']",
+            "parameter and no other: missing [], unknown ['typo']",
         ),
         (fo.Partition({"x": fo.Identity()}, {"a.weight": "x"}), "'a.bias' no label"),
         (
@@ -305,9 +304,8 @@ def test_schedule_added_after_init() -> None:
 )
 def test_rules_that_match_nothing(transform: fo.Transform, message: str) -> None:
     """A rule, mask or label that selects nothing is an error at init."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=re.escape(message)):
         transform.init(PARAMS)
-    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(

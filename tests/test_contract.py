@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import pickle
 import re
@@ -11,10 +12,10 @@ import laws
 import pytest
 import torch
 import transform_cases
+from law_examples import example
 from transform_cases import CASES, Case
 
 import functional_optim as fo
-from law_examples import example
 from functional_optim import schedules
 
 # The names that a repr is written with.
@@ -49,24 +50,27 @@ pytestmark = pytest.mark.parametrize("case", CASES, ids=repr)
 )
 def test_law(case: Case, law) -> None:
     """Every transform obeys every law."""
-    law(case.transform, example())
+    law(case.transform, example(contexts=case.contexts))
 
 
 def test_scope(case: Case) -> None:
     """An update on any legal cut, totals shared, equals the update on the whole."""
-    laws.scope(case.transform, example(full=True))
+    data = example(contexts=case.contexts, full=True)
+    laws.scope(case.transform, data)
     if "Accumulate" not in repr(case):  # A window closes for all names or for none.
         laws.scope(case.transform, example())
 
 
 def test_vmap(case: Case) -> None:
     """vmap over init and update equals the loop over members."""
-    laws.vmapped(case.transform, [example(seed) for seed in range(3)])
+    members = [example(seed, case.contexts) for seed in range(3)]
+    laws.vmapped(case.transform, members)
 
 
 def test_compile(case: Case) -> None:
     """The compiled update equals the eager one and needs no new graphs."""
-    laws.compiled(case.transform, example(full=True), case.graphs)
+    data = example(contexts=case.contexts, full=True)
+    laws.compiled(case.transform, data, case.graphs)
 
 
 def test_differentiable(case: Case) -> None:
@@ -82,32 +86,51 @@ def test_is_transform(case: Case) -> None:
 
 
 def test_value_semantics(case: Case) -> None:
-    """It is immutable, hashable, and equal to its pickled copy."""
+    """It is immutable, hashable, equal to its copy, and unequal to a changed one."""
     copy = pickle.loads(pickle.dumps(case.transform))
     assert copy == case.transform
     assert hash(copy) == hash(case.transform)
-    assert case.transform != fo.Scale(123.0)
     with pytest.raises(AttributeError, match="cannot assign"):
         case.transform.anything = 1
+    for field in dataclasses.fields(case.transform):
+        changed = pickle.loads(pickle.dumps(case.transform))
+        object.__setattr__(changed, field.name, "something else")
+        assert changed != case.transform
 
 
 def test_resolved_is_the_same_rule(case: Case) -> None:
     """What a transform resolves to for one name updates that name the same way."""
-    if isinstance(case.transform, fo.Partition) or "Global" in repr(case):
-        return  # Sees other names through labels or reduce, tested by the scope law.
-    data = example(full=True)
-    for name, param in data.params.items():
-        resolved = fo.resolve(case.transform, name, param)
-        assert fo.resolve(resolved, name, param) == resolved
-        state, all_state = (
-            resolved.init({name: param}),
-            case.transform.init(data.params),
+    data = example(contexts=case.contexts, full=True)
+    whole_state = case.transform.init(data.params)
+    resolved = {
+        name: fo.resolve(case.transform, name, p) for name, p in data.params.items()
+    }
+    states = {name: resolved[name].init({name: p}) for name, p in data.params.items()}
+    for updates, context in data.steps:
+        whole, whole_state = case.transform.update(
+            updates, whole_state, data.params, context=context
         )
-        for updates, _ in data.steps:
-            out, state = resolved.update({name: updates[name]}, state, {name: param})
-            whole, all_state = case.transform.update(updates, all_state, data.params)
+        for name, param in data.params.items():
+            assert fo.resolve(resolved[name], name, param) == resolved[name]
+            if "Global" in repr(case):
+                continue  # Its norm ranges over other names too.
+            out, states[name] = resolved[name].update(
+                {name: updates[name]}, states[name], {name: param}, context=context
+            )
             expected = {name: whole[name]} if name in whole else {}
             laws.assert_same(expected, out, "resolved update")
+
+
+def test_runs_on_any_device(case: Case) -> None:
+    """Nothing is made on the CPU for parameters elsewhere, and nothing is read."""
+    data = example(contexts=case.contexts)
+    params = {name: p.to("meta") for name, p in data.params.items()}
+    state = case.transform.init(params)
+    for updates, context in data.steps:
+        given = {name: u.to("meta") for name, u in updates.items()}
+        out, state = case.transform.update(given, state, params, context=context)
+        for place, x in laws.leaves((out, state)):
+            assert x.device.type == "meta", place
 
 
 def test_prints_as_written(case: Case) -> None:

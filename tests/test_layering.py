@@ -29,8 +29,6 @@ FLOORS = [
     {"facade", "integrations", "testing"},
 ]
 IN_PLACE_ALLOWED = {"_tensor_map", "execution", "facade"}
-# One call writes into a tensor it has just made: the copy of a checkpoint.
-IN_PLACE_EXCEPTIONS = {("_state", "copy_")}
 
 
 def _room(path: pathlib.Path) -> str:
@@ -95,8 +93,7 @@ def test_in_place_only_where_allowed(path: pathlib.Path) -> None:
         if isinstance(node.func, ast.Attribute):
             name = node.func.attr
             in_place = re.fullmatch(r"[a-z]\w*[a-z0-9]_|_foreach_\w+_", name)
-            if (room, name) not in IN_PLACE_EXCEPTIONS:
-                assert not in_place, f"{name} at line {node.lineno}"
+            assert not in_place, f"{name} at line {node.lineno}"
 
 
 @each_file
@@ -125,4 +122,6 @@ def test_recording_stands_in_two_places() -> None:
         if re.search(r"with recording\(|no_grad|enable_grad|\.detach\(", line)
         and "def " not in line
     ]
-    assert set(places) <= {"_chain.py", "_apply.py", "_state.py"}, places
+    # init and update of a chain, and apply_updates; `detach` also hands tensors out.
+    assert places.count("_chain.py") == 2
+    assert set(places) == {"_chain.py", "_apply.py", "_state.py"}, places

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch_parity
+from law_examples import numbers
 
 import functional_optim as fo
-from law_examples import numbers
 
 SHAPES = {"a.weight": (5, 3), "a.bias": (5,), "norm": (), "empty": (0,)}
 

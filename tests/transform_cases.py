@@ -21,11 +21,6 @@ def is_matrix(name: str, param: Tensor) -> bool:
     return param.ndim >= 2
 
 
-def is_nonempty(name: str, param: Tensor) -> bool:
-    """Select parameters that have elements."""
-    return param.numel() > 0
-
-
 def by_shape(name: str, param: Tensor) -> str:
     """Label matrices and the rest."""
     return "matrix" if param.ndim >= 2 else "other"
@@ -42,7 +37,9 @@ class Case:
 
     transform: fo.Transform
     smooth: bool = True
-    """Whether the output has a derivative with respect to update and parameter."""
+    """Whether the output has a derivative everywhere; maxima and limits have none."""
+    contexts: tuple[fo.Context, ...] = ()
+    """What the loop knows at each step, in turns; nothing if left out."""
     graphs: int = 1
     """How many graphs `torch.compile` needs while state and schedules move."""
 
@@ -63,7 +60,15 @@ CASES = [
     Case(transform=fo.ScaleByLearningRate(0.1)),
     Case(transform=fo.ScaleByLearningRate(schedules.linear(0.1, 0.0, 7))),
     Case(transform=fo.Accumulate(1)),
-    Case(transform=fo.Accumulate(3), graphs=4),
+    Case(transform=fo.Accumulate(3), graphs=3),
+    Case(
+        transform=fo.Accumulate(4),
+        contexts=(
+            fo.Context(weight=3.0),
+            fo.Context(weight=torch.tensor(0.5), last=True),
+        ),
+        graphs=3,
+    ),
     Case(transform=fo.Accumulate(2, mean=False, dtype=torch.float64), graphs=3),
     Case(transform=fo.ClipByGlobalNorm(0.5)),
     Case(transform=fo.ClipByGlobalNorm(schedules.linear(0.5, 0.1, 5))),

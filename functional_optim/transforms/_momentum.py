@@ -8,7 +8,13 @@ from typing import ClassVar, NamedTuple, final
 import torch
 
 from functional_optim._context import Context
-from functional_optim._factors import Column, complement, differs_by_name, zero_counts
+from functional_optim._factors import (
+    Column,
+    complement,
+    differs_by_name,
+    raised,
+    zero_counts,
+)
 from functional_optim._hyperparameters import (
     Hyperparameter,
     flag,
@@ -119,9 +125,9 @@ class Trace:
         if isinstance(started, dict):
             # b is zero at first: taking all of u makes it u.
             flags = Column(started, updates, apart=differs_by_name(alpha))
-            started = started | flags.by_name(torch.ones_like(flags.values))
             taken = torch.where(flags.values, flags.along(alpha), 1.0)
             alpha = flags.factor(taken)
+            started = started | raised(started, updates)
         buffer = over(state.momentum_buffer, at=updates)
         buffer = buffer.mul(now.momentum).add(updates, alpha=alpha)
         kept = buffer.to_map(like=state.momentum_buffer)
