@@ -85,7 +85,7 @@ def evaluate(
         ValueError: the transform holds a schedule and the state was made without.
     """
     if not scheduled(transform):
-        return transform, ()
+        return transform, state
     if not isinstance(state, ScheduleState):
         msg = (
             f"{transform!r} holds a schedule, but its state was made without; call "
@@ -104,8 +104,11 @@ def evaluate(
 
 
 def _at(value: Any, count: Tensor) -> Any:
-    """Evaluate a schedule; a plain number it returns is as good as a tensor."""
+    """Evaluate a schedule; what it returns is brought to float64."""
     if not _is_schedule(value):
         return value
     result = value(count)
-    return result if isinstance(result, Tensor) else float(result)
+    if not isinstance(result, (int, float, Tensor)):
+        msg = f"schedule {value!r} must return a number or a 0-dim tensor, got {result}"
+        raise TypeError(msg)
+    return torch.as_tensor(result, dtype=torch.float64, device=count.device)

@@ -119,11 +119,19 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
         return _loaded_tensor(template, data, place)
     if isinstance(template, Static):
         _check_type(data, "Static", place)
-        return Static(_tuples(data["value"]))
+        value = _tuples(data.get("value"))
+        if type(value) is not type(template.value):
+            wanted = type(template.value).__name__
+            msg = f"{place} must hold a {wanted}, got {value!r}; the data is damaged"
+            raise ValueError(msg)
+        return Static(value)
     if isinstance(template, tuple) and hasattr(template, "_fields"):
         kind = type(template)
         _check_type(data, kind.__name__, place)
-        data = data["fields"]
+        data = data.get("fields")
+        if not isinstance(data, Mapping):
+            msg = f"{place} must have fields, got {data!r}; the data is damaged"
+            raise ValueError(msg)
         _check_names(kind._fields, list(data), place, "fields")
         parts = [
             _loaded(getattr(template, n), data[n], f"{place}.{n}") for n in kind._fields

@@ -51,8 +51,9 @@ def check_updates(updates: Any, params: TensorMap) -> None:
         param = params.get(name)
         # One cheap look at each; only what fails it is looked at closely.
         if (
-            param is None
+            not isinstance(param, Tensor)
             or not isinstance(update, Tensor)
+            or not param.is_floating_point()
             or update.shape != param.shape
             or not update.is_floating_point()
             or update.layout != torch.strided
@@ -71,6 +72,43 @@ def check_names(updates: TensorMap, params: TensorMap) -> None:
         check_updates(updates, params)
 
 
+def check_state(transform: object, state: object, kind: type) -> None:
+    """Refuse what is not the kind of state that a transform's `init` makes.
+
+    Raises:
+        ValueError: naming the transform and both kinds.
+    """
+    if not isinstance(state, kind):
+        msg = (
+            f"{transform!r} needs a {kind.__name__}, got {shown_state(state)}; make it "
+            "with this transform's init"
+        )
+        raise ValueError(msg)
+
+
+def check_made_for(
+    transform: object, option: str, part: object, *, wanted: bool
+) -> None:
+    """Refuse a state made by the same kind of transform without (or with) an option.
+
+    Args:
+        transform: The transform.
+        option: Name of the option that the state depends on.
+        part: The part of the state that is `()` without it.
+        wanted: Whether the transform has the option on.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if wanted != isinstance(part, dict):
+        made = "without" if wanted else "with"
+        msg = (
+            f"{transform!r} got a state made {made} {option}; call init again after "
+            f"changing {option}"
+        )
+        raise ValueError(msg)
+
+
 def shown_state(state: object) -> str:
     """Return what a state is, for an error message."""
     if isinstance(state, tuple):
@@ -80,14 +118,15 @@ def shown_state(state: object) -> str:
 
 def _refuse(name: Any, update: Any, updates: TensorMap, params: TensorMap) -> None:
     """Say what is wrong with an update."""
-    param = params.get(name)
-    if param is None:
+    if name not in params:
         unknown = [n for n in updates if n not in params]
         msg = (
             f"updates for names that no parameter has: {shown(unknown)}; the "
             f"parameters are {shown(params)}"
         )
         raise ValueError(msg)
+    param = params[name]
+    _check_tensor("parameter", name, param)
     _check_tensor("update", name, update)
     if update.shape != param.shape:
         msg = (

@@ -124,15 +124,18 @@ class Expression:
             if alpha == 1.0:
                 return self._run("add", column)
             return self._run("add", column, alpha=alpha)
-        scaled = self._column(alpha)
-        return self._run("add", [o * a for o, a in self._rows(column, scaled)])
+        # A 0-dim factor does not promote: round the product in the wider dtype.
+        rows = zip(self._values, self._rows(column, self._column(alpha)), strict=True)
+        scaled = [_wide(o, x) * a for x, (o, a) in rows]
+        return self._run("add", scaled)
 
     def addcmul(self, first: Operand, second: Operand, value: Factor) -> Expression:
         """Add a product: x + value * first * second."""
         one, two = self._column(first), self._column(second)
         if isinstance(value, (int, float)):
             return self._run("addcmul", one, two, value=value)
-        scaled = [o * v for o, v in self._rows(one, self._column(value))]
+        rows = zip(self._values, self._rows(one, self._column(value)), strict=True)
+        scaled = [_wide(o, x) * v for x, (o, v) in rows]
         return self._run("addcmul", scaled, two)
 
     def lerp(self, end: TensorMap, weight: Factor) -> Expression:
@@ -226,9 +229,9 @@ class Expression:
         """
         if not self._foreach or not self._values or not self._values[0].is_cpu:
             return number
-        return (
-            torch.tensor(number, dtype=torch.float32) if self._is_float32() else number
-        )
+        if not self._is_float32():
+            return number
+        return torch.tensor(number, dtype=torch.float32, device="cpu")
 
     def _is_float32(self) -> bool:
         """Whether rounding a factor to float32 first changes no bit of the result."""
@@ -250,6 +253,11 @@ class Expression:
 
 Operand: TypeAlias = Factor | Expression
 Operands: TypeAlias = float | Tensor | list[Any]
+
+
+def _wide(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor in the wider dtype of two."""
+    return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
 
 
 def _lerp(x: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:

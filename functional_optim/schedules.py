@@ -10,6 +10,7 @@ is a schedule too; these are frozen, equal by value, printable and picklable.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import KW_ONLY
 from typing import TYPE_CHECKING, final
 
@@ -25,13 +26,15 @@ __all__ = ["constant", "cosine_decay", "linear", "warmup_cosine"]
 
 def _count(step: float | Tensor) -> Tensor:
     """Return the step as a 0-dim float64 tensor."""
-    return torch.as_tensor(step, dtype=torch.float64)
+    if isinstance(step, torch.Tensor):
+        return step.double()  # Stays on its device, whatever torch's default is.
+    return torch.tensor(step, dtype=torch.float64)
 
 
 def _check_numbers(schedule: object, *names: str) -> None:
     for name in names:
         value = getattr(schedule, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             msg = f"{name} must be a number, got {value!r}"
             raise TypeError(msg)
         if not math.isfinite(value):
@@ -40,7 +43,7 @@ def _check_numbers(schedule: object, *names: str) -> None:
 
 
 def _check_steps(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         msg = f"{name} must be an int, a number of updates, got {value!r}"
         raise TypeError(msg)
     if value < least:

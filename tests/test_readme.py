@@ -16,7 +16,12 @@ def test_every_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) >= 6
-    names: dict[str, object] = {}
+    layers = torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 1)
+    names: dict[str, object] = {
+        "model": torch.nn.Sequential(*layers),
+        "loss_fn": torch.nn.functional.mse_loss,
+        "data": [(torch.randn(4, 8), torch.randn(4, 1)) for _ in range(12)],
+    }
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert "gradient norm" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from torch import Tensor
 from functional_optim._context import Context
 from functional_optim._hyperparameters import flag, value_class
 from functional_optim._names import subset
+from functional_optim._structure import check_state
 from functional_optim._tensor_map import device_of, is_sixteen_bit, over
 from functional_optim._types import Role, Scope, Static, TensorMap
 
@@ -43,7 +44,8 @@ class Accumulate:
     `Context(last=True)` closes. The weights are `Context(weight=...)`, such as numbers
     of tokens, and 1 by default. Until the window is full the result is an empty map:
     nothing downstream runs. A name that was missing in some micro-batches counts as
-    zero there; one that was missing in all is left out.
+    zero there; one that was missing in all is left out. If all weights are 0 the mean
+    is 0 / 0, NaN: put the rest of the chain inside `SkipNonfinite`.
 
     `last=True` must come with the last micro-batch itself: an empty map holds, it does
     not close a window. To know the end in advance, look one batch ahead.
@@ -115,6 +117,7 @@ class Accumulate:
         context: Context = Context(),
     ) -> tuple[TensorMap, AccumulateState]:
         """Return an empty map, or the mean of the window that this update closes."""
+        check_state(self, state, AccumulateState)
         if not updates:
             return {}, state
         opening = state.position.value == 0
@@ -149,7 +152,8 @@ class Accumulate:
         """
         if weight is not None:
             # A micro-batch without tokens has the mean 0 / 0; it must not count.
-            factor = torch.as_tensor(weight, dtype=torch.float64)
+            device = device_of(updates)
+            factor = torch.as_tensor(weight, dtype=torch.float64, device=device)
             weighted = over(updates, at=subset(sums, updates)).mul(factor).to_map()
             updates = {n: torch.where(factor > 0, u, 0.0) for n, u in weighted.items()}
         first = {name: u for name, u in updates.items() if name in fresh}

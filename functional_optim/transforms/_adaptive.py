@@ -21,6 +21,7 @@ from functional_optim._hyperparameters import (
     value_class,
 )
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
+from functional_optim._structure import check_made_for, check_state
 from functional_optim._tensor_map import over, zeros_like
 from functional_optim._types import Role, Scope, TensorMap
 
@@ -123,6 +124,8 @@ class ScaleByAdam:
         context: Context = Context(),
     ) -> tuple[TensorMap, ScaleByAdamState]:
         """Return (m / (1 - b1^t)) / (sqrt(v) / sqrt(1 - b2^t) + eps)."""
+        check_state(self, state, ScaleByAdamState)
+        check_made_for(self, "amsgrad", state.max_exp_avg_sq, wanted=self.amsgrad)
         if not updates:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)

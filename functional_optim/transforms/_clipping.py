@@ -19,6 +19,7 @@ from functional_optim._hyperparameters import (
 )
 from functional_optim._norms import norms
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
+from functional_optim._structure import check_state
 from functional_optim._tensor_map import device_of, over
 from functional_optim._types import Role, Scope
 
@@ -59,7 +60,8 @@ class ClipByGlobalNorm:
         u <- u * min(1, max_norm / (||u|| + 1e-6))
 
     One joint norm keeps the direction of the step; clipping each tensor would not. A
-    NaN or infinity anywhere makes all updates NaN: put the clip inside `SkipNonfinite`.
+    NaN anywhere makes all updates NaN, an infinity makes itself NaN and all finite
+    numbers 0, as in torch: put the clip inside `SkipNonfinite`.
 
     Args:
         max_norm: Threshold, in the units of the updates at this place in the chain. A
@@ -114,6 +116,7 @@ class ClipByGlobalNorm:
         context: Context = Context(),
     ) -> tuple[TensorMap, ClipByGlobalNormState]:
         """Return u * min(1, max_norm / (||u|| + 1e-6))."""
+        check_state(self, state, ClipByGlobalNormState)
         if not updates:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)

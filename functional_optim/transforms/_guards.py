@@ -12,6 +12,7 @@ from functional_optim._chain import checked_transform
 from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._norms import all_finite
+from functional_optim._structure import check_state
 from functional_optim._tensor_map import device_of
 from functional_optim._types import Role, Scope, Transform, inner_transforms
 
@@ -108,6 +109,7 @@ class SkipNonfinite:
         context: Context = Context(),
     ) -> tuple[TensorMap, SkipNonfiniteState]:
         """Return inner(u) if all is finite, else zeros."""
+        check_state(self, state, SkipNonfiniteState)
         if not updates:
             return {}, state
         ok = context.reduce(all_finite(updates), "all")

@@ -23,6 +23,7 @@ from functional_optim._hyperparameters import (
     value_class,
 )
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
+from functional_optim._structure import check_made_for, check_state
 from functional_optim._tensor_map import over, zeros_like
 from functional_optim._types import Role, Scope, TensorMap
 
@@ -118,6 +119,8 @@ class Trace:
         context: Context = Context(),
     ) -> tuple[TensorMap, TraceState]:
         """Return the buffer, or the update plus momentum times the buffer."""
+        check_state(self, state, TraceState)
+        check_made_for(self, "dampening", state.started, wanted=self._dampens)
         if not updates:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
-from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._factors import negated
@@ -15,7 +14,7 @@ from functional_optim._hyperparameters import (
     value_class,
 )
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
-from functional_optim._tensor_map import over
+from functional_optim._tensor_map import device_of, over
 from functional_optim._types import Role, Scope
 
 if TYPE_CHECKING:
@@ -169,6 +168,7 @@ class Unscale:
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return u * (1 / scale)."""
         now, state = evaluate(self, state, updates)
-        scale: Tensor = torch.as_tensor(now.scale, dtype=torch.float64)
+        device = device_of(updates)
+        scale = torch.as_tensor(now.scale, dtype=torch.float64, device=device)
         inverse = scale.reciprocal().float()
         return over(updates).mul(inverse).to_map(), state
