@@ -28,7 +28,8 @@ def recording(*, differentiable: bool) -> torch.set_grad_enabled:
 def parameters(model: torch.nn.Module) -> TensorMap:
     """Return the parameters of a model by name, detached.
 
-    The tensors share their memory with the model: when it changes, so do they.
+    The tensors share their memory with the model: when it changes, so do they. Clone
+    what you want to keep.
     Frozen parameters are left out; tied ones come once, as in `named_parameters()`.
 
     Args:
@@ -49,7 +50,9 @@ def gradients(model: torch.nn.Module) -> TensorMap:
     """Return the gradients of a model by parameter name, detached.
 
     The tensors share their memory with `.grad`. Parameters without a gradient are left
-    out, so that they and their state stay as they are; so are frozen ones.
+    out, so that they and their state stay as they are; so are frozen ones. `backward`
+    adds to `.grad`: call `model.zero_grad()` before each, also between micro-batches of
+    `Accumulate`, which does the adding itself.
 
     Args:
         model: The model, after a backward.

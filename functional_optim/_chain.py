@@ -175,6 +175,10 @@ def checked_transform(name: str, transform: Any) -> Transform:
             f"{transform.__name__}(...)"
         )
         raise TypeError(msg)
+    if isinstance(transform, (list, tuple)):
+        kind = type(transform).__name__
+        msg = f"{name} must be a transform, got a {kind}; write chain(*transforms)"
+        raise TypeError(msg)
     if not isinstance(transform, Transform):
         missing = [
             part for part in ("init", "update", "scope") if not hasattr(transform, part)

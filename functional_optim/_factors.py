@@ -78,12 +78,9 @@ class Column:
     ) -> None:
         self._names = list(names)
         found = lookup(entries, self._names)
-        distinct = found if apart else _distinct(found)
-        self._rows = (
-            list(range(len(found)))
-            if distinct is found
-            else [_position(entry, distinct) for entry in found]
-        )
+        self._rows, distinct = list(range(len(found))), found
+        if not apart:
+            self._rows, distinct = _shared_rows(found)
         self.values: Tensor = torch.stack(distinct)
         """The numbers, to compute with. Shape (rows,)."""
 
@@ -110,22 +107,27 @@ class Column:
         return torch.as_tensor(number, dtype=torch.float64, device=device)
 
 
-def _distinct(tensors: list[Tensor], most: int = 8) -> list[Tensor]:
-    """Return the distinct objects of a list, or the list itself if they are many.
+def _shared_rows(
+    tensors: list[Tensor], most: int = 8
+) -> tuple[list[int], list[Tensor]]:
+    """Return the row of each tensor among the distinct objects, and these.
 
     By `is`, not by `id`: torch.compile guards an `id` on the object of this very call.
+    More than a few distinct ones are not worth the search: each gets its own row.
     """
+    rows: list[int] = []
     distinct: list[Tensor] = []
+    row = 0
     for tensor in tensors:
-        if not any(tensor is other for other in distinct):
-            distinct.append(tensor)
-            if len(distinct) > most:
-                return tensors
-    return distinct
-
-
-def _position(tensor: Tensor, tensors: list[Tensor]) -> int:
-    return next(row for row, other in enumerate(tensors) if tensor is other)
+        if not distinct or tensor is not distinct[row]:  # Neighbours mostly share.
+            known = [r for r, other in enumerate(distinct) if tensor is other]
+            row = known[0] if known else len(distinct)
+            if not known:
+                distinct.append(tensor)
+                if len(distinct) > most:
+                    return list(range(len(tensors))), tensors
+        rows.append(row)
+    return rows, distinct
 
 
 def differs_by_name(*factors: Factor) -> bool:

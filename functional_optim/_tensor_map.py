@@ -204,17 +204,18 @@ class Expression:
             if self._elsewhere(operand):
                 return [operand] * len(self._values)
             return operand.float() if self._is_float32() else operand
-        values = lookup(operand, self._names)
-        if all(isinstance(v, (int, float)) for v in values):
+        values: list[Any] = lookup(operand, self._names)
+        kinds = set(map(type, values))
+        if kinds <= {float, int}:
             return values
-        return self._matched(
-            [
+        if kinds & {float, int} or 0 in map(Tensor.dim, values):
+            values = [
                 v.to(x.device)
                 if isinstance(v, Tensor)
                 else torch.tensor(v, dtype=torch.float64, device=x.device)
                 for v, x in zip(values, self._values, strict=True)
             ]
-        )
+        return self._matched(values)
 
     def _bound(self, bound: Factor) -> Operands:
         """Bring a bound into order; foreach takes no single tensor for one."""
@@ -235,7 +236,7 @@ class Expression:
 
     def _is_float32(self) -> bool:
         """Whether rounding a factor to float32 first changes no bit of the result."""
-        return all(dtype is torch.float32 for dtype in self._dtypes)
+        return set(self._dtypes) == {torch.float32}
 
     def _elsewhere(self, factor: Tensor) -> bool:
         """Whether foreach would refuse this 0-dim tensor: it lies on another device."""

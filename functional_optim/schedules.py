@@ -202,7 +202,13 @@ class warmup_cosine:
         """Refuse values that are not finite and lengths that do not fit."""
         _check_numbers(self, "peak_value", "init_value", "end_value")
         _check_steps("warmup_steps", self.warmup_steps, 0)
-        _check_steps("decay_steps", self.decay_steps, self.warmup_steps + 1)
+        _check_steps("decay_steps", self.decay_steps, 1)
+        if self.decay_steps <= self.warmup_steps:
+            msg = (
+                f"decay_steps must be > warmup_steps = {self.warmup_steps}, which it "
+                f"includes, got {self.decay_steps}"
+            )
+            raise ValueError(msg)
 
     def __call__(self, step: float | Tensor) -> Tensor:
         """Return the value at a step, shape (), float64."""

@@ -47,6 +47,7 @@ class Accumulate:
     zero there; one that was missing in all is left out. If all weights are 0 the mean
     is 0 / 0, NaN: put the rest of the chain inside `SkipNonfinite`.
 
+    Each micro-batch is a gradient of its own: zero `.grad` before every backward.
     `last=True` must come with the last micro-batch itself: an empty map holds, it does
     not close a window. To know the end in advance, look one batch ahead.
 
