@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 from functional_optim._apply import recording
 from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, resolve, value_class
-from functional_optim._structure import check_parameters, check_updates, shown_state
+from functional_optim._structure import check_parameters, check_states, check_updates
 from functional_optim._tensor_map import copied
 from functional_optim._types import Role, Scope, Transform
 
@@ -118,12 +118,7 @@ class Chain:
             TypeError: not maps from name to dense floating-point tensor.
         """
         check_updates(updates, params)
-        if not isinstance(state, tuple) or len(state) != len(self.members):
-            msg = (
-                f"state must be a tuple of {len(self.members)} member states, got "
-                f"{shown_state(state)}; make it with this chain's init"
-            )
-            raise ValueError(msg)
+        check_states(state, len(self.members), "member")
         with recording(differentiable=context.differentiable):
             if not self.members:
                 return copied(updates), ()

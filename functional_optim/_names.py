@@ -40,18 +40,25 @@ def subset(tensors: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
 
 
 def check_same_names(
-    what: str, values: Mapping[str, object], params: Mapping[str, object]
+    what: str, given: Iterable[str], wanted: Iterable[str], kind: str = "parameter"
 ) -> None:
-    """Refuse a map that does not give every parameter, and nothing else, a value.
+    """Refuse a map that does not have a value for every name, and for no other.
+
+    Args:
+        what: How to call the map in an error.
+        given: Its names.
+        wanted: The names it must have.
+        kind: What the names are names of.
 
     Raises:
         ValueError: naming what is missing and what does not exist.
     """
-    missing = [name for name in params if name not in values]
-    unknown = [name for name in values if name not in params]
+    given, wanted = dict.fromkeys(given), dict.fromkeys(wanted)
+    missing = [name for name in wanted if name not in given]
+    unknown = [name for name in given if name not in wanted]
     if missing or unknown:
         msg = (
-            f"{what} must have a value for every parameter and no other: missing "
+            f"{what} must have a value for every {kind} and no other: missing "
             f"{shown(missing)}, unknown {shown(unknown)}"
         )
         raise ValueError(msg)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functional_optim._names import shown
+from functional_optim._names import check_same_names, shown
 from functional_optim._types import Static, TensorMap
 
 S = TypeVar("S")
@@ -132,7 +132,7 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
         if not isinstance(data, Mapping):
             msg = f"{place} must have fields, got {data!r}; the data is damaged"
             raise ValueError(msg)
-        _check_names(kind._fields, list(data), place, "fields")
+        check_same_names(place, data, kind._fields, "field")
         parts = [
             _loaded(getattr(template, n), data[n], f"{place}.{n}") for n in kind._fields
         ]
@@ -151,7 +151,7 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
     if not isinstance(data, Mapping):
         msg = f"{place} must be a dict by parameter name, got {_described(data)}"
         raise ValueError(msg)
-    _check_names(list(template), list(data), place, "parameters")
+    check_same_names(place, data, template)
     loaded = {
         name: _loaded(part, data[name], f"{place}[{name!r}]")
         for name, part in template.items()
@@ -194,17 +194,6 @@ def _check_type(data: Any, kind: str, place: str) -> None:
         msg = (
             f"{place} must be a {kind}, got {_described(data)}; the checkpoint is of "
             "another chain"
-        )
-        raise ValueError(msg)
-
-
-def _check_names(wanted: Any, given: list[str], place: str, what: str) -> None:
-    missing = [name for name in wanted if name not in given]
-    unknown = [name for name in given if name not in wanted]
-    if missing or unknown:
-        msg = (
-            f"{place} does not have the same {what}: missing {shown(missing)}, unknown "
-            f"{shown(unknown)}"
         )
         raise ValueError(msg)
 

@@ -86,6 +86,20 @@ def check_state(transform: object, state: object, kind: type) -> None:
         raise ValueError(msg)
 
 
+def check_states(state: object, count: int, part: str) -> None:
+    """Refuse what is not a tuple of the states of a combinator's parts.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    if not isinstance(state, tuple) or len(state) != count:
+        msg = (
+            f"state must be a tuple of {count} states, one for each {part}, got "
+            f"{shown_state(state)}; make it with this transform's init"
+        )
+        raise ValueError(msg)
+
+
 def check_made_for(
     transform: object, option: str, part: object, *, wanted: bool
 ) -> None:

@@ -207,9 +207,9 @@ def test_names_unknown_to_init() -> None:
 
 def test_state_of_another_chain() -> None:
     """A state that is not this chain's is refused."""
-    with pytest.raises(ValueError, match="tuple of 5 member states, got tuple of len"):
+    with pytest.raises(ValueError, match="tuple of 5 states, one for each member, got"):
         PIPELINE.update(GRADS, fo.sgd(0.1).init(PARAMS), PARAMS)
-    with pytest.raises(ValueError, match="got NoneType; make it with this chain's in"):
+    with pytest.raises(ValueError, match="got NoneType; make it with this transform's"):
         PIPELINE.update(GRADS, None, PARAMS)
 
 

@@ -22,11 +22,11 @@ from functional_optim._selection import (
     picks,
     ruled,
 )
-from functional_optim._structure import check_names, shown_state
+from functional_optim._structure import check_names, check_states
 from functional_optim._types import Scope, Transform
 
 if TYPE_CHECKING:
-    from functional_optim._structure import check_names, shown_state
+    from functional_optim._structure import check_names, check_states
 from functional_optim._types import TensorMap
 
 
@@ -235,12 +235,7 @@ class Partition:
     ) -> tuple[TensorMap, tuple[Any, ...]]:
         """Return inner[label(name)](u)."""
         check_names(updates, params)
-        if not isinstance(state, tuple) or len(state) != len(self.inner):
-            msg = (
-                f"state must be a tuple of {len(self.inner)} states, one for each "
-                f"label, got {shown_state(state)}; make it with this transform's init"
-            )
-            raise ValueError(msg)
+        check_states(state, len(self.inner), "label")
         groups = self._groups(params)
         moved: TensorMap = {}
         new_state = list(state)
