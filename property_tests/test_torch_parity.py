@@ -5,7 +5,7 @@ from __future__ import annotations
 import strategies
 import torch
 import torch_parity
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import functional_optim as fo
@@ -34,6 +34,12 @@ def test_float64(
     torch_parity.agree_in_float64(pair, params, grads, given_lr)
 
 
+@example(
+    pair=torch_parity.PAIRS[-1],
+    params={"norm": torch.tensor(0.0)},
+    grads=[{"norm": torch.tensor(-1e-40)}] * 4,
+    lr=0.5,
+)
 @given(
     pair=pairs,
     params=strategies.maps(SHAPES, torch.float32, strategies.finite),
