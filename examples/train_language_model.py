@@ -264,7 +264,7 @@ def follow(training: Training, args: Namespace) -> Run:
     run = Run()
     tokens = ACCUMULATION * args.batch_size * args.context
     every = max(1, args.steps // 30)  # enough for a curve, and memory stays small
-    bar = tqdm(training, total=args.steps, unit="step", ncols=88)
+    bar = tqdm(training, total=args.steps, unit="step", ncols=88, mininterval=0.5)
     start = time.perf_counter()
     for step, (loss, params) in enumerate(bar, start=1):
         run.seconds.append(time.perf_counter() - start)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,6 +11,8 @@ from functional_optim._structure import check_updates
 from functional_optim._tensor_map import over
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from functional_optim._types import TensorMap
 
 
@@ -23,6 +25,13 @@ def recording(*, differentiable: bool) -> torch.set_grad_enabled:
     """
     wanted = differentiable or torch._C._are_functorch_transforms_active()
     return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
+
+
+def _named_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    if not isinstance(model, torch.nn.Module):
+        msg = f"model must be a torch.nn.Module, got a {type(model).__name__}"
+        raise TypeError(msg)
+    return model.named_parameters()
 
 
 def parameters(model: torch.nn.Module) -> TensorMap:
@@ -41,7 +50,7 @@ def parameters(model: torch.nn.Module) -> TensorMap:
     """
     return {
         name: param.detach()
-        for name, param in model.named_parameters()
+        for name, param in _named_parameters(model)
         if param.requires_grad
     }
 
@@ -65,7 +74,7 @@ def gradients(model: torch.nn.Module) -> TensorMap:
     """
     return {
         name: param.grad.detach()
-        for name, param in model.named_parameters()
+        for name, param in _named_parameters(model)
         if param.requires_grad and param.grad is not None
     }
 
@@ -88,15 +97,20 @@ def load_parameters(model: torch.nn.Module, params: TensorMap) -> None:
         >>> model.bias.item()
         2.0
     """
-    own = dict(model.named_parameters())
-    unknown = [name for name in params if name not in own]
-    wrong = [n for n, p in params.items() if n in own and p.shape != own[n].shape]
-    if unknown or wrong:
-        msg = (
-            f"the model has no parameters {shown(unknown)}, and others than these "
-            f"shapes for {shown(wrong)}; make the map with parameters(model)"
-        )
-        raise ValueError(msg)
+    own = dict(_named_parameters(model))
+    for name, param in params.items():
+        if name not in own:
+            msg = (
+                f"the model has no parameter {name!r}, only {shown(own)}; make the map "
+                "with parameters(model)"
+            )
+            raise ValueError(msg)
+        if param.shape != own[name].shape:
+            msg = (
+                f"{name!r} has shape {tuple(param.shape)}, the model's has "
+                f"{tuple(own[name].shape)}; make the map with parameters(model)"
+            )
+            raise ValueError(msg)
     model.load_state_dict(params, strict=False)
 
 

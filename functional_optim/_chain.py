@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any, final
 from functional_optim._apply import recording
 from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, resolve, value_class
-from functional_optim._structure import check_parameters, check_states, check_updates
+from functional_optim._names import shown
+from functional_optim._structure import (
+    check_parameters,
+    check_states,
+    check_updates,
+    shown_state,
+)
 from functional_optim._tensor_map import copied
 from functional_optim._types import Role, Scope, Transform
 
@@ -126,9 +132,10 @@ class Chain:
             for index, member in enumerate(self.members):
                 if not updates:
                     break
-                updates, new_state[index] = member.update(
+                result = member.update(
                     updates, state[index], params, context=context.at(index)
                 )
+                updates, new_state[index] = _checked_result(member, result, params)
         return updates, tuple(new_state)
 
 
@@ -174,16 +181,62 @@ def checked_transform(name: str, transform: Any) -> Transform:
         kind = type(transform).__name__
         msg = f"{name} must be a transform, got a {kind}; write chain(*transforms)"
         raise TypeError(msg)
+    if callable(transform) and not isinstance(transform, Transform):
+        called = getattr(transform, "__name__", type(transform).__name__)
+        msg = f"{name} must be a transform, got a function; write {called}(...)"
+        raise TypeError(msg)
     if not isinstance(transform, Transform):
         missing = [
             part for part in ("init", "update", "scope") if not hasattr(transform, part)
         ]
         msg = (
             f"{name} must be a transform with init, update and scope, got "
-            f"{transform!r} without {' and '.join(missing)}"
+            f"{_short(transform)} without {' and '.join(missing)}"
+        )
+        raise TypeError(msg)
+    if not isinstance(transform.scope, Scope):
+        msg = (
+            f"{name}.scope must be one of {', '.join(map(str, Scope))}, got "
+            f"{transform.scope!r}"
         )
         raise TypeError(msg)
     return transform
+
+
+def _short(value: object) -> str:
+    """Return a value for an error message, or only its type if it prints long."""
+    text = repr(value)
+    return (
+        text if len(text) < 60 else f"a {type(value).__module__}.{type(value).__name__}"
+    )
+
+
+def _checked_result(
+    member: Transform, result: Any, params: TensorMap
+) -> tuple[TensorMap, Any]:
+    """Refuse what no `update` may return: users' transforms are members too.
+
+    Raises:
+        TypeError: it is no pair of a map and a state.
+        ValueError: the map has names that are no parameters.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        msg = (
+            f"{member!r}.update must return (updates, state), got {shown_state(result)}"
+        )
+        raise TypeError(msg)
+    updates = result[0]
+    if not isinstance(updates, dict):
+        kind = type(updates).__name__
+        msg = f"{member!r}.update must return updates as a dict by name, got {kind}"
+        raise TypeError(msg)
+    if not updates.keys() <= params.keys():
+        unknown = [name for name in updates if name not in params]
+        msg = (
+            f"{member!r}.update returned names that no parameter has: {shown(unknown)}"
+        )
+        raise ValueError(msg)
+    return updates, result[1]
 
 
 def _role(transform: Transform) -> Role | None:

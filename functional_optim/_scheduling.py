@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._names import check_same_names
+from functional_optim._structure import check_parameters
 from functional_optim._tensor_map import device_of
 
 if TYPE_CHECKING:
@@ -55,8 +56,11 @@ def init_hyperparameters(
         params: All parameters that it will see.
 
     Raises:
-        ValueError: a map lacks a parameter, or names one that does not exist.
+        ValueError: a map lacks a parameter, or names one that does not exist;
+            parameters on several devices.
+        TypeError: `params` is no map from name to dense floating-point tensor.
     """
+    check_parameters(params)
     for name in transform._hyperparameters:
         value = getattr(transform, name)
         for part in value if isinstance(value, tuple) else (value,):

@@ -18,6 +18,7 @@ of (selection, value) pairs. The first rule that fits wins.
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union, final
@@ -170,6 +171,8 @@ def check_selection(selection: Any, params: TensorMap, name: str) -> None:
         return
     if isinstance(selection, bool) or not params:
         return
+    if callable(selection) and not isinstance(selection, Exclude):
+        _check_predicate(selection, name)
     parts = selection.selections if isinstance(selection, Exclude) else selection
     for part in parts if isinstance(parts, tuple) else ():
         check_selection(part, params, name)
@@ -183,6 +186,24 @@ def check_selection(selection: Any, params: TensorMap, name: str) -> None:
 
 Rules: TypeAlias = Mapping[Selection, V] | Sequence[tuple[Selection, V]]
 """Values by selection, the first that fits wins."""
+
+
+def _check_predicate(predicate: Predicate, name: str) -> None:
+    """Refuse a predicate that does not take a name and a tensor.
+
+    Raises:
+        TypeError: saying what it must take.
+    """
+    try:
+        inspect.signature(predicate).bind("name", "param")
+    except TypeError:
+        msg = (
+            f"{name}: {shown_value(predicate)} must take a name and a tensor, such as "
+            "lambda name, param: param.ndim >= 2"
+        )
+        raise TypeError(msg) from None
+    except ValueError:
+        return  # Builtins do not tell.
 
 
 def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any:

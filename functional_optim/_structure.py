@@ -45,6 +45,11 @@ def check_updates(updates: Any, params: TensorMap) -> None:
         TypeError: not a map from name to tensor; integer, complex or sparse tensors.
         ValueError: a name, shape or device that no parameter has.
     """
+    if isinstance(updates, tuple):
+        msg = (
+            "updates must be a dict, got a tuple; write updates, state = x.update(...)"
+        )
+        raise TypeError(msg)
     _check_map(updates, "updates", "gradients(model)")
     _check_map(params, "params", "parameters(model)")
     for name, update in updates.items():
@@ -164,10 +169,15 @@ def _check_map(tensors: Any, name: str, remedy: str) -> None:
         raise TypeError(msg)
 
 
+def _kind(value: Any) -> str:
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return repr(value) if plain else f"a {type(value).__name__}"
+
+
 def _check_tensor(kind: str, name: Any, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         remedy = "; omit names without a gradient" if tensor is None else ""
-        msg = f"{kind} of {name!r} must be a tensor, got {tensor!r}{remedy}"
+        msg = f"{kind} of {name!r} must be a tensor, got {_kind(tensor)}{remedy}"
         raise TypeError(msg)
     if not isinstance(name, str):
         msg = f"{kind} names must be strings, got {name!r}"

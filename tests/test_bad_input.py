@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import re
 
 import laws
 import pytest
 import torch
+from transform_cases import CASES
 
 import functional_optim as fo
 from functional_optim import schedules
 
 PARAMS = {"a.weight": torch.ones(2, 3), "a.bias": torch.ones(2)}
 GRADS = {"a.weight": torch.full((2, 3), 0.5), "a.bias": torch.ones(2)}
+
+
+@dataclasses.dataclass
+class Wrong:
+    """A user's transform that returns something else than it should."""
+
+    result: object = None
+    scope: object = fo.Scope.ELEMENTWISE
+
+    def init(self, params):
+        """Return the empty state."""
+        return ()
+
+    def update(self, updates, state, params, *, context=fo.Context()):
+        """Return the wrong thing."""
+        return self.result
+
+
 PIPELINE = fo.chain(fo.Accumulate(1), fo.ClipByGlobalNorm(1.0), fo.adamw(1e-3))
 
 
@@ -124,6 +144,12 @@ def test_illegal_value(make, message: str) -> None:
         (lambda: fo.Accumulate(2, dtype=torch.int32), "dtype must be a floating"),
         (lambda: fo.chain(fo.Scale), r"got the class Scale; write Scale\(\.\.\.\)"),
         (lambda: fo.chain([fo.Scale(1.0)]), r"got a list; write chain\(\*transforms\)"),
+        (lambda: fo.chain(fo.adamw), r"got a function; write adamw\(...\)"),
+        (lambda: fo.chain(torch.nn.Linear(99, 9).bias), "members.0. must be a transf"),
+        (lambda: fo.parameters([]), "model must be a torch.nn.Module, got a list"),
+        (lambda: fo.load_parameters({}, {}), "torch.nn.Module, got a dict"),
+        (lambda: fo.apply_updates({}, ({}, ())), "write updates, state = "),
+        (lambda: fo.chain(Wrong(scope="all")), "scope must be one of"),
         (lambda: fo.chain(3), "without init and update and scope"),
         (lambda: fo.Masked(3, "*"), "inner must be a transform .* got 3"),
         (lambda: fo.Masked(fo.Identity(), 3), "mask must be a glob"),
@@ -214,6 +240,43 @@ def test_state_of_another_chain() -> None:
 
 
 @pytest.mark.parametrize(
+    ("result", "error", "message"),
+    [
+        (
+            None,
+            TypeError,
+            r"Wrong.*update must return \(updates, state\), got NoneType",
+        ),
+        ({}, TypeError, r"must return \(updates, state\), got dict"),
+        (([], ()), TypeError, "must return updates as a dict by name, got list"),
+        (({"x": torch.ones(1)}, ()), ValueError, r"that no parameter has: \['x'\]"),
+    ],
+)
+def test_a_users_wrong_result_is_named(result, error, message: str) -> None:
+    """A chain says which member returned what it must not."""
+    pipeline = fo.chain(Wrong(result))
+    with pytest.raises(error, match=message):
+        pipeline.update(GRADS, pipeline.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    "transform", [case.transform for case in CASES], ids=lambda t: repr(t)[:40]
+)
+def test_every_init_refuses_what_is_no_map(transform: fo.Transform) -> None:
+    """A list of parameters is refused with the remedy, inside and outside a chain."""
+    with pytest.raises(TypeError, match="params must be a dict.*parameters.model."):
+        transform.init([torch.ones(2)])
+
+
+def test_a_predicate_must_take_a_name_and_a_tensor() -> None:
+    """The usual slip of a mask with one argument is explained."""
+    with pytest.raises(
+        TypeError, match="must take a name and a tensor, such as lambda"
+    ):
+        fo.adamw(mask=lambda p: p.ndim >= 2).init(PARAMS)
+
+
+@pytest.mark.parametrize(
     "transform",
     [
         fo.Partition({"x": fo.Identity()}, "x"),
@@ -246,7 +309,10 @@ def test_load_parameters_refuses_another_model() -> None:
         {"weight": torch.ones(2, 2)},
         {"bias": torch.ones(2), "x": torch.ones(1)},
     ):
-        with pytest.raises(ValueError, match="make the map with parameters"):
+        with pytest.raises(
+            ValueError,
+            match=r"no parameter 'x'|'weight' has shape \(2, 2\), the model's has",
+        ):
             fo.load_parameters(model, bad)
     laws.assert_same(before, fo.parameters(model), "model")
 

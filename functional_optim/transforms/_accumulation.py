@@ -11,7 +11,7 @@ from torch import Tensor
 from functional_optim._context import Context
 from functional_optim._hyperparameters import flag, value_class
 from functional_optim._names import subset
-from functional_optim._structure import check_state
+from functional_optim._structure import check_parameters, check_state
 from functional_optim._tensor_map import device_of, is_sixteen_bit, over
 from functional_optim._types import Role, Scope, Static, TensorMap
 
@@ -102,6 +102,7 @@ class Accumulate:
 
     def init(self, params: TensorMap) -> AccumulateState:
         """Return an empty window."""
+        check_parameters(params)
         sums = {
             name: torch.zeros_like(p, dtype=self._sum_dtype(p))
             for name, p in params.items()

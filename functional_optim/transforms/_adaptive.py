@@ -105,8 +105,8 @@ class ScaleByAdam:
 
     def init(self, params: TensorMap) -> ScaleByAdamState:
         """Return moments of zero."""
-        largest = zeros_like(params) if self.amsgrad else ()
         schedule = init_hyperparameters(self, params)
+        largest = zeros_like(params) if self.amsgrad else ()
         return ScaleByAdamState(
             zero_counts(params),
             zeros_like(params),

@@ -104,8 +104,9 @@ class ClipByGlobalNorm:
 
     def init(self, params: TensorMap) -> ClipByGlobalNormState:
         """Return a norm of zero."""
+        schedule = init_hyperparameters(self, params)
         norm = torch.zeros((), dtype=torch.float64, device=device_of(params))
-        return ClipByGlobalNormState(norm, init_hyperparameters(self, params))
+        return ClipByGlobalNormState(norm, schedule)
 
     def update(
         self,

@@ -12,7 +12,7 @@ from functional_optim._chain import checked_transform
 from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._norms import all_finite
-from functional_optim._structure import check_state
+from functional_optim._structure import check_parameters, check_state
 from functional_optim._tensor_map import device_of
 from functional_optim._types import Role, Scope, Transform, inner_transforms
 
@@ -97,6 +97,7 @@ class SkipNonfinite:
 
     def init(self, params: TensorMap) -> SkipNonfiniteState:
         """Return the inner state, and no skips."""
+        check_parameters(params)
         zero = torch.zeros((), dtype=torch.float64, device=device_of(params))
         return SkipNonfiniteState(self.inner.init(params), zero, zero.clone())
 

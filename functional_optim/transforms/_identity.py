@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 from functional_optim._context import Context
 from functional_optim._hyperparameters import value_class
+from functional_optim._structure import check_parameters
 from functional_optim._tensor_map import copied
 from functional_optim._types import Scope
 
@@ -36,6 +37,7 @@ class Identity:
 
     def init(self, params: TensorMap) -> tuple[()]:
         """Return the empty state."""
+        check_parameters(params)
         return ()
 
     def update(

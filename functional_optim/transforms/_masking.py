@@ -22,11 +22,11 @@ from functional_optim._selection import (
     picks,
     ruled,
 )
-from functional_optim._structure import check_names, check_states
+from functional_optim._structure import check_names, check_parameters, check_states
 from functional_optim._types import Scope, Transform
 
 if TYPE_CHECKING:
-    from functional_optim._structure import check_names, check_states
+    from functional_optim._structure import check_names, check_parameters, check_states
 from functional_optim._types import TensorMap
 
 
@@ -82,6 +82,7 @@ class Masked:
 
     def init(self, params: TensorMap) -> Any:
         """Return the inner state over the selected parameters."""
+        check_parameters(params)
         check_selection(self.mask, params, "mask")
         return self.inner.init(subset(params, picked(self.mask, params, list(params))))
 
@@ -211,6 +212,7 @@ class Partition:
 
     def init(self, params: TensorMap) -> tuple[Any, ...]:
         """Return the inner states, each over the parameters with its label."""
+        check_parameters(params)
         check_rules(self.labels, params, "labels")
         groups = self._groups(params)
         for label, names in groups.items():

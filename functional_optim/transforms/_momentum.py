@@ -103,12 +103,11 @@ class Trace:
 
     def init(self, params: TensorMap) -> TraceState:
         """Return buffers of zeros."""
+        schedule = init_hyperparameters(self, params)
         started: TensorMap | tuple[()] = ()
         if self._dampens:
             started = zero_counts(params, torch.bool)
-        return TraceState(
-            zeros_like(params), started, init_hyperparameters(self, params)
-        )
+        return TraceState(zeros_like(params), started, schedule)
 
     def update(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor
 from functional_optim._context import Context
 from functional_optim._hyperparameters import check_factor, checked, value_class
 from functional_optim._selection import Rules, check_rules, frozen_rules, ruled
+from functional_optim._structure import check_parameters
 from functional_optim._tensor_map import over
 from functional_optim._types import Scope
 
@@ -59,6 +60,7 @@ class MultiplyParamwise:
 
     def init(self, params: TensorMap) -> tuple[()]:
         """Return the empty state, after a look whether every rule matches."""
+        check_parameters(params)
         check_rules(self.multipliers, params, "multipliers")
         return ()
 

@@ -86,9 +86,10 @@ class AddDecayedWeights:
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
         """Return the state of the schedules; check maps by name."""
+        schedule = init_hyperparameters(self, params)
         if self.mask is not None:
             check_selection(self.mask, params, "mask")
-        return init_hyperparameters(self, params)
+        return schedule
 
     def update(
         self,
