@@ -26,6 +26,11 @@ class ScheduleState(NamedTuple):
 
     Attributes:
         num_updates: Updates emitted so far. Tensor, shape (), float64.
+
+    Example:
+        >>> from functional_optim import Scale
+        >>> Scale(lambda step: 0.5**step).init({"w": torch.ones(2)})
+        ScheduleState(num_updates=tensor(0., dtype=torch.float64))
     """
 
     num_updates: Tensor

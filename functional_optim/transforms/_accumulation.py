@@ -25,6 +25,10 @@ class AccumulateState(NamedTuple):
         weight: Sum of the weights in the open window. Tensor, shape (), float64.
         position: How many micro-batches the open window has, on the host.
         unseen: Names without an update in the open window, on the host.
+
+    Example:
+        >>> Accumulate(4).init({"w": torch.ones(2)}).position
+        Static(value=0)
     """
 
     sum: TensorMap

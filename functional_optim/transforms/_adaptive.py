@@ -36,6 +36,11 @@ class ScaleByAdamState(NamedTuple):
         max_exp_avg_sq: Largest of those so far, like the parameters; `()` without
             amsgrad.
         schedule: State of the schedules.
+
+    Example:
+        >>> import torch
+        >>> ScaleByAdam().init({"w": torch.ones(2)}).step
+        {'w': tensor(0., dtype=torch.float64)}
     """
 
     step: TensorMap

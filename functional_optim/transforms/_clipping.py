@@ -34,6 +34,10 @@ class ClipByGlobalNormState(NamedTuple):
         norm: Joint norm before clipping in the last update. Tensor, shape (), float64;
             on the device, so that reading it waits only when somebody does.
         schedule: State of the schedules.
+
+    Example:
+        >>> ClipByGlobalNorm(1.0).init({"w": torch.ones(2)}).norm
+        tensor(0., dtype=torch.float64)
     """
 
     norm: Tensor

@@ -27,6 +27,11 @@ class SkipNonfiniteState(NamedTuple):
         inner: State of the inner transform.
         skipped: Steps skipped so far. Tensor, shape (), float64.
         consecutive: Steps skipped since the last one taken. Tensor, shape (), float64.
+
+    Example:
+        >>> from functional_optim.transforms import Scale
+        >>> SkipNonfinite(Scale(2.0)).init({"w": torch.ones(2)}).skipped
+        tensor(0., dtype=torch.float64)
     """
 
     inner: Any

@@ -36,6 +36,10 @@ class TraceState(NamedTuple):
         started: Whether a parameter had an update yet, 0-dim bool tensors by name; `()`
             without dampening, where it makes no difference.
         schedule: State of the schedules.
+
+    Example:
+        >>> Trace(0.9).init({"w": torch.ones(2)}).momentum_buffer
+        {'w': tensor([0., 0.])}
     """
 
     momentum_buffer: TensorMap
