@@ -11,8 +11,6 @@ from torch import Tensor
 
 import functional_optim as fo
 
-NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
-
 ordinary = st.floats(-100, 100, width=32).map(lambda x: x if abs(x) > 1e-3 else 0.0)
 """Everyday numbers, zero included."""
 
