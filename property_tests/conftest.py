@@ -7,7 +7,7 @@ import sys
 import torch
 from hypothesis import HealthCheck, settings
 
-# The laws and the table of cases are shared with tests/.
+# The table of cases is shared with tests/.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "tests"))
 
@@ -15,7 +15,7 @@ SLOW = [HealthCheck.too_slow]
 settings.register_profile("dev", max_examples=20, deadline=None)
 settings.register_profile(
     "ci",
-    max_examples=50,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     print_blob=True,
@@ -27,3 +27,19 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser) -> None:
+    """Add the option that writes docs/laws.md."""
+    parser.addoption("--write-laws-table", action="store_true")
+
+
+def pytest_sessionfinish(session, exitstatus: int) -> None:
+    """Write the table if asked, and if every law held."""
+    if (
+        session.config.getoption("--write-laws-table", default=False)
+        and exitstatus == 0
+    ):
+        import laws_table
+
+        laws_table.write()

@@ -1,55 +1,83 @@
-"""The laws on every public transform, with parameters and gradients by hypothesis."""
+"""Every law on every public transform, combinator and preset, and on random chains.
+
+Writes docs/laws.md with `pytest property_tests/test_laws.py --write-laws-table`.
+"""
 
 from __future__ import annotations
 
-import laws
+import itertools
+
+import laws_table
 import pytest
-import strategies
-import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from law_examples import SHAPES
 from transform_cases import CASES, Case
 
 import functional_optim as fo
+from functional_optim.testing import Law, strategies
+from functional_optim.testing._check import ORDER
+from functional_optim.testing._examples import SHAPES, fixed_examples
+from functional_optim.testing.laws import compiled, differentiable, plain_data
 
-LAWS = [laws.purity, laws.determinism, laws.structure, laws.omitted_names, laws.hold]
-cases = st.sampled_from(CASES)
+LAWS = (*ORDER, differentiable)
+PARAMS = fixed_examples(None)[0].params
+ROWS: dict[str, list[Case]] = {}
+for one in sorted(CASES, key=lambda case: case.label.lower()):
+    ROWS.setdefault(one.label, []).append(one)
+
+each_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
 
 
-@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
-@given(case=cases, data=strategies.examples(of=SHAPES, elements=strategies.hostile))
-def test_law(law, case: Case, data: laws.Example) -> None:
+@each_law
+@pytest.mark.parametrize("row", ROWS)
+def test_law(row: str, law: Law) -> None:
     """The law holds whatever the numbers are, NaN and infinity included."""
-    law(case.transform, data)
+    cases = [c for c in ROWS[row] if c.smooth or law is not differentiable]
+    examples = settings().max_examples
+    for case in cases:
+        law(
+            case.transform,
+            params=PARAMS,
+            contexts=case.contexts,
+            nonfinite=True,
+            max_examples=-(-examples // len(cases)),
+        )
+    tried = examples if law.drawn else 3 * len(cases)
+    laws_table.record(row, law, tried if cases else 0)
 
 
-@given(case=cases, data=strategies.examples(of=SHAPES, omit=False))
-def test_scope(case: Case, data: laws.Example) -> None:
-    """An update on any legal cut, totals shared, equals the update on the whole."""
-    laws.scope(case.transform, data)
+@pytest.mark.parametrize("law", [law for law in LAWS if law.drawn], ids=repr)
+@given(data=st.data())
+def test_random_chains(law: Law, data: st.DataObject) -> None:
+    """The law holds for chains of any transforms, with any hyperparameters."""
+    names = list(SHAPES)
+    chain = data.draw(strategies.chains(names, smooth=law is differentiable))
+    elements = strategies.away_from_zero if law.smooth else strategies.finite
+    example = data.draw(strategies.examples(PARAMS, elements=elements, omit=law.omit))
+    law(chain, example)
+    laws_table.record("random chains", law, settings().max_examples)
 
 
-@given(case=cases, data=strategies.examples(of=SHAPES))
-def test_plain_data(case: Case, data: laws.Example) -> None:
-    """A state survives plain data on disk."""
-    laws.plain_data(case.transform, data)
+@pytest.mark.parametrize("law", [plain_data, compiled], ids=repr)
+@settings(max_examples=5)
+@given(chain=strategies.chains(list(SHAPES)))
+def test_random_chains_on_fixed_examples(law: Law, chain) -> None:
+    """They can be saved at any step, and compile without graph breaks."""
+    law(chain, params=PARAMS)
+    laws_table.record("random chains", law, 3 * 5)
 
 
-@given(
-    parts=st.lists(cases, max_size=3),
-    data=strategies.examples(torch.float32, strategies.finite, SHAPES),
-)
-def test_chains(parts: list[Case], data: laws.Example) -> None:
-    """Chains of any transforms that chain accepts are lawful and associative."""
-    transforms = [case.transform for case in parts]
-    try:
-        chained = fo.chain(*transforms)
-    except ValueError:
-        return  # A refused order, tested by itself.
-    for split in range(len(transforms) + 1):
-        left, right = fo.chain(*transforms[:split]), fo.chain(*transforms[split:])
-        assert fo.chain(left, right) == chained
-    laws.purity(chained, data)
-    laws.structure(chained, data)
-    laws.omitted_names(chained, data)
+@given(data=st.data())
+def test_chaining_is_associative(data: st.DataObject) -> None:
+    """However a chain is put together, it is the same chain."""
+    members = data.draw(strategies.chains(list(SHAPES))).members
+    for i, j in itertools.combinations_with_replacement(range(len(members) + 1), 2):
+        parts = members[:i], members[i:j], members[j:]
+        nested = fo.chain(*(fo.chain(*part) for part in parts))
+        assert nested == fo.chain(*members)
+
+
+def test_table_is_current() -> None:
+    """docs/laws.md has every row and every law."""
+    rows = [*ROWS, "random chains"]
+    assert laws_table.written() == (rows, [law.name for law in LAWS])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 
-import laws
 import pytest
-import strategies
 import torch
+from comparison import assert_same
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import functional_optim as fo
+from functional_optim.testing import strategies
 
 SHAPES = {"a.weight": (3, 2), "a.bias": (2,), "norm": ()}
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -34,19 +34,21 @@ def _grads(params: dict[str, torch.nn.Parameter]) -> fo.TensorMap:
 @given(data=st.data())
 def test_clip_by_global_norm(dtype: torch.dtype, data: st.DataObject) -> None:
     """ClipByGlobalNorm is clip_grad_norm_, also on NaN, infinity and signed zeros."""
-    grads = data.draw(strategies.maps(SHAPES, dtype, strategies.hostile), label="grads")
+    grads = data.draw(
+        strategies.tensor_maps(SHAPES, dtype, strategies.hostile), label="grads"
+    )
     max_norm = data.draw(st.floats(1e-3, 1e3), label="max_norm")
     norm_type = data.draw(st.sampled_from([2.0, 1.0, 3.0, math.inf]), label="p")
     params = _parameters(grads)
     norm = torch.nn.utils.clip_grad_norm_(params.values(), max_norm, norm_type)
     clip = fo.ClipByGlobalNorm(max_norm, norm_type=norm_type)
     clipped, state = clip.update(grads, clip.init(grads), grads)
-    laws.assert_same(_grads(params), clipped, "clipped")
-    laws.assert_same(norm.double(), state.norm, "norm")
+    assert_same(_grads(params), clipped, "clipped")
+    assert_same(norm.double(), state.norm, "norm")
 
 
 @given(
-    grads=strategies.maps(SHAPES),
+    grads=strategies.tensor_maps(SHAPES),
     max_norm=st.floats(1e-3, 1e3),
     factor=st.floats(0.1, 10.0),
 )
@@ -72,12 +74,14 @@ def test_clip_laws(grads: fo.TensorMap, max_norm: float, factor: float) -> None:
 @given(data=st.data())
 def test_clip_by_value(dtype: torch.dtype, data: st.DataObject) -> None:
     """ClipByValue is clip_grad_value_."""
-    grads = data.draw(strategies.maps(SHAPES, dtype, strategies.hostile), label="grads")
+    grads = data.draw(
+        strategies.tensor_maps(SHAPES, dtype, strategies.hostile), label="grads"
+    )
     clip_value = data.draw(st.floats(0.0, 100.0), label="clip_value")
     params = _parameters(grads)
     torch.nn.utils.clip_grad_value_(params.values(), clip_value)
     clipped, _ = fo.ClipByValue(clip_value).update(grads, (), grads)
-    laws.assert_same(_grads(params), clipped, "clipped")
+    assert_same(_grads(params), clipped, "clipped")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,9 @@ def test_clip_by_value(dtype: torch.dtype, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_unscale(dtype: torch.dtype, data: st.DataObject) -> None:
     """Unscale is GradScaler.unscale_, also for scales that are no powers of two."""
-    grads = data.draw(strategies.maps(SHAPES, dtype, strategies.hostile), label="grads")
+    grads = data.draw(
+        strategies.tensor_maps(SHAPES, dtype, strategies.hostile), label="grads"
+    )
     scale = data.draw(st.floats(1.0, 2.0**24, width=32), label="scale")
     params = _parameters(grads)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
@@ -101,9 +107,9 @@ def test_unscale(dtype: torch.dtype, data: st.DataObject) -> None:
     else:
         scaler.unscale_(optimizer)
     unscaled, _ = fo.Unscale(scale).update(grads, (), grads)
-    laws.assert_same(_grads(params), unscaled, "unscaled")
+    assert_same(_grads(params), unscaled, "unscaled")
     as_tensor, _ = fo.Unscale(torch.tensor(scale)).update(grads, (), grads)
-    laws.assert_same(unscaled, as_tensor, "unscaled by a tensor")
+    assert_same(unscaled, as_tensor, "unscaled by a tensor")
 
 
 @dtypes
@@ -112,9 +118,12 @@ def test_accumulate(dtype: torch.dtype, data: st.DataObject) -> None:
     """Accumulate is the loop that sums in .grad and divides once by the true number."""
     every = data.draw(st.integers(1, 4), label="every")
     count = data.draw(st.integers(1, 9), label="micro-batches")
-    values = data.draw(strategies.maps(SHAPES, dtype), label="params")
+    values = data.draw(strategies.tensor_maps(SHAPES, dtype), label="params")
     micro = data.draw(
-        strategies.runs(SHAPES, count, dtype, strategies.hostile), label="micro"
+        strategies.gradient_sequences(
+            SHAPES, dtype, strategies.hostile, min_size=count, max_size=count
+        ),
+        label="micro",
     )
     leaves = {name: p.clone().requires_grad_() for name, p in values.items()}
     accumulate = fo.Accumulate(every)
@@ -133,7 +142,7 @@ def test_accumulate(dtype: torch.dtype, data: st.DataObject) -> None:
             assert updates == {}
             continue
         expected = {n: p.grad / inside for n, p in leaves.items() if p.grad is not None}
-        laws.assert_same(expected, updates, f"window that ends at {index}")
+        assert_same(expected, updates, f"window that ends at {index}")
         inside = 0
         for leaf in leaves.values():
             leaf.grad = None
@@ -143,10 +152,11 @@ def test_accumulate(dtype: torch.dtype, data: st.DataObject) -> None:
 def test_accumulate_weighted(data: st.DataObject) -> None:
     """Weighted micro-batches give the mean over all tokens; empty ones do not count."""
     tokens = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=5), label="n")
-    values = data.draw(strategies.maps(SHAPES), label="params")
+    values = data.draw(strategies.tensor_maps(SHAPES), label="params")
     pools = [
         data.draw(
-            st.lists(strategies.maps(SHAPES), min_size=n, max_size=n), label="tokens"
+            st.lists(strategies.tensor_maps(SHAPES), min_size=n, max_size=n),
+            label="tokens",
         )
         for n in tokens
     ]
@@ -176,9 +186,14 @@ def test_accumulate_weighted(data: st.DataObject) -> None:
 @given(data=st.data())
 def test_skip_nonfinite(data: st.DataObject) -> None:
     """Skipping bad steps is never having seen them, bit for bit."""
-    params = data.draw(strategies.maps(SHAPES, elements=strategies.finite), label="p")
+    params = data.draw(
+        strategies.tensor_maps(SHAPES, elements=strategies.finite), label="p"
+    )
     grads = data.draw(
-        strategies.runs(SHAPES, 5, elements=strategies.hostile), label="grads"
+        strategies.gradient_sequences(
+            SHAPES, elements=strategies.hostile, min_size=5, max_size=5
+        ),
+        label="grads",
     )
     inner = fo.chain(
         fo.ClipByGlobalNorm(1.0), fo.adamw(fo.schedules.linear(0.1, 0.0, 4))
@@ -198,8 +213,8 @@ def test_skip_nonfinite(data: st.DataObject) -> None:
             in_a_row = 0
         else:
             skipped, in_a_row = skipped + 1, in_a_row + 1
-        laws.assert_same(plain, ours, "parameters")
-        laws.assert_same(plain_state, state.inner, "inner state")
+        assert_same(plain, ours, "parameters")
+        assert_same(plain_state, state.inner, "inner state")
         assert (state.skipped, state.consecutive) == (skipped, in_a_row)
 
 
@@ -207,17 +222,20 @@ def test_skip_nonfinite(data: st.DataObject) -> None:
 factors = st.floats(-8, 8).map(lambda x: x if abs(x) > 1e-100 else 0.0)
 
 
-@given(grads=strategies.maps(SHAPES), a=factors, b=factors)
+@given(grads=strategies.tensor_maps(SHAPES), a=factors, b=factors)
 @example(grads={"w": torch.ones(2, dtype=torch.float64)}, a=0.0, b=-0.0)
 def test_scaling_composes(grads: fo.TensorMap, a: float, b: float) -> None:
     """Two scales are one with the product, to one rounding of each."""
     two = fo.chain(fo.Scale(a), fo.Scale(b))
     out, _ = two.update(grads, two.init(grads), grads)
     once, _ = fo.Scale(a * b).update(grads, (), grads)
-    laws.assert_same(once, out, "scaled twice", rtol=4 * torch.finfo(torch.float64).eps)
+    assert_same(once, out, "scaled twice", rtol=4 * torch.finfo(torch.float64).eps)
 
 
-@given(grads=strategies.runs(SHAPES, 6, omit=False), momentum=st.floats(0.0, 0.99))
+@given(
+    grads=strategies.gradient_sequences(SHAPES, min_size=6, max_size=6, omit=False),
+    momentum=st.floats(0.0, 0.99),
+)
 def test_trace_is_a_weighted_sum(grads: list[fo.TensorMap], momentum: float) -> None:
     """The buffer is the sum of momentum^age times each update."""
     trace = fo.Trace(momentum)
@@ -234,7 +252,7 @@ def test_trace_is_a_weighted_sum(grads: list[fo.TensorMap], momentum: float) -> 
 
 
 @given(
-    grads=strategies.maps(SHAPES, elements=strategies.finite),
+    grads=strategies.tensor_maps(SHAPES, elements=strategies.finite),
     mask=st.fixed_dictionaries(dict.fromkeys(SHAPES, st.booleans())),
 )
 def test_masking(grads: fo.TensorMap, mask: dict[str, bool]) -> None:
@@ -243,4 +261,4 @@ def test_masking(grads: fo.TensorMap, mask: dict[str, bool]) -> None:
     out, _ = masked.update(grads, masked.init(grads), grads)
     for name, g in grads.items():
         expected = 3.0 * g if mask[name] else g
-        laws.assert_same(expected, out[name], name)
+        assert_same(expected, out[name], name)

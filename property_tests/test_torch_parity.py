@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import strategies
 import torch
 import torch_parity
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 import functional_optim as fo
+from functional_optim.testing import strategies
 
 SHAPES = {"a.weight": (2, 2), "a.bias": (2,), "norm": ()}
 pairs = st.sampled_from(torch_parity.PAIRS)
@@ -17,8 +17,8 @@ lrs = st.floats(1e-5, 1.0)
 
 @given(
     pair=pairs,
-    params=strategies.maps(SHAPES),
-    grads=strategies.runs(SHAPES, 50),
+    params=strategies.tensor_maps(SHAPES),
+    grads=strategies.gradient_sequences(SHAPES, min_size=50, max_size=50),
     lr=lrs,
     as_tensor=st.booleans(),
 )
@@ -42,8 +42,10 @@ def test_float64(
 )
 @given(
     pair=pairs,
-    params=strategies.maps(SHAPES, torch.float32, strategies.finite),
-    grads=strategies.runs(SHAPES, 4, torch.float32, strategies.finite),
+    params=strategies.tensor_maps(SHAPES, torch.float32, strategies.finite),
+    grads=strategies.gradient_sequences(
+        SHAPES, torch.float32, strategies.finite, min_size=4, max_size=4
+    ),
     lr=lrs,
 )
 def test_float32(

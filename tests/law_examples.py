@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from laws import Example
 
 import functional_optim as fo
+from functional_optim.testing import Example
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "a.weight": (3, 4),
@@ -38,6 +38,5 @@ def example(
             del updates["a.bias"]
         if not full and index == 2:
             updates = {"b.weight": updates["b.weight"], "scale": updates["scale"]}
-        context = contexts[index % len(contexts)] if contexts else fo.Context()
-        made.append((updates, context))
-    return Example(params, made)
+        made.append(updates)
+    return Example(params, made, contexts)

@@ -7,9 +7,9 @@ import dataclasses
 import math
 import re
 
-import laws
 import pytest
 import torch
+from comparison import assert_same
 from transform_cases import CASES
 
 import functional_optim as fo
@@ -197,7 +197,7 @@ def test_bad_gradient(changed, error, message: str, where: str) -> None:
     }
     with pytest.raises(error, match=message):
         calls[where]()
-    laws.assert_same(before, (PARAMS, state), "inputs")
+    assert_same(before, (PARAMS, state), "inputs")
 
 
 @pytest.mark.parametrize(
@@ -314,7 +314,7 @@ def test_load_parameters_refuses_another_model() -> None:
             match=r"no parameter 'x'|'weight' has shape \(2, 2\), the model's has",
         ):
             fo.load_parameters(model, bad)
-    laws.assert_same(before, fo.parameters(model), "model")
+    assert_same(before, fo.parameters(model), "model")
 
 
 def test_schedule_added_after_init() -> None:

@@ -8,15 +8,18 @@ import pickle
 import re
 import types
 
-import laws
 import pytest
 import torch
 import transform_cases
+from comparison import assert_same
 from law_examples import example
 from transform_cases import CASES, Case
 
 import functional_optim as fo
 from functional_optim import schedules
+from functional_optim.testing import laws
+from functional_optim.testing._check import ORDER
+from functional_optim.testing._compare import tensors
 
 # The names that a repr is written with.
 WRITTEN = types.SimpleNamespace(
@@ -35,42 +38,14 @@ pytestmark = pytest.mark.parametrize("case", CASES, ids=repr)
 
 
 @pytest.mark.parametrize(
-    "law",
-    [
-        laws.purity,
-        laws.determinism,
-        laws.structure,
-        laws.omitted_names,
-        laws.hold,
-        laws.plain_data,
-        laws.no_graph,
-        laws.chaining,
-    ],
-    ids=lambda law: law.__name__,
+    "law", [law for law in ORDER if law is not laws.compiled], ids=repr
 )
 def test_law(case: Case, law) -> None:
-    """Every transform obeys every law."""
-    law(case.transform, example(contexts=case.contexts))
+    """Every transform obeys every law on one fixed example.
 
-
-def test_scope(case: Case) -> None:
-    """An update on any legal cut, totals shared, equals the update on the whole."""
-    data = example(contexts=case.contexts, full=True)
-    laws.scope(case.transform, data)
-    if "Accumulate" not in repr(case):  # A window closes for all names or for none.
-        laws.scope(case.transform, example())
-
-
-def test_vmap(case: Case) -> None:
-    """vmap over init and update equals the loop over members."""
-    members = [example(seed, case.contexts) for seed in range(3)]
-    laws.vmapped(case.transform, members)
-
-
-def test_compile(case: Case) -> None:
-    """The compiled update equals the eager one and needs no new graphs."""
-    data = example(contexts=case.contexts, full=True)
-    laws.compiled(case.transform, data, case.graphs)
+    Compiling takes long: property_tests/test_laws.py does it.
+    """
+    law(case.transform, example(contexts=case.contexts, full=not law.omit))
 
 
 def test_differentiable(case: Case) -> None:
@@ -118,7 +93,7 @@ def test_resolved_is_the_same_rule(case: Case) -> None:
                 {name: updates[name]}, states[name], {name: param}, context=context
             )
             expected = {name: whole[name]} if name in whole else {}
-            laws.assert_same(expected, out, "resolved update")
+            assert_same(expected, out, "resolved update")
 
 
 def test_runs_on_any_device(case: Case) -> None:
@@ -129,7 +104,7 @@ def test_runs_on_any_device(case: Case) -> None:
     for updates, context in data.steps:
         given = {name: u.to("meta") for name, u in updates.items()}
         out, state = case.transform.update(given, state, params, context=context)
-        for place, x in laws.leaves((out, state)):
+        for place, x in tensors((out, state)):
             assert x.device.type == "meta", place
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-import laws
 import pytest
 import torch
+from comparison import assert_same
 from law_examples import example
 
 import functional_optim as fo
@@ -32,7 +32,7 @@ def test_narrow_gradients_do_not_depend_on_the_kind_of_a_beta(dtype) -> None:
         results.append((out, state.exp_avg_sq))
     for other in results[1:]:
         # float32 has 24 bits; the kinds differ by a rounding of (1 - beta) * g.
-        laws.assert_same(results[0], other, "kinds of beta", rtol=3e-7)
+        assert_same(results[0], other, "kinds of beta", rtol=3e-7)
 
 
 def test_narrow_parameters_do_not_depend_on_the_kind_of_weight_decay() -> None:
@@ -107,7 +107,7 @@ def test_the_default_device_does_not_matter() -> None:
     with torch.device("meta"):
         state = pipeline.init(PARAMS)
         got = pipeline.update(PARAMS, state, PARAMS, context=context)
-    laws.assert_same(expected, got, "under another default device")
+    assert_same(expected, got, "under another default device")
 
 
 @pytest.mark.parametrize("value", ["hello", None, 1.5, [1], {"a": 1}])
@@ -132,8 +132,8 @@ def test_plain_data_shares_no_memory() -> None:
     loaded = fo.load_state_dict(state, data)
     for x in data["state"]["fields"]["momentum_buffer"].values():
         x.zero_()
-    laws.assert_same(before, state.momentum_buffer, "state")
-    laws.assert_same(before, loaded.momentum_buffer, "loaded state")
+    assert_same(before, state.momentum_buffer, "state")
+    assert_same(before, loaded.momentum_buffer, "loaded state")
 
 
 def test_loaded_counts_are_shared_again() -> None:
@@ -272,7 +272,7 @@ def test_tensor_subclasses_see_ordinary_operations() -> None:
     assert all(isinstance(u, Logged) for u in updates.values())
     assert not [name for name in Logged.operations if "foreach" in name]
     plain = {name: u.as_subclass(torch.Tensor) for name, u in updates.items()}
-    laws.assert_same(expected, plain, "subclass")
+    assert_same(expected, plain, "subclass")
 
 
 def test_load_parameters_is_the_inverse_of_parameters() -> None:
@@ -287,8 +287,8 @@ def test_load_parameters_is_the_inverse_of_parameters() -> None:
     params = {name: p + 1 for name, p in fo.parameters(model).items()}
     assert list(params) == ["0.weight", "0.bias", "1.weight", "1.bias"]
     fo.load_parameters(model, params)
-    laws.assert_same(params, fo.parameters(model), "parameters")
-    laws.assert_same(buffers, dict(model.named_buffers()), "buffers")
+    assert_same(params, fo.parameters(model), "parameters")
+    assert_same(buffers, dict(model.named_buffers()), "buffers")
     assert torch.equal(model[2].bias, frozen)
     assert torch.equal(model[2].weight, params["0.weight"])
 

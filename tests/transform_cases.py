@@ -14,6 +14,7 @@ from torch import Tensor
 
 import functional_optim as fo
 from functional_optim import schedules
+from functional_optim.testing._examples import SHAPES
 
 
 def is_matrix(name: str, param: Tensor) -> bool:
@@ -40,15 +41,19 @@ class Case:
     """Whether the output has a derivative everywhere; maxima and limits have none."""
     contexts: tuple[fo.Context, ...] = ()
     """What the loop knows at each step, in turns; nothing if left out."""
-    graphs: int = 1
-    """How many graphs `torch.compile` needs while state and schedules move."""
+    row: str = ""
+    """In which row of docs/laws.md it stands; the name of its class if left out."""
+
+    @property
+    def label(self) -> str:
+        """The row it stands in."""
+        return self.row or type(self.transform).__name__
 
     def __repr__(self) -> str:
         return repr(self.transform)
 
 
-# Names and shapes of `law_examples.SHAPES`.
-NAMES = ["a.weight", "a.bias", "b.weight", "scale", "empty"]
+NAMES = list(SHAPES)
 
 CASES = [
     Case(transform=fo.Scale(-2.0)),
@@ -60,16 +65,15 @@ CASES = [
     Case(transform=fo.ScaleByLearningRate(0.1)),
     Case(transform=fo.ScaleByLearningRate(schedules.linear(0.1, 0.0, 7))),
     Case(transform=fo.Accumulate(1)),
-    Case(transform=fo.Accumulate(3), graphs=3),
+    Case(transform=fo.Accumulate(3)),
     Case(
         transform=fo.Accumulate(4),
         contexts=(
             fo.Context(weight=3.0),
             fo.Context(weight=torch.tensor(0.5), last=True),
         ),
-        graphs=3,
     ),
-    Case(transform=fo.Accumulate(2, mean=False, dtype=torch.float64), graphs=3),
+    Case(transform=fo.Accumulate(2, mean=False, dtype=torch.float64)),
     Case(transform=fo.ClipByGlobalNorm(0.5)),
     Case(transform=fo.ClipByGlobalNorm(schedules.linear(0.5, 0.1, 5))),
     Case(transform=fo.ClipByGlobalNorm(0.5, norm_type=float("inf")), smooth=False),
@@ -115,10 +119,15 @@ CASES = [
             fo.chain(fo.ClipByGlobalNorm(0.5), fo.adamw(schedules.linear(1.0, 0.0, 9)))
         )
     ),
-    Case(transform=fo.chain()),
-    Case(transform=fo.sgd(0.1, 0.9, 0.1, 0.01)),
-    Case(transform=fo.adam(0.1, weight_decay=0.1, amsgrad=True, maximize=True)),
-    Case(transform=fo.adamw(schedules.cosine_decay(0.1, 9), mask="*.weight")),
+    Case(transform=fo.chain(), row="chain"),
+    Case(transform=fo.sgd(0.1, 0.9, 0.1, 0.01), row="sgd"),
+    Case(
+        transform=fo.adam(0.1, weight_decay=0.1, amsgrad=True, maximize=True),
+        row="adam",
+    ),
+    Case(
+        transform=fo.adamw(schedules.cosine_decay(0.1, 9), mask="*.weight"), row="adamw"
+    ),
     Case(
         transform=fo.chain(
             fo.Unscale(8.0),
@@ -127,6 +136,6 @@ CASES = [
             fo.MultiplyParamwise({"b.*": 0.5}),
             fo.adamw(schedules.warmup_cosine(0.1, 2, 9)),
         ),
-        graphs=3,
+        row="chain",
     ),
 ]

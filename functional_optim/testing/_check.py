@@ -1,0 +1,171 @@
+"""`check_transform`: every law on one transform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from functional_optim._chain import checked_transform
+from functional_optim._context import Context
+from functional_optim._types import TensorMap, Transform
+from functional_optim.testing import laws
+from functional_optim.testing._examples import SHAPES, numbers_like
+from functional_optim.testing._law import Law, raised
+
+ORDER: tuple[Law, ...] = (
+    laws.purity,
+    laws.determinism,
+    laws.structure,
+    laws.hold,
+    laws.omitted_names,
+    laws.scope,
+    laws.vmapped,
+    laws.plain_data,
+    laws.chaining,
+    laws.no_graph,
+    laws.compiled,
+)
+"""The basic laws first: the later ones say little about what breaks them."""
+
+_MOST_NUMBERS = 10_000
+
+
+def check_transform(
+    transform: Transform,
+    params: TensorMap | None = None,
+    *,
+    contexts: Sequence[Context] = (),
+    smooth: bool = False,
+    nonfinite: bool = False,
+    max_examples: int = 100,
+    seed: int | None = None,
+) -> None:
+    """Check that a transform is safe to compose, batch, compile, shard and checkpoint.
+
+    Tries every law on it, and raises on the first that does not hold, with the
+    smallest case found. Takes a few seconds; the same transform gets the same answer
+    every time.
+
+    Args:
+        transform: Anything with `init`, `update` and `scope`; `()` is a legal state.
+        params: Parameters whose names, shapes and dtypes to try; their numbers do not
+            matter. None tries scalars, vectors, matrices and empty tensors in float64
+            and float32. Pass small ones if the transform needs certain names or shapes.
+            At most 10,000 numbers.
+        contexts: What the loop knows at each step, in turns, such as
+            `[Context(weight=3.0), Context(last=True)]`.
+        smooth: Whether it has derivatives that `Context(differentiable=True)` shall
+            give; then they are compared with finite differences.
+        nonfinite: Whether examples may hold NaN and infinity.
+        max_examples: How many examples hypothesis draws for each law. >= 1.
+        seed: Draws other examples; None means the same ones every time.
+
+    Raises:
+        BrokenLawError: a law does not hold; says which, why that is likely, and gives
+            the smallest case found as a program.
+        ValueError: it fails on plain parameters of some shapes; says on which, and on
+            which not.
+        TypeError: not a transform, or not a map of parameters.
+
+    Example:
+        >>> from functional_optim.testing import check_transform
+        >>> class Double:
+        ...     scope = fo.Scope.ELEMENTWISE
+        ...
+        ...     def init(self, params):
+        ...         return ()
+        ...
+        ...     def update(self, updates, state, params, *, context=fo.Context()):
+        ...         return {name: 2 * u for name, u in updates.items()}, state
+        >>> check_transform(Double(), max_examples=10)
+    """
+    checked_transform("transform", transform)
+    _check_params(params)
+    _check_runs(transform, params, contexts)
+    for law in (*ORDER, *([laws.differentiable] if smooth else [])):
+        law(
+            transform,
+            params=params,
+            contexts=contexts,
+            nonfinite=nonfinite,
+            max_examples=max_examples,
+            seed=seed,
+        )
+
+
+def _check_params(params: Any) -> None:
+    """Refuse what cannot serve as a pattern for examples."""
+    if params is None:
+        return
+    if not isinstance(params, dict):
+        msg = (
+            "params must be a dict from parameter name to tensor, got "
+            f"{type(params).__name__}; make one with parameters(model)"
+        )
+        raise TypeError(msg)
+    if not params:
+        msg = 'params must have a parameter, such as {"w": torch.zeros(3, 2)}'
+        raise ValueError(msg)
+    size = sum(p.numel() for p in params.values())
+    if size > _MOST_NUMBERS:
+        msg = (
+            f"params must be small, at most {_MOST_NUMBERS:,} numbers in all, got "
+            f"{size:,}; laws do not depend on size"
+        )
+        raise ValueError(msg)
+
+
+def _check_runs(
+    transform: Transform, params: TensorMap | None, contexts: Sequence[Context]
+) -> None:
+    """Require that `init` and `update` run at all on the parameters to be tried.
+
+    Raises:
+        ValueError: naming the parameters that work and those that do not.
+    """
+    context = contexts[0] if contexts else Context()
+    given = params or {
+        name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()
+    }
+    failure = _failure(transform, given, context)
+    if failure is None:
+        return
+    alone = {name: _failure(transform, {name: p}, context) for name, p in given.items()}
+    bad = [_shape(name, given[name]) for name, error in alone.items() if error]
+    good = [_shape(name, given[name]) for name, error in alone.items() if not error]
+    method, error = next((f for f in alone.values() if f), failure)
+    lines = [
+        f"{transform!r} cannot be checked on these parameters: in {method} "
+        + raised(error)
+    ]
+    if bad and good:
+        lines.append(f"It works on {', '.join(good)}; it fails on {', '.join(bad)}.")
+    elif not bad:
+        lines.append("It works on each of them alone, but not on all together.")
+    lines.append(
+        "If it is meant for certain names or shapes, pass parameters of that kind: "
+        'check_transform(transform, params={"weight": torch.zeros(4, 3)})'
+    )
+    raise ValueError("\n".join(lines)) from error
+
+
+def _failure(
+    transform: Transform, params: TensorMap, context: Context
+) -> tuple[str, Exception] | None:
+    """Return the method that raises, and what; None if both run."""
+    params = numbers_like(params, 1)
+    try:
+        state = transform.init(params)
+    except Exception as error:
+        return "init", error
+    try:
+        transform.update(numbers_like(params, 2), state, params, context=context)
+    except Exception as error:
+        return "update", error
+    return None
+
+
+def _shape(name: str, p: torch.Tensor) -> str:
+    return f"{name!r} of shape {tuple(p.shape)}"

@@ -1,0 +1,128 @@
+"""Comparing trees of tensors: bit for bit, or to a bound; with the place of a gap."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+
+def leaves(tree: Any) -> list[tuple[str, Any]]:
+    """Return the leaves of a state or map with their places."""
+    found, _ = _pytree.tree_flatten_with_path(tree)
+    return [(_pytree.keystr(path), leaf) for path, leaf in found]
+
+
+def tensors(tree: Any) -> list[tuple[str, Tensor]]:
+    """Return the tensors of a state or map with their places."""
+    return [(place, x) for place, x in leaves(tree) if isinstance(x, Tensor)]
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype, device and every bit."""
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    a, b = a.detach().contiguous(), b.detach().contiguous()
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def difference(a: Any, b: Any, rtol: float | None = None) -> str | None:
+    """Return where two trees part, or None if they agree.
+
+    Args:
+        a: One tree.
+        b: The other.
+        rtol: Bound relative to the largest number of the tensor, because sums cancel;
+            NaN equals NaN. None compares bits.
+    """
+    forms = _pytree.tree_structure(a), _pytree.tree_structure(b)
+    if forms[0] != forms[1]:  # The structure holds the names, and what is Static.
+        return _difference_of_form(a, b)
+    for (place, x), (_, y) in zip(leaves(a), leaves(b), strict=True):
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            if type(x) is not type(y) or x != y:
+                return f"{place}: {x!r} instead of {y!r}"
+            continue
+        for what in ("shape", "dtype", "device"):
+            one, other = getattr(x, what), getattr(y, what)
+            if one != other:
+                return f"{place}: {what} {_plain(one)} instead of {_plain(other)}"
+        if not (same_bits(x, y) if rtol is None else close(x, y, rtol)):
+            return f"{place}: {shown(x)} instead of {shown(y)}"
+    return None
+
+
+def close(x: Tensor, y: Tensor, rtol: float) -> bool:
+    """Whether two tensors agree relative to their largest number; NaN equals NaN."""
+    x, y = x.detach().double(), y.detach().double()
+    finite = torch.where(x.isfinite(), x, 0.0).abs()
+    scale = float(finite.max()) if x.numel() else 0.0
+    return torch.allclose(x, y, rtol, rtol * scale, equal_nan=True)
+
+
+def _difference_of_form(a: Any, b: Any) -> str:
+    """Say how two trees differ in their names, lengths or Static values."""
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() != b.keys():
+        return f": names {list(a)} instead of {list(b)}"
+    if isinstance(a, (tuple, dict)) and type(a) is type(b) and len(a) == len(b):
+        keys: Any = a if isinstance(a, dict) else range(len(a))
+        for key in keys:
+            if _pytree.tree_structure(a[key]) != _pytree.tree_structure(b[key]):
+                fields = getattr(a, "_fields", None)
+                step = f".{fields[key]}" if fields else f"[{key!r}]"
+                return step + _difference_of_form(a[key], b[key])
+    return f": {a!r} instead of {b!r}"
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def shown(x: Tensor) -> str:
+    """Return a tensor for an error message: its numbers, unless there are many."""
+    if x.numel() > 8:
+        return f"a tensor of shape {tuple(x.shape)} that starts {x.reshape(-1)[:4]}"
+    return str(x.detach().tolist())
+
+
+def storages(tree: Any) -> set[int]:
+    """Return where the numbers of a tree lie in memory."""
+    return {
+        leaf.untyped_storage().data_ptr() for _, leaf in tensors(tree) if leaf.numel()
+    }
+
+
+def largest_gap(
+    ours: Tensor, theirs: Tensor, before: Tensor
+) -> tuple[float, tuple[int, ...]]:
+    """Return how far two results are apart in ulp, and at which element.
+
+    An ulp is that of the largest of |before|, |theirs| and |theirs - before|, in the
+    dtype of `theirs`: an ulp of the result alone means nothing near zero.
+
+    Args:
+        ours: One result, in the dtype and shape of `theirs`.
+        theirs: The other.
+        before: What the step started from.
+
+    Returns:
+        The number of ulp (0 if all bits agree but for NaN's payload; infinite if one is
+        NaN or infinite and the other is not), and the index of that element.
+    """
+    if not ours.numel():
+        return 0.0, ()
+    x, y, p = (t.detach().reshape(-1).double() for t in (ours, theirs, before))
+    size = torch.stack([p.abs(), y.abs(), (y - p).abs()]).amax(0)
+    size = torch.where(size.isfinite(), size, 0.0).to(theirs.dtype)
+    ulp = torch.nextafter(size, torch.full_like(size, math.inf)).double() - size
+    same = (x == y) | (x.isnan() & y.isnan())
+    # Unequal infinities and NaN are infinitely far apart.
+    gaps = torch.where(same, 0.0, ((x - y).abs() / ulp).nan_to_num(math.inf))
+    at = int(gaps.argmax())
+    index = torch.unravel_index(torch.tensor(at), theirs.shape)
+    return float(gaps[at]), tuple(int(i) for i in index)

@@ -1,0 +1,154 @@
+"""Examples: parameters and updates that a law is tried on, printed as code."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from functional_optim._context import Context
+from functional_optim._types import TensorMap
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Example:
+    """Parameters, and the updates of some steps.
+
+    Prints as the code that makes it, so that a failure can be pasted and run.
+
+    Args:
+        params: Parameters by name.
+        updates: For each step the updates by name; names may be missing.
+        contexts: What the loop knows at each step, in turns; nothing if left out.
+
+    Example:
+        >>> Example({"w": torch.zeros(2)}, [{"w": torch.ones(2)}])
+        Example(
+            params={"w": torch.tensor([0.0, 0.0])},
+            updates=[{"w": torch.tensor([1.0, 1.0])}],
+        )
+    """
+
+    params: TensorMap
+    updates: Sequence[TensorMap]
+    contexts: Sequence[Context] = ()
+
+    @property
+    def steps(self) -> list[tuple[TensorMap, Context]]:
+        """The updates of each step with its context."""
+        turns = self.contexts or (Context(),)
+        return [(u, turns[i % len(turns)]) for i, u in enumerate(self.updates)]
+
+    def copied(self) -> Example:
+        """Return an example of new tensors with the same numbers."""
+        params, *updates = [
+            {name: x.clone() for name, x in tensors.items()}
+            for tensors in (self.params, *self.updates)
+        ]
+        return Example(params, updates, self.contexts)
+
+    def __repr__(self) -> str:
+        updates = [_map_code(step) for step in self.updates]
+        lines = [f"params={_map_code(self.params)}", f"updates={_listed(updates)}"]
+        if self.contexts:
+            lines.append(
+                f"contexts={_listed([_context_code(c) for c in self.contexts])}"
+            )
+        return "\n".join(["Example(", *(f"    {line}," for line in lines), ")"])
+
+
+def _listed(items: Sequence[str]) -> str:
+    """Write a list on one line, or on several if it is long."""
+    line = f"[{', '.join(items)}]"
+    if len(line) <= 72:
+        return line
+    return "\n".join(["[", *(f"        {item}," for item in items), "    ]"])
+
+
+def _map_code(tensors: TensorMap) -> str:
+    pairs = [f'"{name}": {tensor_code(x)}' for name, x in tensors.items()]
+    return f"{{{', '.join(pairs)}}}"
+
+
+def tensor_code(x: Tensor) -> str:
+    """Return the call that makes a tensor with the same numbers."""
+    dtype = "" if x.dtype == torch.float32 else f", dtype={x.dtype}"
+    if x.numel() == 0:
+        return f"torch.zeros({tuple(x.shape)}{dtype})"
+    return f"torch.tensor({_numbers(x.detach().tolist())}{dtype})"
+
+
+def _numbers(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_numbers, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f'float("{value}")'
+    return repr(value)
+
+
+def _context_code(context: Context) -> str:
+    changed = [
+        f"{field.name}={_field_code(getattr(context, field.name))}"
+        for field in dataclasses.fields(context)
+        if getattr(context, field.name) is not field.default
+    ]
+    return f"Context({', '.join(changed)})"
+
+
+def _field_code(value: Any) -> str:
+    return tensor_code(value) if isinstance(value, Tensor) else repr(value)
+
+
+SHAPES: Mapping[str, tuple[int, ...]] = {
+    "a.weight": (3, 2),
+    "a.bias": (3,),
+    "b.weight": (2, 1, 2),
+    "scale": (),
+    "empty": (0, 2),
+}
+"""The parameters that a transform is tried on if its author passes none."""
+
+
+def fixed_examples(params: TensorMap | None, *, full: bool = False) -> list[Example]:
+    """Return three examples of four steps, the same on every machine.
+
+    Args:
+        params: Parameters whose names, shapes and dtypes to use; None means `SHAPES`.
+        full: Whether every step has every name; else the second lacks the second one
+            and the third has only the last two.
+    """
+    if params is None:
+        params = {
+            name: torch.zeros(shape, dtype=torch.float64)
+            for name, shape in SHAPES.items()
+        }
+    names = list(params)
+    made = []
+    for number in range(3):
+        steps = [numbers_like(params, 7 * number + step + 1) for step in range(4)]
+        if not full and len(names) > 1:
+            del steps[1][names[1]]
+            steps[2] = {name: steps[2][name] for name in names[-2:]}
+        made.append(Example(numbers_like(params, 50 + number), steps))
+    return made
+
+
+def numbers_like(params: TensorMap, key: int) -> TensorMap:
+    """Return numbers from 0.1 to 2, of both signs, without a pattern that a law uses.
+
+    Fractions of multiples of the golden ratio: spread evenly, equal on every machine.
+    """
+    made = {}
+    start = 1009.0 * key
+    for name, p in params.items():
+        index = torch.arange(p.numel(), dtype=torch.float64) + start
+        start += p.numel()
+        fraction = (index * ((5.0**0.5 - 1) / 2)).frac()
+        sign = torch.where((index * 2.0**0.5).frac() < 0.5, -1.0, 1.0)
+        numbers = (sign * (0.1 + 1.9 * fraction)).to(p.dtype)
+        made[name] = numbers.reshape(p.shape).to(p.device)
+    return made

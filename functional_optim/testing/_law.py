@@ -1,0 +1,202 @@
+"""What a law is, how it is tried, and how a transform that breaks it is reported."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hypothesis.errors import Flaky
+
+from functional_optim._chain import checked_transform
+from functional_optim.testing import strategies
+from functional_optim.testing._broken import BrokenLawError, ViolationError
+from functional_optim.testing._examples import Example, fixed_examples
+from functional_optim.testing._search import drawn_examples, kinds_of, searched
+
+if TYPE_CHECKING:
+    from functional_optim._context import Context
+    from functional_optim._types import TensorMap, Transform
+
+
+@dataclasses.dataclass(frozen=True, repr=False, eq=False)
+class Law:
+    """A law that every transform obeys. Call it to try it on a transform.
+
+    Args:
+        name: Its name, a function's.
+        statement: What it demands, in one sentence.
+        holds: Function of a transform and an example that raises what it finds broken.
+        hint: The likely cause if the transform raises an error.
+        drawn: Whether hypothesis draws the examples; else there are three fixed ones.
+        omit: Whether some steps of the examples lack some names.
+        wide: Whether float32 is tried as well as float64.
+        smooth: Whether examples keep away from zero, where there may be kinks.
+        before: Run once before the examples of one call.
+
+    Example:
+        >>> from functional_optim.testing import laws
+        >>> laws.purity(fo.ClipByGlobalNorm(1.0))
+    """
+
+    name: str
+    statement: str
+    holds: Callable[[Any, Example], None]
+    hint: str
+    drawn: bool = True
+    omit: bool = True
+    wide: bool = False
+    smooth: bool = False
+    before: Callable[[], None] = lambda: None
+
+    def __repr__(self) -> str:
+        return f"laws.{self.name}"
+
+    def __call__(
+        self,
+        transform: Transform,
+        example: Example | None = None,
+        *,
+        params: TensorMap | None = None,
+        contexts: Sequence[Context] = (),
+        nonfinite: bool = False,
+        max_examples: int = 100,
+        seed: int | None = None,
+    ) -> None:
+        """Try the law on a transform.
+
+        Args:
+            transform: Anything with `init`, `update` and `scope`.
+            example: The one example to try; None draws some.
+            params: Parameters whose names, shapes and dtypes the examples shall have;
+                None draws these, too.
+            contexts: What the loop knows at each step, in turns.
+            nonfinite: Whether numbers may be NaN or infinite.
+            max_examples: How many examples are drawn. >= 1.
+            seed: Draws other examples; None means the same ones every time.
+
+        Raises:
+            BrokenLawError: the law does not hold; with the smallest case found.
+            TypeError: not a transform.
+        """
+        checked_transform("transform", transform)
+        self.before()
+        with torch.enable_grad():
+            if example is not None:
+                self._try(transform, example)
+                return
+            pattern = self._pattern(params, nonfinite=nonfinite)
+            if self.drawn:
+                tried = drawn_examples(pattern, max_examples, seed)
+            else:
+                tried = tuple(fixed_examples(params, full=not self.omit))
+            for one in tried:
+                found = self._broken_on(transform, _at(one, contexts))
+                if found is not None:
+                    break
+            else:
+                return
+            if self.drawn:
+                found = self._smallest(found, pattern, contexts, max_examples, seed)
+        raise found.with_traceback(None)
+
+    def _broken_on(
+        self, transform: Transform, example: Example
+    ) -> BrokenLawError | None:
+        try:
+            self._try(transform, example)
+        except BrokenLawError as broken:
+            return broken
+        return None
+
+    def _pattern(
+        self, params: TensorMap | None, *, nonfinite: bool
+    ) -> strategies.Pattern:
+        """Return what the drawn examples of this law have in common."""
+        elements = "hostile" if nonfinite else "finite"
+        return strategies.Pattern(
+            kinds=kinds_of(params),
+            elements="away_from_zero" if self.smooth else elements,
+            dtypes=(torch.float64, torch.float32) if self.wide else (torch.float64,),
+            omit=self.omit,
+        )
+
+    def _smallest(
+        self,
+        found: BrokenLawError,
+        pattern: strategies.Pattern,
+        contexts: Sequence[Context],
+        max_examples: int,
+        seed: int | None,
+    ) -> BrokenLawError:
+        """Let hypothesis look for the smallest example on which a law is broken."""
+        transform = found.transform
+        try:
+            searched(
+                lambda example: self._try(transform, _at(example, contexts)),
+                pattern,
+                max_examples,
+                seed,
+            )
+        except BrokenLawError as smaller:
+            return smaller
+        except Flaky:  # The same inputs broke it once, and not again.
+            violation = ViolationError(found.what + ", but not each time", HIDDEN)
+            return BrokenLawError(
+                LAWS["determinism"], violation, transform, found.example
+            )
+        return found
+
+    def _try(self, transform: Transform, example: Example) -> None:
+        """Try one example; blame the most basic law that does not hold on it."""
+        given = example.copied()  # What is reported must not have been changed.
+        reason: Exception | None = None
+        try:
+            self.holds(transform, given)
+        except ViolationError as violation:
+            broken = violation
+        except Exception as error:
+            broken, reason = ViolationError(raised(error), self.hint), error
+        else:
+            return
+        for name in _BASIC:
+            if name == self.name:
+                break
+            LAWS[name]._try(transform, example)
+        raise BrokenLawError(self, broken, transform, example) from reason
+
+
+HIDDEN = (
+    "memory outside of the state (an attribute, a global, a cache), or unseeded "
+    "randomness. Keep all memory in the state that update returns, a seed and a "
+    "counter for random numbers included"
+)
+
+LAWS: dict[str, Law] = {}
+"""All laws by name, in the order in which they are tried."""
+
+_BASIC = ("purity", "determinism")
+"""Laws without which a failure of another says nothing."""
+
+
+def law(*, hint: str, **options: Any) -> Callable[[Callable[..., None]], Law]:
+    """Make a law of a function; the first line of its docstring is the statement."""
+
+    def made(holds: Callable[..., None]) -> Law:
+        statement = (holds.__doc__ or "").splitlines()[0]
+        LAWS[holds.__name__] = Law(holds.__name__, statement, holds, hint, **options)
+        return LAWS[holds.__name__]
+
+    return made
+
+
+def _at(example: Example, contexts: Sequence[Context]) -> Example:
+    """Return an example with what the loop knows at each step."""
+    return dataclasses.replace(example, contexts=contexts) if contexts else example
+
+
+def raised(error: Exception) -> str:
+    """Say what was raised: the first line that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"it raised {type(error).__name__}: {lines[0] if lines else error!r}"

@@ -1,0 +1,54 @@
+"""Names without updates, and maps without names: what is not given stays."""
+
+from __future__ import annotations
+
+import itertools
+
+from functional_optim._types import Transform
+from functional_optim.testing._broken import require
+from functional_optim.testing._compare import difference, same_bits, tensors
+from functional_optim.testing._examples import Example
+from functional_optim.testing._law import law
+from functional_optim.testing._memory import run
+
+_AS_ZERO = (
+    "a missing update was taken for zero. Loop over the updates, not over the "
+    "parameters, and keep the entries of the other names: {**state.field, **new}"
+)
+_NOT_A_HOLD = (
+    "an empty map means hold: an accumulation window is open. Return {} and the state "
+    "as it was"
+)
+
+
+@law(hint="a lookup, such as updates[name], for every parameter; loop over the updates")
+def omitted_names(transform: Transform, example: Example) -> None:
+    """A name without an update keeps its state, and gets no update."""
+    start = transform.init(example.params)
+    used = [state for _, state in run(transform, example)][-1]
+    for missing, before in itertools.product(example.params, (start, used)):
+        now = before
+        for updates, context in example.steps:
+            rest = {name: u for name, u in updates.items() if name != missing}
+            if not rest:  # That is a hold.
+                continue
+            out, now = transform.update(rest, now, example.params, context=context)
+            # An open window may still hold what the name got before.
+            fresh = before is start
+            what = f"{missing!r} got an update without a gradient"
+            require(not (fresh and missing in out), what, _AS_ZERO)
+        new = dict(tensors(now))
+        for place, old in tensors(before):
+            if place.endswith(f"[{missing!r}]"):
+                kept = place in new and same_bits(old, new[place])
+                require(kept, f"state{place} changed without a gradient", _AS_ZERO)
+
+
+@law(hint="an operation that needs at least one tensor, such as torch.stack")
+def hold(transform: Transform, example: Example) -> None:
+    """An empty map in is an empty map out, and the state stays."""
+    for _, state in run(transform, example):
+        out, after = transform.update({}, state, example.params)
+        require(out == {}, f"an empty map gave updates for {list(out)}", _NOT_A_HOLD)
+        gap = difference(after, state)
+        require(not gap, f"an empty map changed state{gap}", _NOT_A_HOLD)

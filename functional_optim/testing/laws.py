@@ -1,0 +1,27 @@
+"""The laws of DESIGN: each is called on a transform, and says what breaks it.
+
+`laws.purity(transform)` tries examples; `laws.purity(transform, example)` tries one.
+Only `init`, `update` and `scope` are used.
+"""
+
+from functional_optim.testing._composition import chaining, plain_data
+from functional_optim.testing._cuts import scope
+from functional_optim.testing._form import structure
+from functional_optim.testing._memory import determinism, purity
+from functional_optim.testing._omission import hold, omitted_names
+from functional_optim.testing._torch import compiled, differentiable, no_graph, vmapped
+
+__all__ = [
+    "chaining",
+    "compiled",
+    "determinism",
+    "differentiable",
+    "hold",
+    "no_graph",
+    "omitted_names",
+    "plain_data",
+    "purity",
+    "scope",
+    "structure",
+    "vmapped",
+]
