@@ -42,6 +42,26 @@ def test_values(schedule, values: dict[int, float]) -> None:
         assert as_tensor.shape == ()
 
 
+@pytest.mark.parametrize(
+    ("schedule", "last", "ends"),
+    [
+        (schedules.linear(1.0, 1e-5, 7), 7, (1.0, 1e-5)),
+        (schedules.cosine_decay(0.7, 3, alpha=1e-5), 3, (0.7, 0.7 * 1e-5)),
+        (
+            schedules.warmup_cosine(0.9, 3, 7, init_value=1e-5, end_value=1e-7),
+            7,
+            (1e-5, 1e-7),
+        ),
+    ],
+    ids=repr,
+)
+def test_ends_are_exact(schedule, last: int, ends: tuple[float, float]) -> None:
+    """The first and the last value are the numbers that were given, and stay."""
+    assert schedule(0).item() == ends[0]
+    assert schedule(last).item() == ends[1]
+    assert schedule(10**9).item() == ends[1]
+
+
 def test_are_values() -> None:
     """Schedules are equal by value, hashable, picklable, and print as written."""
     schedule = schedules.warmup_cosine(1.0, 2, 6, end_value=0.1)

@@ -10,10 +10,15 @@ import torch
 
 from functional_optim._hyperparameters import value_class
 from functional_optim.schedules._arguments import check_numbers, check_steps
-from functional_optim.schedules._arithmetic import count
+from functional_optim.schedules._arithmetic import between, count
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def _half_cosine(done: Tensor) -> Tensor:
+    """Return what is left of 1 on the way down to 0, both exact."""
+    return 0.5 * (1 + torch.cos(math.pi * done))
 
 
 @final
@@ -54,8 +59,7 @@ class cosine_decay:
     def __call__(self, step: float | Tensor) -> Tensor:
         """Return the value at a step, shape (), float64."""
         done = (count(step) / self.decay_steps).clamp(0.0, 1.0)
-        cosine = 0.5 * (1 + torch.cos(math.pi * done))
-        return self.init_value * ((1 - self.alpha) * cosine + self.alpha)
+        return self.init_value * between(self.alpha, 1.0, _half_cosine(done))
 
 
 @final
@@ -110,9 +114,8 @@ class warmup_cosine:
         """Return the value at a step, shape (), float64."""
         t = count(step)
         up = (t / max(self.warmup_steps, 1)).clamp(0.0, 1.0)
-        rising = self.init_value + (self.peak_value - self.init_value) * up
+        rising = between(self.init_value, self.peak_value, up)
         span = self.decay_steps - self.warmup_steps
         down = ((t - self.warmup_steps) / span).clamp(0.0, 1.0)
-        cosine = 0.5 * (1 + torch.cos(math.pi * down))
-        falling = self.end_value + (self.peak_value - self.end_value) * cosine
+        falling = between(self.end_value, self.peak_value, _half_cosine(down))
         return torch.where(t < self.warmup_steps, rising, falling)

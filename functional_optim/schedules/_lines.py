@@ -8,7 +8,7 @@ import torch
 
 from functional_optim._hyperparameters import value_class
 from functional_optim.schedules._arguments import check_numbers, check_steps
-from functional_optim.schedules._arithmetic import count
+from functional_optim.schedules._arithmetic import between, count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,4 +80,4 @@ class linear:
     def __call__(self, step: float | Tensor) -> Tensor:
         """Return the value at a step, shape (), float64."""
         done = (count(step) / self.num_steps).clamp(0.0, 1.0)
-        return self.init_value + (self.end_value - self.init_value) * done
+        return between(self.init_value, self.end_value, done)
