@@ -53,12 +53,18 @@ NAMES = ["a.weight", "a.bias", "b.weight", "scale", "empty"]
 CASES = [
     Case(transform=fo.Scale(-2.0)),
     Case(transform=fo.Scale(halving)),
+    Case(
+        transform=fo.Scale(
+            schedules.join((schedules.linear(0.0, 1.0, 2), halving), (2,))
+        )
+    ),
     Case(transform=fo.Scale(dict.fromkeys(NAMES, 0.5) | {"scale": torch.tensor(3.0)})),
     Case(transform=fo.Scale(torch.tensor(0.3, dtype=torch.float64))),
     Case(transform=fo.Unscale(1024.0)),
     Case(transform=fo.Unscale(torch.tensor(3.0))),
     Case(transform=fo.ScaleByLearningRate(0.1)),
     Case(transform=fo.ScaleByLearningRate(schedules.linear(0.1, 0.0, 7))),
+    Case(transform=fo.ScaleByLearningRate(schedules.one_cycle(0.1, 7))),
     Case(transform=fo.Accumulate(1)),
     Case(transform=fo.Accumulate(3), graphs=3),
     Case(
@@ -81,6 +87,7 @@ CASES = [
     Case(transform=fo.Trace(0.9, dampening=0.5)),
     Case(transform=fo.Trace(0.9, nesterov=True)),
     Case(transform=fo.Trace(schedules.linear(0.5, 0.9, 5), dampening=halving)),
+    Case(transform=fo.Trace(schedules.piecewise((0.5, 0.9), (2,)))),
     Case(transform=fo.Trace(0.9, dampening=dict.fromkeys(NAMES, 0.1))),
     Case(transform=fo.ScaleByAdam()),
     Case(transform=fo.ScaleByAdam((0.8, 0.99), eps=1e-6, eps_root=1e-9, amsgrad=True)),
@@ -88,6 +95,7 @@ CASES = [
     Case(transform=fo.ScaleByAdam((dict.fromkeys(NAMES, 0.7), 0.9))),
     Case(transform=fo.AddDecayedWeights(0.1)),
     Case(transform=fo.AddDecayedWeights(halving, mask=is_matrix)),
+    Case(transform=fo.AddDecayedWeights(schedules.polynomial(0.1, 0.0, 5, power=2))),
     Case(transform=fo.AddDecayedWeights(torch.tensor(0.1), mask="*.weight")),
     Case(transform=fo.MultiplyParamwise({"*.bias": 2.0, "b.*": 0.5})),
     Case(
@@ -117,6 +125,7 @@ CASES = [
     ),
     Case(transform=fo.chain()),
     Case(transform=fo.sgd(0.1, 0.9, 0.1, 0.01)),
+    Case(transform=fo.sgd(schedules.inverse_sqrt(0.1, 2), momentum=0.9)),
     Case(transform=fo.adam(0.1, weight_decay=0.1, amsgrad=True, maximize=True)),
     Case(transform=fo.adamw(schedules.cosine_decay(0.1, 9), mask="*.weight")),
     Case(

@@ -7,7 +7,20 @@ Arithmetic is 0-dim float64, on the device of the count. Any function of a 0-dim
 is a schedule too; these are frozen, equal by value, printable and picklable.
 """
 
-from functional_optim.schedules._cosine import cosine_decay, warmup_cosine
-from functional_optim.schedules._lines import constant, linear
+from functional_optim.schedules._cosine import cosine_decay, one_cycle, warmup_cosine
+from functional_optim.schedules._decay import exponential, inverse_sqrt
+from functional_optim.schedules._lines import constant, linear, polynomial
+from functional_optim.schedules._pieces import join, piecewise
 
-__all__ = ["constant", "cosine_decay", "linear", "warmup_cosine"]
+__all__ = [
+    "constant",
+    "cosine_decay",
+    "exponential",
+    "inverse_sqrt",
+    "join",
+    "linear",
+    "one_cycle",
+    "piecewise",
+    "polynomial",
+    "warmup_cosine",
+]

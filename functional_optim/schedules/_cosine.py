@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from functional_optim._hyperparameters import value_class
-from functional_optim.schedules._arguments import check_numbers, check_steps
+from functional_optim.schedules._arguments import (
+    check_numbers,
+    check_positive,
+    check_steps,
+)
 from functional_optim.schedules._arithmetic import between, count
 
 if TYPE_CHECKING:
@@ -119,3 +123,66 @@ class warmup_cosine:
         down = ((t - self.warmup_steps) / span).clamp(0.0, 1.0)
         falling = between(self.end_value, self.peak_value, _half_cosine(down))
         return torch.where(t < self.warmup_steps, rising, falling)
+
+
+@final
+@value_class
+class one_cycle:
+    """Half a cosine up to `max_value`, then half a cosine down to nearly nothing.
+
+    With s = max_value / div_factor, e = s / final_div_factor, n = num_steps, p =
+    pct_start * n - 1, h(x) = (1 + cos(pi * x)) / 2 and t at most n - 1:
+
+    value(t) = max_value + (s - max_value) * h(t / p) if t < p, else
+    e + (max_value - e) * h((t - p) / (n - 1 - p))
+
+    Args:
+        max_value: Value at the top, step p. Finite.
+        num_steps: Length of the whole schedule in updates; the last value is that of
+            step num_steps - 1, as in torch. >= 1.
+        pct_start: Part of the steps on the way up. >= 0 and <= 1.
+        div_factor: How far below the top it starts. Finite, > 0.
+        final_div_factor: How far below the start it ends. Finite, > 0.
+
+    Raises:
+        ValueError: a value is not finite or out of range, or `num_steps` is below 1.
+        TypeError: `num_steps` is not an int.
+
+    Example:
+        >>> one_cycle(1.0, num_steps=10)(2)
+        tensor(1., dtype=torch.float64)
+
+    Source:
+        Smith & Topin 2018, arXiv:1708.07120; torch.optim.lr_scheduler.OneCycleLR with
+        anneal_strategy="cos" and three_phase=False.
+    """
+
+    max_value: float
+    num_steps: int
+    _: KW_ONLY
+    pct_start: float = 0.3
+    div_factor: float = 25.0
+    final_div_factor: float = 1e4
+
+    def _check(self) -> None:
+        """Refuse values that are not finite or out of range."""
+        check_numbers(self, "max_value", "pct_start", "div_factor", "final_div_factor")
+        check_positive(self, "div_factor", "final_div_factor")
+        check_steps("num_steps", self.num_steps, 1)
+        if not 0 <= self.pct_start <= 1:
+            msg = f"pct_start must be >= 0 and <= 1, got {self.pct_start}"
+            raise ValueError(msg)
+
+    def __call__(self, step: float | Tensor) -> Tensor:
+        """Return the value at a step, shape (), float64."""
+        start = self.max_value / self.div_factor
+        end = start / self.final_div_factor
+        last = self.num_steps - 1
+        peak = self.pct_start * self.num_steps - 1
+        t = count(step).clamp(0.0, last)
+        # A phase without length is never on: any number but 0 may divide its steps.
+        up = (t / (peak or 1.0)).clamp(0.0, 1.0)
+        down = ((t - peak) / ((last - peak) or 1.0)).clamp(0.0, 1.0)
+        rising = between(self.max_value, start, _half_cosine(up))
+        falling = between(end, self.max_value, _half_cosine(down))
+        return torch.where(t < peak, rising, falling)
