@@ -80,6 +80,15 @@ CASES = [
     Case(transform=fo.ClipByGlobalNorm(schedules.linear(0.5, 0.1, 5))),
     Case(transform=fo.ClipByGlobalNorm(0.5, norm_type=float("inf")), smooth=False),
     Case(transform=fo.ClipByGlobalNorm(0.5, norm_type=1.0)),
+    Case(transform=fo.ClipByNorm(0.5)),
+    Case(transform=fo.ClipByNorm(torch.tensor(0.5), norm_type=1.0)),
+    Case(transform=fo.ClipByNorm(0.5, norm_type=float("inf")), smooth=False),
+    Case(transform=fo.ClipByNorm(schedules.exponential(2.0, 0.5, end_value=0.1))),
+    Case(
+        transform=fo.ClipByNorm(
+            dict.fromkeys(NAMES, 0.5) | {"scale": torch.tensor(0.1)}, norm_type=3.0
+        )
+    ),
     Case(transform=fo.ClipByValue(0.3), smooth=False),
     Case(transform=fo.ClipByValue(torch.tensor(0.3)), smooth=False),
     Case(transform=fo.ClipByValue(dict.fromkeys(NAMES, 0.3)), smooth=False),

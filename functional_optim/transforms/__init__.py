@@ -6,6 +6,7 @@ from functional_optim.transforms._adaptive import ScaleByAdam, ScaleByAdamState
 from functional_optim.transforms._clipping import (
     ClipByGlobalNorm,
     ClipByGlobalNormState,
+    ClipByNorm,
     ClipByValue,
 )
 from functional_optim.transforms._guards import SkipNonfinite, SkipNonfiniteState
@@ -22,6 +23,7 @@ __all__ = [
     "AddDecayedWeights",
     "ClipByGlobalNorm",
     "ClipByGlobalNormState",
+    "ClipByNorm",
     "ClipByValue",
     "Identity",
     "Masked",
