@@ -17,6 +17,7 @@ from functional_optim.optimizers import adam, adamw, sgd
 from functional_optim.transforms import (
     Accumulate,
     AddDecayedWeights,
+    Centralize,
     ClipByGlobalNorm,
     ClipByNorm,
     ClipByValue,
@@ -27,9 +28,11 @@ from functional_optim.transforms import (
     Scale,
     ScaleByAdam,
     ScaleByLearningRate,
+    SetToZero,
     SkipNonfinite,
     Trace,
     Unscale,
+    ZeroNans,
 )
 
 __version__ = "0.1.0"
@@ -37,6 +40,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Accumulate",
     "AddDecayedWeights",
+    "Centralize",
     "Chain",
     "ClipByGlobalNorm",
     "ClipByNorm",
@@ -58,12 +62,14 @@ __all__ = [
     "Schedule",
     "Scope",
     "Selection",
+    "SetToZero",
     "SkipNonfinite",
     "Static",
     "TensorMap",
     "Trace",
     "Transform",
     "Unscale",
+    "ZeroNans",
     "adam",
     "adamw",
     "apply_updates",

@@ -235,6 +235,59 @@ def test_skip_nonfinite(data: st.DataObject) -> None:
         assert (state.skipped, state.consecutive) == (skipped, in_a_row)
 
 
+@dtypes
+@given(data=st.data())
+def test_centralize(dtype: torch.dtype, data: st.DataObject) -> None:
+    """Centralize takes its mean out of every row; vectors and scalars stay."""
+    shapes = SHAPES | {"conv": (2, 3, 2), "none": (0, 3), "rows": (3, 0)}
+    grads = data.draw(strategies.maps(shapes, dtype), label="grads")
+    out, _ = fo.Centralize().update(grads, (), grads)
+    for name, g in grads.items():
+        assert out[name].shape == g.shape
+        if g.ndim < 2:
+            laws.assert_same(g, out[name], name)
+            continue
+        for row, centred in zip(g, out[name], strict=True):
+            # Six numbers at most, of at most 100, summed in another order.
+            eps = 10 * torch.finfo(dtype).eps * 100
+            if row.numel():
+                expected = row - sum(row.flatten()) / row.numel()
+                assert torch.allclose(centred, expected, rtol=0.0, atol=eps)
+                assert abs(centred.sum()) <= row.numel() * eps
+
+
+@dtypes
+@given(data=st.data())
+def test_zero_nans(dtype: torch.dtype, data: st.DataObject) -> None:
+    """ZeroNans replaces every NaN, counts it, and keeps the bits of all else."""
+    steps = data.draw(
+        strategies.runs(SHAPES, 4, dtype, strategies.hostile), label="grads"
+    )
+    zero_nans = fo.ZeroNans()
+    state = zero_nans.init(dict.fromkeys(SHAPES, torch.zeros(1)))
+    count = 0
+    for grads in steps:
+        out, state = zero_nans.update(grads, state, grads)
+        for name, g in grads.items():
+            count += sum(math.isnan(x) for x in g.flatten())
+            plain = [0.0 if math.isnan(x) else x.item() for x in g.flatten()]
+            expected = torch.tensor(plain, dtype=dtype).reshape(g.shape)
+            laws.assert_same(expected, out[name], name)
+        assert state.num_zeroed == count
+
+
+@dtypes
+@given(data=st.data())
+def test_set_to_zero(dtype: torch.dtype, data: st.DataObject) -> None:
+    """SetToZero freezes: no bit of a parameter changes, signed zeros included."""
+    maps = strategies.maps(SHAPES, dtype, strategies.hostile)
+    params, grads = data.draw(maps, label="params"), data.draw(maps, label="grads")
+    out, _ = fo.SetToZero().update(grads, (), params)
+    moved = fo.apply_updates(params, out)
+    laws.assert_same(_one_nan(params), _one_nan(moved), "parameters")
+    assert all((u == 0).all() and u.signbit().all() for u in out.values())
+
+
 # Products of these stay normal numbers: an underflow would not be relative.
 factors = st.floats(-8, 8).map(lambda x: x if abs(x) > 1e-100 else 0.0)
 

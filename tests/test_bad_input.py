@@ -323,6 +323,12 @@ def test_load_parameters_refuses_another_model() -> None:
     laws.assert_same(before, fo.parameters(model), "model")
 
 
+def test_zero_nans_refuses_another_state() -> None:
+    """A state without a count is refused with the remedy."""
+    with pytest.raises(ValueError, match=r"ZeroNans\(\) needs a ZeroNansState, got"):
+        fo.ZeroNans().update(GRADS, (), PARAMS)
+
+
 def test_schedule_added_after_init() -> None:
     """A schedule whose count is not in the state asks for init."""
     state = fo.Scale(1.0).init(PARAMS)
@@ -489,6 +495,9 @@ def test_zero_size_tensors_are_defined() -> None:
         alone, _ = fo.ClipByNorm(1.0, norm_type=p).update(params, (), params)
         assert alone["empty"].shape == (0, 3)
         assert torch.equal(alone["w"], clipped["w"])
+    nothing = {"a": torch.zeros(0, 3), "b": torch.zeros(3, 0, 2)}
+    centred, _ = fo.Centralize().update(nothing, (), nothing)
+    laws.assert_same(nothing, centred, "centred")
     only = {"empty": torch.zeros(0)}
     pipeline = fo.chain(fo.SkipNonfinite(fo.chain(fo.ClipByGlobalNorm(1.0), fo.adam())))
     updates, state = pipeline.update(only, pipeline.init(only), only)

@@ -113,6 +113,20 @@ CASES = [
         )
     ),
     Case(transform=fo.Identity()),
+    Case(transform=fo.Centralize()),
+    Case(transform=fo.ZeroNans()),
+    Case(transform=fo.SetToZero()),
+    Case(transform=fo.Masked(fo.Centralize(), is_matrix)),
+    Case(
+        transform=fo.Partition(
+            {"matrix": fo.sgd(0.1, momentum=0.9), "other": fo.SetToZero()}, by_shape
+        )
+    ),
+    Case(
+        transform=fo.chain(
+            fo.ZeroNans(), fo.Centralize(), fo.ClipByNorm(1.0), fo.adamw(0.1)
+        )
+    ),
     Case(transform=fo.Masked(fo.Trace(0.9), "*.weight")),
     Case(transform=fo.Masked(fo.ClipByGlobalNorm(0.1), fo.exclude("scale"))),
     Case(
