@@ -17,7 +17,9 @@ from functional_optim.optimizers import adam, adamw, sgd
 from functional_optim.transforms import (
     Accumulate,
     AddDecayedWeights,
+    Centralize,
     ClipByGlobalNorm,
+    ClipByNorm,
     ClipByValue,
     Identity,
     Masked,
@@ -26,9 +28,11 @@ from functional_optim.transforms import (
     Scale,
     ScaleByAdam,
     ScaleByLearningRate,
+    SetToZero,
     SkipNonfinite,
     Trace,
     Unscale,
+    ZeroNans,
 )
 
 __version__ = "0.1.0"
@@ -36,8 +40,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Accumulate",
     "AddDecayedWeights",
+    "Centralize",
     "Chain",
     "ClipByGlobalNorm",
+    "ClipByNorm",
     "ClipByValue",
     "Context",
     "Hyperparameter",
@@ -56,12 +62,14 @@ __all__ = [
     "Schedule",
     "Scope",
     "Selection",
+    "SetToZero",
     "SkipNonfinite",
     "Static",
     "TensorMap",
     "Trace",
     "Transform",
     "Unscale",
+    "ZeroNans",
     "adam",
     "adamw",
     "apply_updates",

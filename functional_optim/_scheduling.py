@@ -105,15 +105,23 @@ def evaluate(
     for name in transform._hyperparameters:
         value = getattr(transform, name)
         if isinstance(value, tuple):
-            now[name] = tuple(_at(part, state.num_updates) for part in value)
+            now[name] = tuple(value_at(part, state.num_updates) for part in value)
         elif _is_schedule(value):
-            now[name] = _at(value, state.num_updates)
+            now[name] = value_at(value, state.num_updates)
     count = state.num_updates + 1 if updates else state.num_updates
     return dataclasses.replace(transform, **now), ScheduleState(count)
 
 
-def _at(value: Any, count: Tensor) -> Any:
-    """Evaluate a schedule; what it returns is brought to float64."""
+def value_at(value: Any, count: Tensor) -> Any:
+    """Evaluate a schedule; what it returns is brought to float64.
+
+    Args:
+        value: Any hyperparameter; what is no schedule is returned as it is.
+        count: Where to evaluate it. Tensor, shape (), float64.
+
+    Raises:
+        TypeError: the schedule returned something else than a number or a tensor.
+    """
     if not _is_schedule(value):
         return value
     result = value(count)

@@ -26,6 +26,11 @@ def _parameters(grads: fo.TensorMap) -> dict[str, torch.nn.Parameter]:
     return made
 
 
+def _one_nan(tensors: fo.TensorMap) -> fo.TensorMap:
+    """Write every NaN with the same bits: float16 kernels differ in its payload."""
+    return {n: torch.where(x.isnan(), math.nan, x) for n, x in tensors.items()}
+
+
 def _grads(params: dict[str, torch.nn.Parameter]) -> fo.TensorMap:
     return {name: p.grad for name, p in params.items() if p.grad is not None}
 
@@ -45,6 +50,33 @@ def test_clip_by_global_norm(dtype: torch.dtype, data: st.DataObject) -> None:
     clipped, state = clip.update(grads, clip.init(grads), grads)
     assert_same(_grads(params), clipped, "clipped")
     assert_same(norm.double(), state.norm, "norm")
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str
+)
+@pytest.mark.parametrize("foreach", [False, True])
+@given(data=st.data())
+def test_clip_by_norm(dtype: torch.dtype, foreach: bool, data: st.DataObject) -> None:
+    """ClipByNorm is clip_grad_norm_ on each tensor alone, for any kind of max_norm."""
+    grads = data.draw(strategies.tensor_maps(SHAPES, dtype, strategies.hostile), label="grads")
+    # Another dtype in the map must not change how the others round.
+    grads["wide"] = torch.tensor([3.0, 0.1], dtype=torch.float64)
+    max_norm = data.draw(st.floats(1e-3, 1e3), label="max_norm")
+    norm_type = data.draw(st.sampled_from([2.0, 1.0, 3.0, math.inf]), label="p")
+    params = _parameters(grads)
+    for param in params.values():
+        torch.nn.utils.clip_grad_norm_(param, max_norm, norm_type, foreach=foreach)
+    kinds: list[fo.Hyperparameter] = [
+        max_norm,
+        torch.tensor(max_norm, dtype=torch.float64),
+        fo.schedules.constant(max_norm),
+        dict.fromkeys(grads, max_norm),
+    ]
+    for kind in kinds:
+        clip = fo.ClipByNorm(kind, norm_type=norm_type)
+        clipped, _ = clip.update(grads, clip.init(grads), grads)
+        assert_same(_one_nan(_grads(params)), _one_nan(clipped), "clipped")
 
 
 @given(
@@ -216,6 +248,59 @@ def test_skip_nonfinite(data: st.DataObject) -> None:
         assert_same(plain, ours, "parameters")
         assert_same(plain_state, state.inner, "inner state")
         assert (state.skipped, state.consecutive) == (skipped, in_a_row)
+
+
+@dtypes
+@given(data=st.data())
+def test_centralize(dtype: torch.dtype, data: st.DataObject) -> None:
+    """Centralize takes its mean out of every row; vectors and scalars stay."""
+    shapes = SHAPES | {"conv": (2, 3, 2), "none": (0, 3), "rows": (3, 0)}
+    grads = data.draw(strategies.tensor_maps(shapes, dtype), label="grads")
+    out, _ = fo.Centralize().update(grads, (), grads)
+    for name, g in grads.items():
+        assert out[name].shape == g.shape
+        if g.ndim < 2:
+            assert_same(g, out[name], name)
+            continue
+        for row, centred in zip(g, out[name], strict=True):
+            # Six numbers at most, of at most 100, summed in another order.
+            eps = 10 * torch.finfo(dtype).eps * 100
+            if row.numel():
+                expected = row - sum(row.flatten()) / row.numel()
+                assert torch.allclose(centred, expected, rtol=0.0, atol=eps)
+                assert abs(centred.sum()) <= row.numel() * eps
+
+
+@dtypes
+@given(data=st.data())
+def test_zero_nans(dtype: torch.dtype, data: st.DataObject) -> None:
+    """ZeroNans replaces every NaN, counts it, and keeps the bits of all else."""
+    steps = data.draw(
+        strategies.runs(SHAPES, 4, dtype, strategies.hostile), label="grads"
+    )
+    zero_nans = fo.ZeroNans()
+    state = zero_nans.init(dict.fromkeys(SHAPES, torch.zeros(1)))
+    count = 0
+    for grads in steps:
+        out, state = zero_nans.update(grads, state, grads)
+        for name, g in grads.items():
+            count += sum(math.isnan(x) for x in g.flatten())
+            plain = [0.0 if math.isnan(x) else x.item() for x in g.flatten()]
+            expected = torch.tensor(plain, dtype=dtype).reshape(g.shape)
+            assert_same(expected, out[name], name)
+        assert state.num_zeroed == count
+
+
+@dtypes
+@given(data=st.data())
+def test_set_to_zero(dtype: torch.dtype, data: st.DataObject) -> None:
+    """SetToZero freezes: no bit of a parameter changes, signed zeros included."""
+    maps = strategies.tensor_maps(SHAPES, dtype, strategies.hostile)
+    params, grads = data.draw(maps, label="params"), data.draw(maps, label="grads")
+    out, _ = fo.SetToZero().update(grads, (), params)
+    moved = fo.apply_updates(params, out)
+    assert_same(_one_nan(params), _one_nan(moved), "parameters")
+    assert all((u == 0).all() and u.signbit().all() for u in out.values())
 
 
 # Products of these stay normal numbers: an underflow would not be relative.

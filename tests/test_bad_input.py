@@ -46,6 +46,7 @@ PIPELINE = fo.chain(fo.Accumulate(1), fo.ClipByGlobalNorm(1.0), fo.adamw(1e-3))
         (lambda x: fo.ScaleByLearningRate(x), "lr must be finite and >= 0"),
         (lambda x: fo.ClipByGlobalNorm(x), "max_norm must be finite and > 0"),
         (lambda x: fo.ClipByGlobalNorm(1.0, norm_type=-x), "norm_type must be > 0"),
+        (lambda x: fo.ClipByNorm({"a": x}), r"max_norm\['a'\] must be finite and > 0"),
         (lambda x: fo.ClipByValue(x), "clip_value must be finite and >= 0"),
         (lambda x: fo.Trace(x), "momentum must be finite and >= 0"),
         (lambda x: fo.Trace(0.9, dampening=x), "dampening must be finite"),
@@ -92,6 +93,9 @@ def test_nonfinite_hyperparameter(make, message: str, value: float) -> None:
         (lambda: fo.adamw(betas=(0.9, 1.0)), r"betas\[1\] must be .* < 1, got 1.0"),
         (lambda: fo.adamw(betas=(0.9,)), "betas must be a pair"),
         (lambda: fo.ClipByGlobalNorm(0.0), "max_norm must be .* > 0, got 0.0"),
+        (lambda: fo.ClipByNorm(-1.0), "max_norm must be .* > 0, got -1.0"),
+        (lambda: fo.ClipByNorm(1.0, norm_type=0), "norm_type must be > 0 .* got 0"),
+        (lambda: fo.ClipByNorm(torch.ones(2)), "max_norm must be a 0-dim tensor, got"),
         (lambda: fo.Unscale(0), "scale must be .* > 0, got 0"),
         (lambda: fo.ClipByValue(-1), "clip_value must be .* >= 0, got -1"),
         (lambda: fo.Accumulate(0), "every must be >= 1, got 0"),
@@ -128,6 +132,8 @@ def test_illegal_value(make, message: str) -> None:
         (lambda: fo.sgd(None), "lr must be a number.* got None"),
         (lambda: fo.Scale(torch.tensor(1)), "factor must be a floating-point tensor"),
         (lambda: fo.ClipByGlobalNorm({"a": 1.0}), "max_norm applies to all parameters"),
+        (lambda: fo.ClipByNorm("1"), "max_norm must be a number.* or a map.* got '1'"),
+        (lambda: fo.ClipByNorm(1.0, norm_type="2"), "norm_type must be a number > 0"),
         (lambda: fo.Scale({1: 1.0}), "factor must map parameter names"),
         (lambda: fo.Scale({"a": schedules.constant(1.0)}), r"factor\['a'\] must be a"),
         (lambda: fo.adamw(betas=0.9), "betas must be a pair"),
@@ -317,6 +323,12 @@ def test_load_parameters_refuses_another_model() -> None:
     assert_same(before, fo.parameters(model), "model")
 
 
+def test_zero_nans_refuses_another_state() -> None:
+    """A state without a count is refused with the remedy."""
+    with pytest.raises(ValueError, match=r"ZeroNans\(\) needs a ZeroNansState, got"):
+        fo.ZeroNans().update(GRADS, (), PARAMS)
+
+
 def test_schedule_added_after_init() -> None:
     """A schedule whose count is not in the state asks for init."""
     state = fo.Scale(1.0).init(PARAMS)
@@ -353,6 +365,10 @@ def test_schedule_added_after_init() -> None:
         (fo.Masked(fo.Identity(), fo.exclude("*")), "exclude('*') matches no param"),
         (fo.Scale({"a.weight": 1.0}), "factor must have a value for every parameter"),
         (
+            fo.ClipByNorm({"a.weight": 1.0}),
+            "max_norm must have a value for every parameter and no other: missing ['a.",
+        ),
+        (
             fo.adam(betas=({"a.weight": 0.9, "a.bias": 0.9, "typo": 0.9}, 0.9)),
             "parameter and no other: missing [], unknown ['typo']",
         ),
@@ -385,6 +401,7 @@ def test_rules_that_match_nothing(transform: fo.Transform, message: str) -> None
             (fo.ClipByGlobalNorm(1.0), fo.Unscale(2.0)),
             r"Write chain\(Unscale\(2.0\), ..., ClipByGlobalNorm\(1.0\), ...\)",
         ),
+        ((fo.ClipByNorm(1.0), fo.Unscale(2.0)), "threshold is meant for true"),
         ((fo.ClipByValue(1.0), fo.Unscale(2.0)), "threshold is meant for true grad"),
         (
             (fo.SkipNonfinite(fo.sgd(0.1)), fo.Unscale(2.0)),
@@ -475,6 +492,12 @@ def test_zero_size_tensors_are_defined() -> None:
         clipped, state = clip.update(params, clip.init(params), params)
         assert clipped["empty"].shape == (0, 3)
         assert state.norm == (5.0 if p == 2.0 else 4.0)
+        alone, _ = fo.ClipByNorm(1.0, norm_type=p).update(params, (), params)
+        assert alone["empty"].shape == (0, 3)
+        assert torch.equal(alone["w"], clipped["w"])
+    nothing = {"a": torch.zeros(0, 3), "b": torch.zeros(3, 0, 2)}
+    centred, _ = fo.Centralize().update(nothing, (), nothing)
+    assert_same(nothing, centred, "centred")
     only = {"empty": torch.zeros(0)}
     pipeline = fo.chain(fo.SkipNonfinite(fo.chain(fo.ClipByGlobalNorm(1.0), fo.adam())))
     updates, state = pipeline.update(only, pipeline.init(only), only)

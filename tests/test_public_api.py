@@ -39,7 +39,7 @@ def test_every_transform_is_in_the_table() -> None:
         for name in transforms.__all__
         if hasattr(value := getattr(transforms, name), "update")
     }
-    assert len(public) >= 14
+    assert len(public) >= 18
     assert public <= seen, f"missing in transform_cases: {public - seen}"
 
 
@@ -82,8 +82,8 @@ def test_docstring_has_the_agreed_form(value) -> None:
         assert "Source:" in text
         for method in ("init", "update"):
             assert inspect.getdoc(getattr(value, method))
-        stateful = value not in {fo.Identity, fo.MultiplyParamwise}
-        assert ("State:" in text) == stateful
+        stateless = {fo.Centralize, fo.Identity, fo.MultiplyParamwise, fo.SetToZero}
+        assert ("State:" in text) == (value not in stateless)
 
 
 def test_transforms_take_one_positional_argument() -> None:

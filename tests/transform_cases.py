@@ -58,12 +58,18 @@ NAMES = list(SHAPES)
 CASES = [
     Case(transform=fo.Scale(-2.0)),
     Case(transform=fo.Scale(halving)),
+    Case(
+        transform=fo.Scale(
+            schedules.join((schedules.linear(0.0, 1.0, 2), halving), (2,))
+        )
+    ),
     Case(transform=fo.Scale(dict.fromkeys(NAMES, 0.5) | {"scale": torch.tensor(3.0)})),
     Case(transform=fo.Scale(torch.tensor(0.3, dtype=torch.float64))),
     Case(transform=fo.Unscale(1024.0)),
     Case(transform=fo.Unscale(torch.tensor(3.0))),
     Case(transform=fo.ScaleByLearningRate(0.1)),
     Case(transform=fo.ScaleByLearningRate(schedules.linear(0.1, 0.0, 7))),
+    Case(transform=fo.ScaleByLearningRate(schedules.one_cycle(0.1, 7))),
     Case(transform=fo.Accumulate(1)),
     Case(transform=fo.Accumulate(3)),
     Case(
@@ -78,6 +84,15 @@ CASES = [
     Case(transform=fo.ClipByGlobalNorm(schedules.linear(0.5, 0.1, 5))),
     Case(transform=fo.ClipByGlobalNorm(0.5, norm_type=float("inf")), smooth=False),
     Case(transform=fo.ClipByGlobalNorm(0.5, norm_type=1.0)),
+    Case(transform=fo.ClipByNorm(0.5)),
+    Case(transform=fo.ClipByNorm(torch.tensor(0.5), norm_type=1.0)),
+    Case(transform=fo.ClipByNorm(0.5, norm_type=float("inf")), smooth=False),
+    Case(transform=fo.ClipByNorm(schedules.exponential(2.0, 0.5, end_value=0.1))),
+    Case(
+        transform=fo.ClipByNorm(
+            dict.fromkeys(NAMES, 0.5) | {"scale": torch.tensor(0.1)}, norm_type=3.0
+        )
+    ),
     Case(transform=fo.ClipByValue(0.3), smooth=False),
     Case(transform=fo.ClipByValue(torch.tensor(0.3)), smooth=False),
     Case(transform=fo.ClipByValue(dict.fromkeys(NAMES, 0.3)), smooth=False),
@@ -85,6 +100,7 @@ CASES = [
     Case(transform=fo.Trace(0.9, dampening=0.5)),
     Case(transform=fo.Trace(0.9, nesterov=True)),
     Case(transform=fo.Trace(schedules.linear(0.5, 0.9, 5), dampening=halving)),
+    Case(transform=fo.Trace(schedules.piecewise((0.5, 0.9), (2,)))),
     Case(transform=fo.Trace(0.9, dampening=dict.fromkeys(NAMES, 0.1))),
     Case(transform=fo.ScaleByAdam()),
     Case(transform=fo.ScaleByAdam((0.8, 0.99), eps=1e-6, eps_root=1e-9, amsgrad=True)),
@@ -92,6 +108,7 @@ CASES = [
     Case(transform=fo.ScaleByAdam((dict.fromkeys(NAMES, 0.7), 0.9))),
     Case(transform=fo.AddDecayedWeights(0.1)),
     Case(transform=fo.AddDecayedWeights(halving, mask=is_matrix)),
+    Case(transform=fo.AddDecayedWeights(schedules.polynomial(0.1, 0.0, 5, power=2))),
     Case(transform=fo.AddDecayedWeights(torch.tensor(0.1), mask="*.weight")),
     Case(transform=fo.MultiplyParamwise({"*.bias": 2.0, "b.*": 0.5})),
     Case(
@@ -100,6 +117,20 @@ CASES = [
         )
     ),
     Case(transform=fo.Identity()),
+    Case(transform=fo.Centralize()),
+    Case(transform=fo.ZeroNans()),
+    Case(transform=fo.SetToZero()),
+    Case(transform=fo.Masked(fo.Centralize(), is_matrix)),
+    Case(
+        transform=fo.Partition(
+            {"matrix": fo.sgd(0.1, momentum=0.9), "other": fo.SetToZero()}, by_shape
+        )
+    ),
+    Case(
+        transform=fo.chain(
+            fo.ZeroNans(), fo.Centralize(), fo.ClipByNorm(1.0), fo.adamw(0.1)
+        )
+    ),
     Case(transform=fo.Masked(fo.Trace(0.9), "*.weight")),
     Case(transform=fo.Masked(fo.ClipByGlobalNorm(0.1), fo.exclude("scale"))),
     Case(
@@ -121,6 +152,7 @@ CASES = [
     ),
     Case(transform=fo.chain(), row="chain"),
     Case(transform=fo.sgd(0.1, 0.9, 0.1, 0.01), row="sgd"),
+    Case(transform=fo.sgd(schedules.inverse_sqrt(0.1, 2), momentum=0.9), row="sgd"),
     Case(
         transform=fo.adam(0.1, weight_decay=0.1, amsgrad=True, maximize=True),
         row="adam",

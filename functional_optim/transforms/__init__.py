@@ -3,11 +3,15 @@
 from functional_optim._scheduling import ScheduleState
 from functional_optim.transforms._accumulation import Accumulate, AccumulateState
 from functional_optim.transforms._adaptive import ScaleByAdam, ScaleByAdamState
+from functional_optim.transforms._centralization import Centralize
+from functional_optim.transforms._cleaning import ZeroNans, ZeroNansState
 from functional_optim.transforms._clipping import (
     ClipByGlobalNorm,
     ClipByGlobalNormState,
+    ClipByNorm,
     ClipByValue,
 )
+from functional_optim.transforms._freezing import SetToZero
 from functional_optim.transforms._guards import SkipNonfinite, SkipNonfiniteState
 from functional_optim.transforms._identity import Identity
 from functional_optim.transforms._masking import Masked, Partition
@@ -20,8 +24,10 @@ __all__ = [
     "Accumulate",
     "AccumulateState",
     "AddDecayedWeights",
+    "Centralize",
     "ClipByGlobalNorm",
     "ClipByGlobalNormState",
+    "ClipByNorm",
     "ClipByValue",
     "Identity",
     "Masked",
@@ -32,9 +38,12 @@ __all__ = [
     "ScaleByAdamState",
     "ScaleByLearningRate",
     "ScheduleState",
+    "SetToZero",
     "SkipNonfinite",
     "SkipNonfiniteState",
     "Trace",
     "TraceState",
     "Unscale",
+    "ZeroNans",
+    "ZeroNansState",
 ]

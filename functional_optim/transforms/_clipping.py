@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
@@ -20,10 +21,11 @@ from functional_optim._hyperparameters import (
 from functional_optim._norms import norms
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._structure import check_state
-from functional_optim._tensor_map import device_of, over
+from functional_optim._tensor_map import device_of, is_sixteen_bit, over
 from functional_optim._types import Role, Scope
 
 if TYPE_CHECKING:
+    from functional_optim._tensor_map import Factor
     from functional_optim._types import TensorMap
 
 
@@ -136,6 +138,92 @@ class ClipByGlobalNorm:
         coefficient = torch.clamp(now.max_norm / (norm + 1e-6), max=1.0)
         clipped = over(updates).mul(coefficient).to_map()
         return clipped, ClipByGlobalNormState(norm.double(), schedule)
+
+
+@final
+@value_class
+class ClipByNorm:
+    """Scale every update by itself so that its norm is at most `max_norm`.
+
+    With ||u|| the norm of one tensor:
+
+        u <- u * min(1, max_norm / (||u|| + 1e-6))
+
+    This changes the direction of the whole step, which `ClipByGlobalNorm` keeps. A NaN
+    makes its own tensor NaN, an infinity makes itself NaN and the finite numbers of its
+    tensor 0; other tensors do not notice.
+
+    Args:
+        max_norm: Threshold for each tensor, in the units of the updates at this place
+            in the chain. Finite, > 0.
+        norm_type: Order p of the norm. > 0; `math.inf` is the largest magnitude.
+
+    State:
+        `()`, or a `ScheduleState` if `max_norm` is a schedule.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Raises:
+        ValueError: `max_norm` or `norm_type` is out of range.
+        TypeError: `max_norm` is no hyperparameter.
+
+    Example:
+        >>> updates = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.5])}
+        >>> ClipByNorm(1.0).update(updates, (), updates)[0]
+        {'a': tensor([0.6000, 0.8000]), 'b': tensor([0.5000])}
+
+    Source:
+        torch.nn.utils.clip_grad_norm_ on each tensor alone, bit for bit;
+        tf.clip_by_norm.
+    """
+
+    max_norm: Hyperparameter = hyperparameter(gt=0.0)
+    _: KW_ONLY
+    norm_type: float = checked(check=_checked_norm_type, default=2.0)
+
+    scope: ClassVar[Scope] = Scope.PER_TENSOR
+    role: ClassVar[Role] = Role.CLIP
+
+    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
+        """Return the state of the schedules; check maps by name."""
+        return init_hyperparameters(self, params)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: ScheduleState | tuple[()],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+        """Return u * min(1, max_norm / (||u|| + 1e-6))."""
+        now, state = evaluate(self, state, updates)
+        factors: dict[str, Tensor] = {}
+        # Stacked by dtype: among float64 ones a float32 norm would be divided in
+        # float64, which torch does not do for a tensor alone.
+        for dtype in dict.fromkeys(u.dtype for u in updates.values()):
+            alike = {name: u for name, u in updates.items() if u.dtype == dtype}
+            found = _clip_factors(norms(alike, now.norm_type), now.max_norm, alike)
+            factors |= zip(alike, found.unbind(), strict=True)
+        return over(updates).mul(factors).to_map(), state
+
+
+def _clip_factors(norm: Tensor, max_norm: Factor, names: TensorMap) -> Tensor:
+    """Return min(1, max_norm / (norm + 1e-6)) for some names, with torch's bits.
+
+    torch divides a number by a tensor as reciprocal times number, in float32 if the
+    tensor has 16 bits; division would round differently for max_norm as a tensor.
+    """
+    wide = torch.float32 if is_sixteen_bit(norm) else norm.dtype
+    if isinstance(max_norm, Mapping):
+        limits = [
+            torch.as_tensor(max_norm[name], dtype=wide, device=norm.device)
+            for name in names
+        ]
+        max_norm = torch.stack(limits)
+    ratio = (norm + 1e-6).reciprocal().to(wide) * max_norm
+    return ratio.to(norm.dtype).clamp(max=1.0)
 
 
 @final

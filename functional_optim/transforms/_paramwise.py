@@ -25,7 +25,8 @@ class MultiplyParamwise:
 
     Behind the moments this is a learning-rate multiplier that survives every schedule,
     and scales decoupled decay too; before Adam it nearly cancels.
-    To freeze parameters leave them out of the map of parameters: 0 * inf is NaN.
+    To freeze parameters leave them out of the map of parameters, or give them
+    `SetToZero` in a `Partition`: 0 * inf is NaN.
 
     Args:
         multipliers: Factors by selection: a map `{"*.bias": 2.0, "head.*": 10.0}`, or a

@@ -1,0 +1,26 @@
+"""Schedules: pure functions from step count to value.
+
+A schedule stands wherever a hyperparameter does: `adamw(lr=cosine_decay(1e-3, 1000))`.
+It is evaluated at the number of updates that the transform holding it has emitted, so
+the first update sees `schedule(0)`, and micro-steps and skipped steps do not count.
+Arithmetic is 0-dim float64, on the device of the count. Any function of a 0-dim tensor
+is a schedule too; these are frozen, equal by value, printable and picklable.
+"""
+
+from functional_optim.schedules._cosine import cosine_decay, one_cycle, warmup_cosine
+from functional_optim.schedules._decay import exponential, inverse_sqrt
+from functional_optim.schedules._lines import constant, linear, polynomial
+from functional_optim.schedules._pieces import join, piecewise
+
+__all__ = [
+    "constant",
+    "cosine_decay",
+    "exponential",
+    "inverse_sqrt",
+    "join",
+    "linear",
+    "one_cycle",
+    "piecewise",
+    "polynomial",
+    "warmup_cosine",
+]

@@ -1,0 +1,110 @@
+"""What the arguments of schedules may be."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+
+def check_numbers(schedule: object, *names: str) -> None:
+    """Refuse arguments that are not finite numbers.
+
+    Raises:
+        TypeError: one is no number.
+        ValueError: one is not finite.
+    """
+    for name in names:
+        _check_number(name, getattr(schedule, name))
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        msg = f"{name} must be a number, got {value!r}"
+        raise TypeError(msg)
+    if not math.isfinite(value):
+        msg = f"{name} must be finite, got {value}"
+        raise ValueError(msg)
+
+
+def check_positive(schedule: object, *names: str) -> None:
+    """Refuse numbers that are not above 0.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for name in names:
+        value = getattr(schedule, name)
+        if not value > 0:
+            msg = f"{name} must be > 0, got {value}"
+            raise ValueError(msg)
+
+
+def check_steps(name: str, value: Any, least: int) -> None:
+    """Refuse what is no number of updates.
+
+    Raises:
+        TypeError: it is no int.
+        ValueError: it is below `least`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        msg = f"{name} must be an int, a number of updates, got {value!r}"
+        raise TypeError(msg)
+    if value < least:
+        msg = f"{name} must be >= {least}, got {value}"
+        raise ValueError(msg)
+
+
+def checked_values(name: str, value: Any) -> tuple[float, ...]:
+    """Return finite numbers as a tuple.
+
+    Raises:
+        TypeError: it is no sequence of numbers.
+        ValueError: one is not finite.
+    """
+    for index, number in enumerate(sequence(name, value, "numbers")):
+        _check_number(f"{name}[{index}]", number)
+    return tuple(value)
+
+
+def checked_boundaries(name: str, value: Any) -> tuple[int, ...]:
+    """Return strictly increasing steps as a tuple.
+
+    Raises:
+        TypeError: it is no sequence of ints.
+        ValueError: one is below 1, or they do not increase.
+    """
+    for index, step in enumerate(sequence(name, value, "ints")):
+        check_steps(f"{name}[{index}]", step, 1)
+    if any(later <= earlier for earlier, later in pairwise(value)):
+        msg = f"{name} must be strictly increasing, got {tuple(value)}"
+        raise ValueError(msg)
+    return tuple(value)
+
+
+def check_one_more(name: str, parts: Sequence[Any], boundaries: Sequence[int]) -> None:
+    """Refuse lengths that do not fit: there is a boundary between any two parts.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    if len(parts) != len(boundaries) + 1:
+        msg = (
+            f"{name} must have one entry more than boundaries, got {len(parts)} "
+            f"{name} and {len(boundaries)} boundaries"
+        )
+        raise ValueError(msg)
+
+
+def sequence(name: str, value: Any, of: str) -> Sequence[Any]:
+    """Return what is a tuple or a list, or like one.
+
+    Raises:
+        TypeError: it is no sequence.
+    """
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        msg = f"{name} must be a tuple of {of}, got {value!r}"
+        raise TypeError(msg)
+    return value

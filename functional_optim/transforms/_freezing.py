@@ -1,0 +1,62 @@
+"""Keeping parameters as they are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, final
+
+import torch
+
+from functional_optim._context import Context
+from functional_optim._hyperparameters import value_class
+from functional_optim._structure import check_parameters
+from functional_optim._types import Scope
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+
+@final
+@value_class
+class SetToZero:
+    """Replace every update by zero, whatever it was: u <- -0.0.
+
+    For freezing some parameters in a `Partition`; NaN and infinity become zero, too.
+    The zero is negative because p + (-0.0) is p for every p, where p + 0.0 turns -0.0
+    into 0.0: a frozen parameter keeps every bit.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> params = {"body": torch.ones(1), "head": torch.ones(1)}
+        >>> frozen = fo.Partition(
+        ...     {"frozen": SetToZero(), "trained": fo.sgd(0.5)},
+        ...     {"body": "frozen", "head": "trained"},
+        ... )
+        >>> updates, _ = frozen.update(params, frozen.init(params), params)
+        >>> fo.apply_updates(params, updates)
+        {'body': tensor([1.]), 'head': tensor([0.5000])}
+
+    Source:
+        optax.set_to_zero.
+    """
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+
+    def init(self, params: TensorMap) -> tuple[()]:
+        """Return the empty state."""
+        check_parameters(params)
+        return ()
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: tuple[()],
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, tuple[()]]:
+        """Return -0.0 in the shape of u."""
+        zeros = {name: torch.full_like(u, -0.0) for name, u in updates.items()}
+        return zeros, state
