@@ -10,6 +10,8 @@ from functional_optim._apply import (
 from functional_optim._chain import Chain, chain
 from functional_optim._context import Context, Norm, ReduceOp, Reducer
 from functional_optim._hyperparameters import Hyperparameter, Schedule, resolve
+from functional_optim._parts import Part
+from functional_optim._readings import fetch, readings, state_of
 from functional_optim._selection import Rules, Selection, exclude
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, Scope, Static, TensorMap, Transform
@@ -22,6 +24,8 @@ from functional_optim.transforms import (
     Identity,
     Masked,
     MultiplyParamwise,
+    Named,
+    Observe,
     Partition,
     Scale,
     ScaleByAdam,
@@ -44,7 +48,10 @@ __all__ = [
     "Identity",
     "Masked",
     "MultiplyParamwise",
+    "Named",
     "Norm",
+    "Observe",
+    "Part",
     "Partition",
     "ReduceOp",
     "Reducer",
@@ -67,13 +74,16 @@ __all__ = [
     "apply_updates",
     "chain",
     "exclude",
+    "fetch",
     "gradients",
     "load_parameters",
     "load_state_dict",
     "parameters",
+    "readings",
     "resolve",
     "schedules",
     "sgd",
     "state_dict",
+    "state_of",
     "transforms",
 ]
