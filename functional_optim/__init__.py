@@ -9,6 +9,7 @@ from functional_optim._apply import (
 )
 from functional_optim._chain import Chain, chain
 from functional_optim._context import Context, Norm, ReduceOp, Reducer
+from functional_optim._explain import explain
 from functional_optim._hyperparameters import Hyperparameter, Schedule, resolve
 from functional_optim._parts import Part
 from functional_optim._readings import fetch, readings, state_of
@@ -74,6 +75,7 @@ __all__ = [
     "apply_updates",
     "chain",
     "exclude",
+    "explain",
     "fetch",
     "gradients",
     "load_parameters",
