@@ -9,7 +9,10 @@ from functional_optim._apply import (
 )
 from functional_optim._chain import Chain, chain
 from functional_optim._context import Context, Norm, ReduceOp, Reducer
+from functional_optim._explain import explain
 from functional_optim._hyperparameters import Hyperparameter, Schedule, resolve
+from functional_optim._parts import Part
+from functional_optim._readings import fetch, readings, state_of
 from functional_optim._selection import Rules, Selection, exclude
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, Scope, Static, TensorMap, Transform
@@ -24,6 +27,8 @@ from functional_optim.transforms import (
     Identity,
     Masked,
     MultiplyParamwise,
+    Named,
+    Observe,
     Partition,
     Scale,
     ScaleByAdam,
@@ -50,7 +55,10 @@ __all__ = [
     "Identity",
     "Masked",
     "MultiplyParamwise",
+    "Named",
     "Norm",
+    "Observe",
+    "Part",
     "Partition",
     "ReduceOp",
     "Reducer",
@@ -75,13 +83,17 @@ __all__ = [
     "apply_updates",
     "chain",
     "exclude",
+    "explain",
+    "fetch",
     "gradients",
     "load_parameters",
     "load_state_dict",
     "parameters",
+    "readings",
     "resolve",
     "schedules",
     "sgd",
     "state_dict",
+    "state_of",
     "transforms",
 ]

@@ -8,6 +8,8 @@ from functional_optim._apply import recording
 from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._names import shown
+from functional_optim._order import check_order
+from functional_optim._parts import Part
 from functional_optim._structure import (
     check_parameters,
     check_states,
@@ -15,7 +17,7 @@ from functional_optim._structure import (
     shown_state,
 )
 from functional_optim._tensor_map import copied
-from functional_optim._types import Role, Scope, Transform
+from functional_optim._types import Scope, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -69,7 +71,7 @@ class Chain:
 
     def _check(self) -> None:
         """Refuse orders that cannot be right."""
-        _check_order(self.members)
+        check_order(self.members)
 
     def __repr__(self) -> str:
         return f"chain({', '.join(map(repr, self.members))})"
@@ -79,6 +81,11 @@ class Chain:
 
     def __getitem__(self, index: int) -> Transform:
         return self.members[index]
+
+    @property
+    def stands_for(self) -> tuple[Transform, ...]:
+        """What the order of a chain around this one is judged on: the members."""
+        return self.members
 
     @property
     def scope(self) -> Scope:
@@ -137,6 +144,16 @@ class Chain:
                 )
                 updates, new_state[index] = _checked_result(member, result, params)
         return updates, tuple(new_state)
+
+    def parts(self, state: Any, params: TensorMap) -> list[Part]:
+        """Return the members with their states."""
+        check_states(state, len(self.members), "member")
+        return [
+            Part(index, "", member, part, params)
+            for index, (member, part) in enumerate(
+                zip(self.members, state, strict=True)
+            )
+        ]
 
 
 def chain(*transforms: Transform) -> Chain:
@@ -237,54 +254,3 @@ def _checked_result(
         )
         raise ValueError(msg)
     return updates, result[1]
-
-
-def _role(transform: Transform) -> Role | None:
-    return getattr(transform, "role", None)
-
-
-def _check_order(members: Sequence[Transform]) -> None:
-    """Refuse the orders that cannot be right, and say which one is.
-
-    Raises:
-        ValueError: naming both transforms and the right order.
-    """
-    before: dict[Role, Transform] = {}
-    for member in members:
-        role = _role(member)
-        if Role.GUARD in before:
-            guard = before[Role.GUARD]
-            inner = type(guard).__name__
-            msg = (
-                f"{member!r} stands after the guard {guard!r}, which must be last: a "
-                "guard can only undo what is inside it. Write "
-                f"{inner}(chain(..., {member!r}))"
-            )
-            if role is Role.UNSCALE:
-                msg = _moved(member, guard, "a guard judges true gradients")
-            raise ValueError(msg)
-        if role is Role.UNSCALE and Role.CLIP in before:
-            why = "a threshold is meant for true gradients, not for scaled ones"
-            raise ValueError(_moved(member, before[Role.CLIP], why))
-        if role is Role.ACCUMULATE:
-            for earlier, why in (
-                (Role.MOMENT, "a moment must see one gradient a window"),
-                (Role.LEARNING_RATE, "a learning rate must apply once a window"),
-            ):
-                if earlier in before:
-                    raise ValueError(_moved(member, before[earlier], why))
-        if role is Role.LEARNING_RATE and role in before:
-            msg = (
-                f"two learning rates in one chain, {before[role]!r} and {member!r}, "
-                "would multiply; keep one, or write Scale(factor) for a plain factor"
-            )
-            raise ValueError(msg)
-        if role is not None:
-            before.setdefault(role, member)
-
-
-def _moved(late: Transform, early: Transform, why: str) -> str:
-    return (
-        f"{late!r} stands after {early!r}, but {why}. Write chain({late!r}, ..., "
-        f"{early!r}, ...)"
-    )

@@ -1,8 +1,8 @@
-"""Names of parameters: looking entries up by them, and showing them in errors."""
+"""Names: of parameters, to look entries up by, and of parts of a pipeline."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -62,3 +62,26 @@ def check_same_names(
             f"{shown(missing)}, unknown {shown(unknown)}"
         )
         raise ValueError(msg)
+
+
+def checked_name(what: str, name: Any) -> str:
+    """Refuse what cannot name a part of a pipeline.
+
+    Args:
+        what: How to call the name in an error.
+        name: What the caller gave.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it is empty, or has the "." that joins names.
+    """
+    if not isinstance(name, str):
+        msg = f"{what} must be a string, got {name!r}"
+        raise TypeError(msg)
+    if not name or "." in name:
+        msg = (
+            f'{what} must not be empty and not contain ".", which joins names, got '
+            f"{name!r}"
+        )
+        raise ValueError(msg)
+    return name

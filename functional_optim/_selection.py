@@ -257,3 +257,25 @@ def check_rules(rules: Any, params: TensorMap, name: str) -> None:
     if isinstance(rules, (dict, tuple)):
         for selection, _ in _pairs(rules):
             check_selection(selection, params, f"rule in {name}")
+
+
+def ruled_names(rules: Any, params: TensorMap) -> list[tuple[str, list[str]]]:
+    """Return the rules as one writes them, and the names that each decides.
+
+    A name belongs to the first rule that fits it.
+
+    Example:
+        >>> import torch
+        >>> params = {"a.bias": torch.ones(1), "b.bias": torch.ones(1)}
+        >>> ruled_names({"a.*": 2.0, "*": 3.0}, params)
+        [("'a.*': 2.0", ['a.bias']), ("'*': 3.0", ['b.bias'])]
+    """
+    if not isinstance(rules, (dict, tuple)):
+        return [(shown_value(rules), list(params))]
+    left, found = dict(params), []
+    for selection, value in _pairs(rules):
+        names = picked(selection, left, list(left))
+        found.append((f"{shown_value(selection)}: {shown_value(value)}", names))
+        for name in names:
+            del left[name]
+    return found

@@ -282,6 +282,7 @@ def foreach_applies(tensors: Sequence[Tensor]) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and set(map(type, tensors)) <= _PLAIN_TYPES
+        and not (tensors and tensors[0].is_meta)  # There foreach reads a 0-dim operand.
     )
 
 

@@ -71,6 +71,11 @@ class Transform(Protocol):
     Inputs never change, and outputs share no memory with them (state carried over
     from the old state excepted). An empty map of updates means hold.
 
+    More members are optional, and looked for on users' transforms as on ours: `role`,
+    for the order of a chain; `stands_for`, a tuple of transforms whose roles count in
+    its place; `resolved(name, param)`, see `resolve`; `readings(state)`, see
+    `readings`; `parts(state, params)`, see `Part`; `selections(params)`, see `explain`.
+
     Example:
         >>> class Double:
         ...     scope = Scope.ELEMENTWISE

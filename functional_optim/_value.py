@@ -7,10 +7,13 @@ They print as they are written, without the arguments that have their default.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def same_value(a: object, b: object) -> bool:
@@ -62,14 +65,19 @@ def _hashable(value: Any) -> Any:
 
 def repr_of(self: Any) -> str:
     """`__repr__` of a value: the call that makes it."""
+    return written(self, shown_value)
+
+
+def written(value_object: Any, show: Callable[[Any], str]) -> str:
+    """Return the call that makes a frozen dataclass, its arguments shown by `show`."""
     parts = []
-    for field in dataclasses.fields(self):
-        value = getattr(self, field.name)
+    for field in dataclasses.fields(value_object):
+        value = getattr(value_object, field.name)
         default = field.default
         if default is dataclasses.MISSING or not same_value(value, default):
-            text = shown_value(value)
+            text = show(value)
             parts.append(f"{field.name}={text}" if field.kw_only else text)
-    return f"{type(self).__name__}({', '.join(parts)})"
+    return f"{type(value_object).__name__}({', '.join(parts)})"
 
 
 def shown_value(value: Any) -> str:

@@ -59,7 +59,9 @@ def test_clip_by_global_norm(dtype: torch.dtype, data: st.DataObject) -> None:
 @given(data=st.data())
 def test_clip_by_norm(dtype: torch.dtype, foreach: bool, data: st.DataObject) -> None:
     """ClipByNorm is clip_grad_norm_ on each tensor alone, for any kind of max_norm."""
-    grads = data.draw(strategies.tensor_maps(SHAPES, dtype, strategies.hostile), label="grads")
+    grads = data.draw(
+        strategies.tensor_maps(SHAPES, dtype, strategies.hostile), label="grads"
+    )
     # Another dtype in the map must not change how the others round.
     grads["wide"] = torch.tensor([3.0, 0.1], dtype=torch.float64)
     max_norm = data.draw(st.floats(1e-3, 1e3), label="max_norm")
@@ -276,7 +278,10 @@ def test_centralize(dtype: torch.dtype, data: st.DataObject) -> None:
 def test_zero_nans(dtype: torch.dtype, data: st.DataObject) -> None:
     """ZeroNans replaces every NaN, counts it, and keeps the bits of all else."""
     steps = data.draw(
-        strategies.runs(SHAPES, 4, dtype, strategies.hostile), label="grads"
+        strategies.gradient_sequences(
+            SHAPES, dtype, strategies.hostile, min_size=4, max_size=4
+        ),
+        label="grads",
     )
     zero_nans = fo.ZeroNans()
     state = zero_nans.init(dict.fromkeys(SHAPES, torch.zeros(1)))

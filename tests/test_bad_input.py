@@ -112,6 +112,11 @@ def test_nonfinite_hyperparameter(make, message: str, value: float) -> None:
         (lambda: schedules.warmup_cosine(1.0, -1, 5), "warmup_steps must be >= 0"),
         (lambda: fo.Partition({}, {}), "inner must have at least one label"),
         (lambda: fo.Norm(0.0), "p must be > 0"),
+        (lambda: fo.Named("", fo.Identity()), "name must not be empty .* got ''"),
+        (lambda: fo.Named("a.b", fo.Identity()), "which joins names, got 'a.b'"),
+        (lambda: fo.Observe("a.b"), "name must not be empty and not contain"),
+        (lambda: fo.Observe("x", op="mean"), "op must be 'sum', .* got 'mean'"),
+        (lambda: fo.Observe("x", op=2.0), r"op must be .* or Norm\(p\), got 2.0"),
         (
             lambda: fo.Chain((fo.chain(fo.ClipByValue(1.0)), fo.Unscale(2.0))),
             "threshold is meant for true",
@@ -167,6 +172,13 @@ def test_illegal_value(make, message: str) -> None:
         (lambda: fo.Partition([fo.Identity()], {}), "inner must be a map from label"),
         (lambda: fo.Partition({"x": 3}, {}), r"inner\['x'\] must be a transform"),
         (lambda: fo.Partition({"x": fo.Identity()}, {"*": 3}), "must be a label"),
+        (lambda: fo.Named(3, fo.Identity()), "name must be a string, got 3"),
+        (lambda: fo.Named(fo.Identity(), "x"), r"name must be .* got Identity\(\)"),
+        (lambda: fo.Named("x", fo.Scale), r"inner must be .* write Scale\(...\)"),
+        (lambda: fo.Observe(None), "name must be a string, got None"),
+        (lambda: fo.Observe("x", 2.0), "fn must be a function of an update and its"),
+        (lambda: fo.explain(fo.adamw, {}), r"tx must be a transform.*adamw\(...\)"),
+        (lambda: fo.explain(fo.sgd(), torch.nn.Linear(1, 1)), "params must be a dict"),
         (lambda: fo.SkipNonfinite(None), "inner must be a transform .* got None"),
         (lambda: schedules.linear(1.0, 0.0, 2.5), "num_steps must be an int"),
         (lambda: schedules.constant("1"), "value must be a number"),
@@ -415,6 +427,33 @@ def test_rules_that_match_nothing(transform: fo.Transform, message: str) -> None
             (fo.SkipNonfinite(fo.ScaleByAdam()), fo.Scale(0.1)),
             r"Write SkipNonfinite\(chain\(..., Scale\(0.1\)\)\)",
         ),
+        (
+            (fo.adamw(), fo.Named("window", fo.Accumulate(4))),
+            r"Write chain\(Named\('window', Accumulate\(4\)\), ..., ScaleB",
+        ),
+        ((fo.adamw(), fo.Named("x", fo.chain(fo.Accumulate(4)))), "one gradient a win"),
+        (
+            (fo.Named("x", fo.sgd(0.1)), fo.Accumulate(4)),
+            r"chain\(Acc.* Named\('x', chain",
+        ),
+        ((fo.Named("x", fo.ClipByValue(1.0)), fo.Unscale(2.0)), "threshold is meant"),
+        ((fo.ClipByValue(1.0), fo.Named("x", fo.Unscale(2.0))), "threshold is meant"),
+        ((fo.Named("x", fo.adamw()), fo.sgd(0.1)), "two learning rates .*Named\\('x'"),
+        (
+            (fo.Named("x", fo.SkipNonfinite(fo.sgd(0.1))), fo.Observe("y")),
+            r"the guard Named\('x', .* SkipNonfinite\(chain\(..., Observe\('y'\)\)\)",
+        ),
+        (
+            (
+                fo.Named("x", fo.Named("y", fo.SkipNonfinite(fo.sgd(0.1)))),
+                fo.Identity(),
+            ),
+            "which must be last",
+        ),
+        (
+            (fo.Named("x", fo.chain(fo.Identity(), fo.Trace(0.9))), fo.Accumulate(2)),
+            "one gradient a window",
+        ),
     ],
 )
 def test_orders_that_cannot_be_right(members, message: str) -> None:
@@ -429,6 +468,7 @@ def test_orders_that_cannot_be_right(members, message: str) -> None:
         fo.Accumulate(2),
         fo.chain(fo.Scale(1.0), fo.Accumulate(2)),
         fo.Masked(fo.Accumulate(2), "*"),
+        fo.Named("window", fo.Accumulate(2)),
         fo.Partition({"x": fo.chain(fo.Accumulate(2), fo.sgd(0.1))}, {"*": "x"}),
     ],
     ids=repr,
@@ -448,6 +488,8 @@ def test_accumulate_inside_a_guard(inner: fo.Transform) -> None:
         (fo.Trace(0.9), fo.ScaleByAdam(), fo.ClipByValue(1.0), fo.ClipByValue(2.0)),
         (fo.Accumulate(2), fo.Accumulate(3), fo.SkipNonfinite(fo.adamw(0.1))),
         (fo.Trace(0.9), fo.Unscale(2.0)),
+        (fo.Named("w", fo.Accumulate(2)), fo.Observe("x"), fo.Named("y", fo.adamw())),
+        (fo.Observe("x"), fo.Named("last", fo.SkipNonfinite(fo.adamw(0.1)))),
     ],
     ids=repr,
 )
@@ -463,6 +505,26 @@ def test_clip_raises_on_nonfinite_norm_if_asked() -> None:
     with pytest.raises(RuntimeError, match="of the updates is nan; .*SkipNonfinite"):
         clip.update(bad, clip.init(PARAMS), PARAMS)
     clip.update(GRADS, clip.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("fn", "error", "message"),
+    [
+        (
+            lambda u, p: u.sum(),
+            ValueError,
+            r"\(2, 3\) for 'a.weight', got \(\): it works number by number, and op",
+        ),
+        (lambda u, p: u.reshape(-1), ValueError, r"'a.weight', got \(6,\)"),
+        (lambda u, p: 1.0, TypeError, "for 'a.weight', got 1.0"),
+        (lambda u, p: u * 1j, TypeError, "for 'a.weight', got torch.complex64"),
+    ],
+)
+def test_what_an_observer_must_return(fn, error, message: str) -> None:
+    """A function that is not elementwise is refused where it shows."""
+    observe = fo.Observe("x", fn)
+    with pytest.raises(error, match=message):
+        observe.update(GRADS, observe.init(PARAMS), PARAMS)
 
 
 def test_reduce_refuses_what_it_cannot_join() -> None:

@@ -31,7 +31,11 @@ WRITTEN = types.SimpleNamespace(
     inf=math.inf,
     is_matrix=transform_cases.is_matrix,
     by_shape=transform_cases.by_shape,
+    by_letter=transform_cases.by_letter,
     halving=transform_cases.halving,
+    the_parameter=transform_cases.the_parameter,
+    magnitude=transform_cases.magnitude,
+    is_small=transform_cases.is_small,
 )
 
 pytestmark = pytest.mark.parametrize("case", CASES, ids=repr)

@@ -88,7 +88,7 @@ def test_docstring_has_the_agreed_form(value) -> None:
 
 def test_transforms_take_one_positional_argument() -> None:
     """First argument positional, the rest keyword-only; combinators may have two."""
-    two = {fo.Masked, fo.Partition}
+    two = {fo.Masked, fo.Named, fo.Observe, fo.Partition}
     for name in transforms.__all__:
         value = getattr(transforms, name)
         if hasattr(value, "update"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import re
+import textwrap
 
 import pytest
 import torch
@@ -24,7 +25,11 @@ def test_every_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
     }
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
-    assert "gradient norm" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "gradient norm" in printed
+    # The table in the text is the one that its code prints.
+    table = printed[printed.index("stage  ") :].rstrip()
+    assert textwrap.indent(table, "    ") in README.read_text()
 
 
 def test_no_figure_is_missing() -> None:

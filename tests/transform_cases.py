@@ -27,9 +27,29 @@ def by_shape(name: str, param: Tensor) -> str:
     return "matrix" if param.ndim >= 2 else "other"
 
 
+def by_letter(name: str, param: Tensor) -> str:
+    """Label by the first letter of the name."""
+    return "x" if name.startswith("a") else "y"
+
+
 def halving(step: Tensor) -> Tensor:
     """Halve at every step: a user's own schedule."""
     return 0.5**step
+
+
+def the_parameter(update: Tensor, param: Tensor) -> Tensor:
+    """Observe parameters."""
+    return param
+
+
+def magnitude(update: Tensor, param: Tensor) -> Tensor:
+    """Observe sizes."""
+    return update.abs()
+
+
+def is_small(update: Tensor, param: Tensor) -> Tensor:
+    """Observe which updates are smaller than their parameters: booleans."""
+    return update.abs() < param.abs()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +67,7 @@ class Case:
     @property
     def label(self) -> str:
         """The row it stands in."""
-        return self.row or type(self.transform).__name__
+        return self.row or type(self.transform).__name__.replace("Chain", "chain")
 
     def __repr__(self) -> str:
         return repr(self.transform)
@@ -131,6 +151,35 @@ CASES = [
             fo.ZeroNans(), fo.Centralize(), fo.ClipByNorm(1.0), fo.adamw(0.1)
         )
     ),
+    Case(transform=fo.Observe("grad_norm")),
+    Case(transform=fo.Observe("param_norm", the_parameter, op=fo.Norm(1.0))),
+    Case(transform=fo.Observe("small_norm", is_small, op=fo.Norm(float("inf")))),
+    Case(transform=fo.Observe("total", op="sum")),
+    Case(transform=fo.Observe("small", is_small, op="sum")),
+    Case(transform=fo.Observe("largest", magnitude, op="max")),
+    Case(transform=fo.Observe("any_small", is_small, op="max")),
+    Case(transform=fo.Observe("all_small", is_small, op="all")),
+    Case(
+        transform=fo.chain(
+            fo.Observe("before"),
+            fo.Trace(0.9),
+            fo.Observe("after", magnitude, op="max"),
+        )
+    ),
+    Case(
+        transform=fo.Partition(
+            {"x": fo.Observe("x"), "y": fo.chain(fo.Observe("y", op="sum"))}, by_letter
+        )
+    ),
+    Case(transform=fo.Named("direction", fo.ScaleByAdam())),
+    Case(
+        transform=fo.Named(
+            "outer", fo.chain(fo.ClipByGlobalNorm(0.5), fo.adamw(halving))
+        )
+    ),
+    Case(transform=fo.Named("window", fo.chain(fo.Accumulate(3)))),
+    Case(transform=fo.Masked(fo.Named("some", fo.Scale(halving)), "*.weight")),
+    Case(transform=fo.SkipNonfinite(fo.Named("guarded", fo.sgd(0.1, 0.9)))),
     Case(transform=fo.Masked(fo.Trace(0.9), "*.weight")),
     Case(transform=fo.Masked(fo.ClipByGlobalNorm(0.1), fo.exclude("scale"))),
     Case(
@@ -150,7 +199,7 @@ CASES = [
             fo.chain(fo.ClipByGlobalNorm(0.5), fo.adamw(schedules.linear(1.0, 0.0, 9)))
         )
     ),
-    Case(transform=fo.chain(), row="chain"),
+    Case(transform=fo.chain()),
     Case(transform=fo.sgd(0.1, 0.9, 0.1, 0.01), row="sgd"),
     Case(transform=fo.sgd(schedules.inverse_sqrt(0.1, 2), momentum=0.9), row="sgd"),
     Case(
@@ -168,6 +217,5 @@ CASES = [
             fo.MultiplyParamwise({"b.*": 0.5}),
             fo.adamw(schedules.warmup_cosine(0.1, 2, 9)),
         ),
-        row="chain",
     ),
 ]

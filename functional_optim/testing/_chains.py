@@ -66,12 +66,25 @@ def transforms(
         st.just(fo.Identity()),
         st.just(fo.Centralize()),
         st.just(fo.ZeroNans()),
+        st.just(fo.SetToZero()),
+        st.builds(fo.Named, st.just("inner"), st.builds(fo.Scale, number)),
+        st.builds(
+            fo.Partition,
+            st.builds(lambda scale: {"all": scale}, st.builds(fo.Trace, _fractions)),
+            st.just("all"),
+        ),
         *kinked,
     )
 
 
 @st.composite
-def chains(draw: st.DrawFn, names: Sequence[str] = (), max_size: int = 4) -> fo.Chain:
+def chains(
+    draw: st.DrawFn,
+    names: Sequence[str] = (),
+    *,
+    max_size: int = 4,
+    smooth: bool = False,
+) -> fo.Chain:
     """Chains of transforms of the library, in an order that `chain` accepts.
 
     Args:

@@ -15,9 +15,9 @@ from functional_optim.testing._examples import SHAPES, numbers_like
 from functional_optim.testing._law import Law, raised
 
 ORDER: tuple[Law, ...] = (
+    laws.structure,
     laws.purity,
     laws.determinism,
-    laws.structure,
     laws.hold,
     laws.omitted_names,
     laws.scope,

@@ -122,6 +122,7 @@ def _update_parts(
         u = {name: _piece(updates[name], w) for name, w in part if name in updates}
         p = {name: _piece(params[name], w) for name, w in part}
         given.append((u, _part_of(state, part, params), p))
+    order = _order_of_calls(transform, updates, state, params, context)
     totals: dict[tuple[Any, ...], Tensor] = {}
     while True:
         results, stopped = [], []
@@ -134,12 +135,35 @@ def _update_parts(
                 stopped.append(total)
         if not stopped:
             return [(part, *r) for part, r in zip(parts, results, strict=True)]
-        key, op = stopped[0].key, stopped[0].op
-        same = len(stopped) == len(given) and {total.key for total in stopped} == {key}
+        keys = {total.key for total in stopped}
         cause = "calls of context.reduce must not depend on names or values"
-        require(same, "some parts call context.reduce and some do not", cause)
-        partial = torch.cat([total.partial for total in stopped])
-        totals[key] = local_total(partial, op)
+        require(
+            keys <= set(order), "a part calls context.reduce in other places", cause
+        )
+        # A part without any name of a branch is ahead of those that have some.
+        key = min(keys, key=order.index)
+        joined = [total for total in stopped if total.key == key]
+        partial = torch.cat([total.partial for total in joined])
+        totals[key] = local_total(partial, joined[0].op)
+
+
+def _order_of_calls(
+    transform: Transform,
+    updates: TensorMap,
+    state: Any,
+    params: TensorMap,
+    context: Context,
+) -> list[tuple[Any, ...]]:
+    """Return the keys of the calls of `reduce` in an update on the whole."""
+    order: list[tuple[Any, ...]] = []
+
+    def reducer(path: tuple[Any, ...], partial: Tensor, op: ReduceOp) -> Tensor:
+        order.append((path, [seen for seen, _ in order].count(path)))
+        return local_total(partial, op)
+
+    counting = dataclasses.replace(context, reducer=reducer)
+    transform.update(updates, state, params, context=counting)
+    return order
 
 
 def _supplied(totals: dict[tuple[Any, ...], Tensor]) -> Reducer:

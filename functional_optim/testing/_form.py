@@ -225,6 +225,6 @@ def _check_device(transform: Transform, example: Example) -> None:
                 what = f"the update of {name!r} lies, {where}"
                 require(u.device == params[name].device, what, _DEVICE)
     except (RuntimeError, NotImplementedError) as error:
-        if "is on cpu" in str(error) or "same device" in str(error):
+        if "on cpu" in str(error) or "on device cpu" in str(error):
             what = f"on another device than the CPU: {str(error).splitlines()[0]}"
             refuse(what, _DEVICE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +102,18 @@ class Law:
                 found = self._smallest(found, pattern, contexts, max_examples, seed)
         raise found.with_traceback(None)
 
+    def _violation(
+        self, transform: Transform, example: Example
+    ) -> ViolationError | None:
+        """Return what is broken on an example; an error is no reason for another."""
+        try:
+            self.holds(transform, example.copied())
+        except ViolationError as violation:
+            return violation
+        except Exception:
+            return None
+        return None
+
     def _broken_on(
         self, transform: Transform, example: Example
     ) -> BrokenLawError | None:
@@ -160,10 +173,10 @@ class Law:
             broken, reason = ViolationError(raised(error), self.hint), error
         else:
             return
-        for name in _BASIC:
-            if name == self.name:
-                break
-            LAWS[name]._try(transform, example)
+        for name in itertools.takewhile(lambda name: name != self.name, _BASIC):
+            more_basic = LAWS[name]._violation(transform, example)
+            if more_basic is not None:
+                raise BrokenLawError(LAWS[name], more_basic, transform, example)
         raise BrokenLawError(self, broken, transform, example) from reason
 
 

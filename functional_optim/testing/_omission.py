@@ -44,7 +44,9 @@ def omitted_names(transform: Transform, example: Example) -> None:
                 require(kept, f"state{place} changed without a gradient", _AS_ZERO)
 
 
-@law(hint="an operation that needs at least one tensor, such as torch.stack")
+@law(
+    omit=False, hint="an operation that needs at least one tensor, such as torch.stack"
+)
 def hold(transform: Transform, example: Example) -> None:
     """An empty map in is an empty map out, and the state stays."""
     for _, state in run(transform, example):

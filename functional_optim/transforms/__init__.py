@@ -16,6 +16,8 @@ from functional_optim.transforms._guards import SkipNonfinite, SkipNonfiniteStat
 from functional_optim.transforms._identity import Identity
 from functional_optim.transforms._masking import Masked, Partition
 from functional_optim.transforms._momentum import Trace, TraceState
+from functional_optim.transforms._naming import Named
+from functional_optim.transforms._observing import Observe, ObserveState
 from functional_optim.transforms._paramwise import MultiplyParamwise
 from functional_optim.transforms._scaling import Scale, ScaleByLearningRate, Unscale
 from functional_optim.transforms._weight_decay import AddDecayedWeights
@@ -32,6 +34,9 @@ __all__ = [
     "Identity",
     "Masked",
     "MultiplyParamwise",
+    "Named",
+    "Observe",
+    "ObserveState",
     "Partition",
     "Scale",
     "ScaleByAdam",

@@ -84,3 +84,8 @@ class ZeroNans:
         found = torch.stack([n.sum(dtype=torch.float64) for n in nans.values()])
         cleaned = {n: torch.where(nans[n], 0.0, u) for n, u in updates.items()}
         return cleaned, ZeroNansState(state.num_zeroed + context.reduce(found, "sum"))
+
+    def readings(self, state: ZeroNansState) -> TensorMap:
+        """Return how many numbers were replaced in all."""
+        check_state(self, state, ZeroNansState)
+        return {"num_zeroed": state.num_zeroed}

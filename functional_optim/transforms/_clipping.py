@@ -139,6 +139,11 @@ class ClipByGlobalNorm:
         clipped = over(updates).mul(coefficient).to_map()
         return clipped, ClipByGlobalNormState(norm.double(), schedule)
 
+    def readings(self, state: ClipByGlobalNormState) -> TensorMap:
+        """Return the joint norm before clipping."""
+        check_state(self, state, ClipByGlobalNormState)
+        return {"norm": state.norm}
+
 
 @final
 @value_class

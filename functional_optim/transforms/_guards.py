@@ -12,6 +12,7 @@ from functional_optim._chain import checked_transform
 from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._norms import all_finite
+from functional_optim._parts import Part
 from functional_optim._structure import check_parameters, check_state
 from functional_optim._tensor_map import device_of
 from functional_optim._types import Role, Scope, Transform, inner_transforms
@@ -131,6 +132,15 @@ class SkipNonfinite:
             skipped=state.skipped + skip,
             consecutive=(state.consecutive + 1) * skip,
         )
+
+    def parts(self, state: Any, params: TensorMap) -> list[Part]:
+        """Return the inner transform with its state."""
+        check_state(self, state, SkipNonfiniteState)
+        return [Part("inner", "", self.inner, state.inner, params)]
+
+    def readings(self, state: SkipNonfiniteState) -> TensorMap:
+        """Return the steps skipped in all, and in a row."""
+        return {"skipped": state.skipped, "consecutive": state.consecutive}
 
 
 def _selected(ok: Tensor, new: Any, old: Any) -> Any:

@@ -11,6 +11,7 @@ from functional_optim._chain import checked_transform
 from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._names import shown, subset
+from functional_optim._parts import Part
 from functional_optim._selection import (
     Rules,
     Selection,
@@ -24,10 +25,10 @@ from functional_optim._selection import (
 )
 from functional_optim._structure import check_names, check_parameters, check_states
 from functional_optim._types import Scope, Transform
+from functional_optim._value import shown_value
 
 if TYPE_CHECKING:
-    from functional_optim._structure import check_names, check_parameters, check_states
-from functional_optim._types import TensorMap
+    from functional_optim._types import TensorMap
 
 
 @final
@@ -106,6 +107,15 @@ class Masked:
             )
         outside = {n: u.clone() for n, u in updates.items() if n not in selected}
         return subset(inside | outside, params), state
+
+    def parts(self, state: Any, params: TensorMap) -> list[Part]:
+        """Return the inner transform with its state and the selected parameters."""
+        inside = subset(params, picked(self.mask, params, list(params)))
+        return [Part("inner", "", self.inner, state, inside)]
+
+    def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
+        """Return the mask, and the names that it selects."""
+        return [(shown_value(self.mask), picked(self.mask, params, list(params)))]
 
 
 Labels: TypeAlias = Rules[str] | Callable[[str, Tensor], str] | str
@@ -252,6 +262,19 @@ class Partition:
                 )
                 moved |= out
         return subset(moved, params), tuple(new_state)
+
+    def parts(self, state: Any, params: TensorMap) -> list[Part]:
+        """Return the inner transforms with their states and parameters."""
+        check_states(state, len(self.inner), "label")
+        groups = self._groups(params)
+        return [
+            Part(label, label, transform, part, subset(params, groups[label]))
+            for (label, transform), part in zip(self.inner.items(), state, strict=True)
+        ]
+
+    def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
+        """Return the labels, and the names that have them."""
+        return [(repr(label), n) for label, n in self._groups(params).items()]
 
     def _groups(self, params: TensorMap) -> dict[str, list[str]]:
         """Return the names with each label, in the order of the parameters."""

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._hyperparameters import check_factor, checked, value_class
-from functional_optim._selection import Rules, check_rules, frozen_rules, ruled
+from functional_optim._selection import (
+    Rules,
+    check_rules,
+    frozen_rules,
+    ruled,
+    ruled_names,
+)
 from functional_optim._structure import check_parameters
 from functional_optim._tensor_map import over
 from functional_optim._types import Scope
@@ -78,3 +84,7 @@ class MultiplyParamwise:
             name: ruled(self.multipliers, name, params[name], 1.0) for name in updates
         }
         return over(updates).mul(factors).to_map(), state
+
+    def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
+        """Return the rules with their factors, and the names that each decides."""
+        return ruled_names(self.multipliers, params)

@@ -18,6 +18,8 @@ from functional_optim._tensor_map import device_of, over
 from functional_optim._types import Role, Scope
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from functional_optim._types import TensorMap
 
 
@@ -116,6 +118,11 @@ class ScaleByLearningRate:
         """Return -lr * u."""
         now, state = evaluate(self, state, updates)
         return over(updates).mul(negated(now.lr)).to_map(), state
+
+    def readings(self, state: ScheduleState | tuple[()]) -> dict[str, float | Tensor]:
+        """Return the rate of the next update; nothing if it differs by name."""
+        now, _ = evaluate(self, state, {})
+        return {} if isinstance(now.lr, dict) else {"lr": now.lr}
 
 
 @final

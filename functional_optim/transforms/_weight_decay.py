@@ -24,6 +24,7 @@ from functional_optim._selection import (
 )
 from functional_optim._tensor_map import over
 from functional_optim._types import Scope
+from functional_optim._value import shown_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -113,3 +114,9 @@ class AddDecayedWeights:
             name: decayed[name] if name in decayed else update.clone()
             for name, update in updates.items()
         }, state
+
+    def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
+        """Return the mask, and the names that it selects; nothing without a mask."""
+        if self.mask is None:
+            return []
+        return [(shown_value(self.mask), picked(self.mask, params, list(params)))]

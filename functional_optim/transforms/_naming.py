@@ -1,0 +1,86 @@
+"""Names for parts of a pipeline."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+from functional_optim._chain import checked_transform
+from functional_optim._context import Context
+from functional_optim._hyperparameters import checked, resolve, value_class
+from functional_optim._names import checked_name
+from functional_optim._parts import Part
+from functional_optim._structure import check_parameters
+from functional_optim._types import Scope, Transform
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+
+
+@final
+@value_class
+class Named:
+    """Give a transform a name, and change nothing: u <- inner(u).
+
+    By the name `state_of` finds its state, and `readings` prefixes what it has to tell:
+    the norm of `Named("outer", ClipByGlobalNorm(1.0))` is `"outer.norm"`. `chain` sees
+    through it: what must stand first or last must so with a name, too.
+
+    Args:
+        name: The name. Not empty, without ".".
+        inner: The transform.
+
+    State:
+        The state of `inner` itself: a checkpoint does not know the name.
+
+    Shapes:
+        As `inner`.
+
+    Raises:
+        ValueError: `name` is empty or contains ".".
+        TypeError: `name` is no string, `inner` is no transform.
+
+    Example:
+        >>> import torch
+        >>> from functional_optim import ClipByGlobalNorm, chain, state_of
+        >>> pipeline = chain(Named("outer", ClipByGlobalNorm(1.0)))
+        >>> params = {"w": torch.tensor([3.0, 4.0])}
+        >>> _, state = pipeline.update(params, pipeline.init(params), params)
+        >>> state_of(pipeline, state, "outer").norm
+        tensor(5., dtype=torch.float64)
+
+    Source:
+        optax.named_chain.
+    """
+
+    name: str = checked(check=checked_name)
+    inner: Transform = checked(check=checked_transform, resolve=resolve)
+
+    @property
+    def stands_for(self) -> tuple[Transform, ...]:
+        """What the order of a chain is judged on: the inner transform."""
+        return (self.inner,)
+
+    @property
+    def scope(self) -> Scope:
+        """The scope of the inner transform."""
+        return self.inner.scope
+
+    def init(self, params: TensorMap) -> Any:
+        """Return the inner state."""
+        check_parameters(params)
+        return self.inner.init(params)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: Any,
+        params: TensorMap,
+        *,
+        context: Context = Context(),
+    ) -> tuple[TensorMap, Any]:
+        """Return inner(u)."""
+        return self.inner.update(updates, state, params, context=context.at("inner"))
+
+    def parts(self, state: Any, params: TensorMap) -> list[Part]:
+        """Return the inner transform with the same state."""
+        return [Part("inner", self.name, self.inner, state, params)]

@@ -1,0 +1,269 @@
+"""The table of a pipeline: what it says is what the pipeline does."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from transform_cases import CASES
+
+import functional_optim as fo
+from functional_optim import schedules
+
+
+def small_gpt(layers: int = 2, width: int = 64, device: str = "meta") -> fo.TensorMap:
+    """Return the parameters of a GPT, by default without memory."""
+    shapes: dict[str, tuple[int, ...]] = {"wte.weight": (1000, width)}
+    for i in range(layers):
+        shapes[f"h.{i}.ln.weight"] = shapes[f"h.{i}.ln.bias"] = (width,)
+        shapes[f"h.{i}.attn.weight"] = (3 * width, width)
+        shapes[f"h.{i}.attn.bias"] = (3 * width,)
+    return {name: torch.ones(shape, device=device) for name, shape in shapes.items()}
+
+
+def lines(tx: fo.Transform, params: fo.TensorMap) -> list[str]:
+    """Return the table in lines, runs of blanks as one."""
+    return [re.sub(" +", " ", line) for line in fo.explain(tx, params).splitlines()]
+
+
+def test_the_whole_table() -> None:
+    """Stages with what stands inside them, cost, and selections."""
+    tx = fo.chain(
+        fo.Accumulate(4),
+        fo.SkipNonfinite(
+            fo.chain(
+                fo.ClipByGlobalNorm(1.0),
+                fo.Partition(
+                    {
+                        "matrix": fo.adamw(1e-3, mask=fo.exclude("wte.*")),
+                        "other": fo.Named("slow", fo.Trace(0.9)),
+                    },
+                    {"*.bias": "other", "ln.*": "other", "*": "matrix"},
+                ),
+            )
+        ),
+    )
+    params = {
+        "wte.weight": torch.zeros(1024, 256),
+        "ln.weight": torch.zeros(256),
+        "head.weight": torch.zeros(256, 256),
+        "head.bias": torch.zeros(256),
+    }
+    assert fo.explain(tx, params) == WHOLE
+
+
+WHOLE = """\
+stage                                                         scope          state
+Accumulate(4)                                                 elementwise  1.3 MiB
+SkipNonfinite(...)                                            elementwise     16 B
+  ClipByGlobalNorm(1.0)                                       elementwise      8 B
+  Partition(..., {'*.bias': 'other', 'ln.*': 'other', '*'...  elementwise        -
+    matrix:                                                   elementwise        -
+      ScaleByAdam()                                           elementwise  2.5 MiB
+      AddDecayedWeights(0.01, mask=exclude('wte.*'))          elementwise        -
+      ScaleByLearningRate(0.001)                              elementwise        -
+    other: Named('slow', ...)                                 elementwise        -
+      Trace(0.9)                                              elementwise  2.0 KiB
+
+parameters  4 tensors, 328,192 numbers, 1.3 MiB
+state       3.8 MiB, 3.00 x the parameters
+step        3 passes over memory, 16.3 MiB moved
+  pass 1    reads 2.5 MiB: total for SkipNonfinite(...)
+  pass 2    reads 2.5 MiB: total for ClipByGlobalNorm(1.0)
+  pass 3    reads 6.3 MiB, writes 5.0 MiB: the update
+  counted   in place, in a step that emits, elementwise tensors: a total reads
+            gradients and the state in front of it, the update reads gradients,
+            parameters and state, and writes the last two
+
+Partition(..., {'*.bias': 'other', 'ln.*': 'other', '*': 'matrix'})
+  'matrix' -> 2 of 4 tensors, 327,680 numbers: wte.weight, head.weight
+  'other'  -> 2 of 4 tensors,     512 numbers: ln.weight, head.bias
+
+AddDecayedWeights(0.01, mask=exclude('wte.*'))
+  exclude('wte.*') -> 1 of 2 tensors,  65,536 numbers: head.weight
+  the rest         -> 1 of 2 tensors, 262,144 numbers: wte.weight"""
+
+
+def test_bytes_are_those_of_the_state() -> None:
+    """The total is that of the tensors in a real state, shared counts once."""
+    params = small_gpt(device="cpu")
+    tx = fo.chain(fo.Accumulate(2), fo.Masked(fo.adam(1e-3, amsgrad=True), "*.weight"))
+    distinct = {
+        id(x): x for x in torch.utils._pytree.tree_leaves(tx.init(params))
+    }.values()
+    total = sum(x.numel() * x.element_size() for x in distinct)
+    own = sum(4 * p.numel() for p in params.values())
+    assert (
+        f"state {total / 2**20:,.1f} MiB, {total / own:.2f} x the parameters"
+        in lines(tx, params)
+    )
+
+
+@pytest.mark.parametrize(
+    ("tx", "count"),
+    [
+        (fo.adamw(), 1),
+        (fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw()), 2),
+        (fo.chain(fo.Accumulate(8), fo.ClipByGlobalNorm(1.0), fo.adamw()), 2),
+        (fo.SkipNonfinite(fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw())), 3),
+        (fo.chain(fo.ClipByGlobalNorm(1.0, error_if_nonfinite=True), fo.adamw()), 2),
+    ],
+    ids=repr,
+)
+def test_passes(tx: fo.Transform, count: int) -> None:
+    """One pass for each reduction and one for the update; a window is closed."""
+    text = "1 pass" if count == 1 else f"{count} passes"
+    assert any(line.startswith(f"step {text} over") for line in lines(tx, small_gpt()))
+
+
+def test_bytes_moved() -> None:
+    """A reduction reads what is in front of it; side branches are not in front."""
+    params = {
+        "a": torch.zeros(256, device="meta"),
+        "b": torch.zeros(512, device="meta"),
+    }
+    tx = fo.chain(
+        fo.Trace(0.9),
+        fo.Partition(
+            {"x": fo.ScaleByAdam(), "y": fo.chain(fo.Trace(0.9), fo.Observe("y"))},
+            {"a": "x", "b": "y"},
+        ),
+        fo.Observe("all"),
+    )
+    text = lines(tx, params)
+    # Of b: gradients 2 KiB, and twice momentum; x stands beside, not in front.
+    assert " pass 1 reads 6.0 KiB: total for Observe('y')" in text
+    # All gradients and momentum 3 KiB each, Adam of a 2 KiB, momentum of b 2 KiB.
+    assert " pass 2 reads 10.0 KiB: total for Observe('all')" in text
+    assert " pass 3 reads 13.0 KiB, writes 10.0 KiB: the update" in text
+    assert "step 3 passes over memory, 39.0 KiB moved" in text
+
+
+def test_rules_show_what_they_decide() -> None:
+    """The first rule that fits takes a name; one that gets nothing shows as 0."""
+    tx = fo.MultiplyParamwise({"*.bias": 2.0, "h.0.*.bias": 3.0, "h.0.*": 4.0})
+    text = lines(tx, small_gpt(width=2))
+    assert (
+        " '*.bias': 2.0 -> 4 of 9 tensors, 16 numbers: h.0.ln.bias, h.0.attn.bias, "
+        in (f"{text[-4][:75]} ")
+    )
+    assert " 'h.0.*.bias': 3.0 -> 0 of 9 tensors, 0 numbers" in text
+    assert any(line.startswith(" the rest -> 3 of 9 tensors, 2,014") for line in text)
+
+
+def test_selections_inside_a_partition_range_over_its_names() -> None:
+    """A mask sees the names of its branch only."""
+    inner = fo.Masked(fo.Scale(2.0), "*.bias")
+    tx = fo.Partition({"x": inner, "y": fo.Identity()}, {"h.*": "x", "*": "y"})
+    assert any(
+        line.startswith(" '*.bias' -> 4 of 8 tensors")
+        for line in lines(tx, small_gpt())
+    )
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        fo.adamw(mask=fo.exclude("*.bias", "*.ln.*")),
+        fo.MultiplyParamwise(dict.fromkeys(small_gpt(250), 2.0)),
+        fo.adamw(dict.fromkeys(small_gpt(250), 2.0)),
+        fo.chain(*(fo.Observe(f"n{i}") for i in range(20))),
+    ],
+    ids=["mask", "rules", "map", "many stages"],
+)
+def test_a_large_model_has_a_short_table(tx: fo.Transform) -> None:
+    """A thousand parameters, without memory for them, in a screenful."""
+    params = small_gpt(250, 4096)
+    assert len(params) == 1001
+    text = fo.explain(tx, params).splitlines()
+    assert len(text) <= 45
+    assert max(map(len, text)) <= 110
+
+
+@pytest.mark.parametrize("case", CASES, ids=repr)
+def test_every_transform_explains(case) -> None:
+    """Each has a table without remarks, whatever it selects."""
+    names = ["a.weight", "a.bias", "b.weight", "scale", "empty"]
+    params = {name: torch.zeros(2, 2, device="meta") for name in names}
+    params["scale"] = torch.zeros((), device="meta")
+    text = fo.explain(case.transform, params)
+    assert text.startswith("stage ")
+    assert "remark" not in text
+    assert not re.search(" $", text, re.MULTILINE)
+
+
+class Reads:
+    """A user's plain class that looks at values."""
+
+    scope = fo.Scope.PER_TENSOR
+
+    def __init__(self, *, init: bool = False, hold: bool = False) -> None:
+        self.looks, self.holds = init, hold
+
+    def init(self, params):
+        """Return the sums."""
+        if self.looks:
+            return {name: torch.tensor(float(p.sum())) for name, p in params.items()}
+        return ()
+
+    def update(self, updates, state, params, *, context=fo.Context()):
+        """Return u, after a look at it."""
+        if not self.holds:
+            assert all(bool(u.sum() == 0) for u in updates.values())
+        return ({} if self.holds else {n: u.clone() for n, u in updates.items()}), state
+
+
+def test_a_transform_that_reads_values() -> None:
+    """What cannot run without values is run as it is, and the table says so."""
+    params = small_gpt(device="cpu")
+    for tx, method in ((Reads(), "update"), (Reads(init=True), "init")):
+        text = lines(fo.chain(fo.ClipByGlobalNorm(1.0), tx), params)
+        assert any(line.startswith("Reads per tensor") for line in text)
+        assert any(line.startswith("step 2 passes") for line in text)
+        assert text[-1].startswith(
+            f"remark: {method} was run on the parameters as they"
+        )
+
+
+def test_a_large_transform_that_reads_values() -> None:
+    """A large model is not tried out in real memory: the passes stay unknown."""
+    text = lines(Reads(), {"w": torch.zeros(2**17, 2**17, device="meta")})
+    assert "parameters 1 tensor, 17,179,869,184 numbers, 64.0 GiB" in text
+    assert not any("over memory" in line for line in text)
+    assert text[-1].startswith("remark: passes are unknown, update cannot be tried out")
+
+
+def test_a_first_update_that_holds() -> None:
+    """What stands behind a user's window is not counted, and the table says so."""
+    text = lines(fo.chain(Reads(hold=True), fo.ClipByGlobalNorm(1.0)), small_gpt())
+    assert text[-1].startswith("remark: the first update is held")
+
+
+def test_what_a_user_tells_to_select() -> None:
+    """A method `selections` of a user's transform is shown as ours are."""
+
+    class Big(Reads):
+        def selections(self, params: dict[str, Tensor]):
+            return [("big ones", [n for n, p in params.items() if p.numel() > 9999])]
+
+    text = lines(Big(), small_gpt(device="cpu"))
+    assert any(line.startswith(" big ones -> 3 of 9 tensors, 88,") for line in text)
+
+
+def test_no_parameters() -> None:
+    """Nothing at all has a table too."""
+    assert "parameters 0 tensors, 0 numbers, 0 B" in lines(fo.chain(), {})
+
+
+def test_schedules_print_as_written() -> None:
+    """A stage says its hyperparameters, schedules included."""
+    text = lines(fo.sgd(schedules.linear(0.1, 0.0, 9)), small_gpt())
+    assert "ScaleByLearningRate(linear(0.1, 0.0, 9)) elementwise 8 B" in text
+
+
+def test_rules_that_do_not_fit_are_an_error() -> None:
+    """A rule that matches nothing is the same error as at init."""
+    with pytest.raises(ValueError, match="'typo' matches no parameter"):
+        fo.explain(fo.adamw(mask="typo"), small_gpt())
