@@ -11,16 +11,19 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: train test test-thorough lint bench clean
+.PHONY: train test test-thorough laws lint bench clean
 
 train: $(VENV)/examples.installed
 	$(BIN)/python examples/train_language_model.py $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest --quiet --doctest-modules functional_optim tests property_tests
+	$(BIN)/python -m pytest --quiet -n auto --doctest-modules functional_optim tests property_tests
 
 test-thorough: lint
-	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --quiet property_tests
+	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --quiet -n auto property_tests
+
+laws: $(VENV)/dev.installed
+	$(BIN)/python -m pytest --quiet property_tests/test_laws.py --write-laws-table
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

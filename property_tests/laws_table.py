@@ -29,9 +29,9 @@ _tried: dict[tuple[str, str], int] = {}
 _statements: dict[str, str] = {}
 
 
-def record(row: str, law: Law, examples: int) -> None:
-    """Note that a law held for a row of the table."""
-    _tried[row, law.name] = examples
+def record(row: str, law: Law, examples: int, *, add: bool = False) -> None:
+    """Note on how many examples, or on how many more, a law held for a row."""
+    _tried[row, law.name] = examples + (_tried.get((row, law.name), 0) if add else 0)
     _statements[law.name] = law.statement
 
 

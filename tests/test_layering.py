@@ -119,6 +119,7 @@ def test_recording_stands_in_two_places() -> None:
     places = [
         path.name
         for path in FILES
+        if _room(path) != "testing"  # It looks on from outside.
         for line in path.read_text().splitlines()
         if re.search(r"with recording\(|no_grad|enable_grad|\.detach\(", line)
         and "def " not in line

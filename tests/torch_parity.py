@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 import functional_optim as fo
@@ -141,7 +141,7 @@ def agree_in_float32(
         theirs = leaf.detach()
         u = updates.get(name, torch.zeros_like(theirs))
         largest = torch.stack([before[name].abs(), theirs.abs(), u.abs()]).amax(0)
-        ulp = torch.as_tensor(np.spacing(largest.numpy()))
+        ulp = torch.nextafter(largest, torch.full_like(largest, math.inf)) - largest
         finite = theirs.isfinite()
         off = (ours[name] - theirs).abs()[finite]
         most = (2 * ulp.double() + underflow)[finite]

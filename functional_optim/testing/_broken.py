@@ -41,6 +41,7 @@ class BrokenLawError(AssertionError):
         example: The smallest example found.
 
     Example:
+        >>> import functional_optim as fo
         >>> from functional_optim.testing import laws
         >>> class Same:
         ...     scope = fo.Scope.ELEMENTWISE

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from functional_optim._chain import checked_transform
 from functional_optim._context import Context
 from functional_optim._types import TensorMap, Transform
 from functional_optim.testing import laws
 from functional_optim.testing._examples import SHAPES, numbers_like
-from functional_optim.testing._law import Law, raised
+from functional_optim.testing._law import Law, check_protocol, raised
 
 ORDER: tuple[Law, ...] = (
     laws.structure,
@@ -38,7 +37,7 @@ def check_transform(
     *,
     contexts: Sequence[Context] = (),
     smooth: bool = False,
-    nonfinite: bool = False,
+    hostile: bool = False,
     max_examples: int = 100,
     seed: int | None = None,
 ) -> None:
@@ -58,7 +57,7 @@ def check_transform(
             `[Context(weight=3.0), Context(last=True)]`.
         smooth: Whether it has derivatives that `Context(differentiable=True)` shall
             give; then they are compared with finite differences.
-        nonfinite: Whether examples may hold NaN and infinity.
+        hostile: Whether to try huge, subnormal, infinite and NaN numbers, too.
         max_examples: How many examples hypothesis draws for each law. >= 1.
         seed: Draws other examples; None means the same ones every time.
 
@@ -70,6 +69,7 @@ def check_transform(
         TypeError: not a transform, or not a map of parameters.
 
     Example:
+        >>> import functional_optim as fo
         >>> from functional_optim.testing import check_transform
         >>> class Double:
         ...     scope = fo.Scope.ELEMENTWISE
@@ -81,7 +81,7 @@ def check_transform(
         ...         return {name: 2 * u for name, u in updates.items()}, state
         >>> check_transform(Double(), max_examples=10)
     """
-    checked_transform("transform", transform)
+    check_protocol(transform)
     _check_params(params)
     _check_runs(transform, params, contexts)
     for law in (*ORDER, *([laws.differentiable] if smooth else [])):
@@ -89,7 +89,7 @@ def check_transform(
             transform,
             params=params,
             contexts=contexts,
-            nonfinite=nonfinite,
+            hostile=hostile,
             max_examples=max_examples,
             seed=seed,
         )

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from functional_optim._context import Context, ReduceOp, Reducer, local_total
 from functional_optim._types import Scope, TensorMap, Transform
 from functional_optim.testing._broken import require
 from functional_optim.testing._compare import close, difference, same_bits, tensors
@@ -18,12 +15,15 @@ from functional_optim.testing._examples import Example
 from functional_optim.testing._form import has_static
 from functional_optim.testing._law import law
 from functional_optim.testing._memory import run
+from functional_optim.testing._shared_totals import (
+    Part,
+    is_elementwise,
+    map_fields,
+    update_parts,
+)
 
 _ROUNDING = 1e-12
 """Cuts inside a tensor change the order of sums: n * eps of float64, n < 4000."""
-
-Part = list[tuple[str, slice]]
-"""Pieces of some names, along dimension 0; in the order of the parameters."""
 
 
 @law(hint="a piece of a tensor has another shape than the whole; look at no position")
@@ -41,7 +41,7 @@ def scope(transform: Transform, example: Example) -> None:
             whole = transform.update(updates, state, params, context=context)
             # A part that is given nothing is not run.
             parts = [part for part in cut if any(name in updates for name, _ in part)]
-            new = _update_parts(
+            new = update_parts(
                 transform, parts, updates, state, params, context=context
             )
             strict = len(cut) == 2 and len(cut[0]) == len(params)
@@ -97,117 +97,6 @@ def _cuts(declared: Scope, params: TensorMap) -> list[list[Part]]:
     return [by_name, rows, across]
 
 
-def _piece(x: Tensor, where: slice) -> Tensor:
-    return x[where].clone() if x.ndim else x.clone()
-
-
-class _MissingTotalError(Exception):  # It carries a partial out of an update.
-    def __init__(self, key: tuple[Any, ...], partial: Tensor, op: ReduceOp) -> None:
-        super().__init__(key)
-        self.key, self.partial, self.op = key, partial, op
-
-
-def _update_parts(
-    transform: Transform,
-    parts: list[Part],
-    updates: TensorMap,
-    state: Any,
-    params: TensorMap,
-    *,
-    context: Context,
-) -> list[tuple[Part, TensorMap, Any]]:
-    """Run `update` on every part by itself, with totals shared."""
-    given = []
-    for part in parts:
-        u = {name: _piece(updates[name], w) for name, w in part if name in updates}
-        p = {name: _piece(params[name], w) for name, w in part}
-        given.append((u, _part_of(state, part, params), p))
-    order = _order_of_calls(transform, updates, state, params, context)
-    totals: dict[tuple[Any, ...], Tensor] = {}
-    while True:
-        results, stopped = [], []
-        for u, s, p in given:
-            reducer = _supplied(totals)
-            part_context = dataclasses.replace(context, reducer=reducer)
-            try:
-                results.append(transform.update(u, s, p, context=part_context))
-            except _MissingTotalError as total:
-                stopped.append(total)
-        if not stopped:
-            return [(part, *r) for part, r in zip(parts, results, strict=True)]
-        keys = {total.key for total in stopped}
-        cause = "calls of context.reduce must not depend on names or values"
-        require(
-            keys <= set(order), "a part calls context.reduce in other places", cause
-        )
-        # A part without any name of a branch is ahead of those that have some.
-        key = min(keys, key=order.index)
-        joined = [total for total in stopped if total.key == key]
-        partial = torch.cat([total.partial for total in joined])
-        totals[key] = local_total(partial, joined[0].op)
-
-
-def _order_of_calls(
-    transform: Transform,
-    updates: TensorMap,
-    state: Any,
-    params: TensorMap,
-    context: Context,
-) -> list[tuple[Any, ...]]:
-    """Return the keys of the calls of `reduce` in an update on the whole."""
-    order: list[tuple[Any, ...]] = []
-
-    def reducer(path: tuple[Any, ...], partial: Tensor, op: ReduceOp) -> Tensor:
-        order.append((path, [seen for seen, _ in order].count(path)))
-        return local_total(partial, op)
-
-    counting = dataclasses.replace(context, reducer=reducer)
-    transform.update(updates, state, params, context=counting)
-    return order
-
-
-def _supplied(totals: dict[tuple[Any, ...], Tensor]) -> Reducer:
-    """Return a reducer that knows some totals and stops at the first it does not."""
-    calls: dict[tuple[Any, ...], Iterator[int]] = {}
-
-    def reducer(path: tuple[Any, ...], partial: Tensor, op: ReduceOp) -> Tensor:
-        key = (path, next(calls.setdefault(path, itertools.count())))
-        if key not in totals:
-            raise _MissingTotalError(key, partial, op)
-        return totals[key]
-
-    return reducer
-
-
-def _is_elementwise(entries: TensorMap, params: TensorMap) -> bool:
-    """Whether a field of a state has its parameters' shapes, so that it can be cut."""
-    return all(entries[name].shape == params[name].shape for name in entries)
-
-
-def _map_fields(function: Callable[[TensorMap], Any], state: Any) -> Any:
-    """Apply a function to every dict of a state."""
-    if isinstance(state, dict):
-        return function(state)
-    if isinstance(state, tuple):
-        parts = [_map_fields(function, part) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
-    return state
-
-
-def _part_of(state: Any, part: Part, params: TensorMap) -> Any:
-    """Return the state of one part."""
-
-    def cut(entries: TensorMap) -> TensorMap:
-        elementwise = _is_elementwise(entries, params)
-        return {
-            name: _piece(entries[name], where) if elementwise else entries[name]
-            for name, where in part
-            if name in entries
-        }
-
-    return _map_fields(cut, state)
-
-
 def _compare_parts(
     whole: tuple[TensorMap, Any],
     before: Any,
@@ -229,15 +118,15 @@ def _compare_parts(
     compare("updates", _glued(held, found, params), held)
     require(held.keys() == whole[0].keys(), "the parts dropped names", cause)
     fields: list[TensorMap] = []
-    _map_fields(fields.append, whole[1])
+    map_fields(fields.append, whole[1])
     part_fields: list[list[TensorMap]] = []
     for _, _, new in parts:
         part_fields.append([])
-        _map_fields(part_fields[-1].append, new)
+        map_fields(part_fields[-1].append, new)
     for index, entries in enumerate(fields):
         got = [some[index] for some in part_fields]
         seen = {n: x for n, x in entries.items() if any(n in some for some in got)}
-        if _is_elementwise(entries, params):
+        if is_elementwise(entries, params):
             seen = {n: x for n, x in seen.items() if _is_covered(n, got, params)}
             compare("state", _glued(seen, got, params), seen)
         else:
@@ -291,7 +180,7 @@ def _is_mixture(got: Any, new: Any, old: Any) -> bool:
 
 def _global_part(state: Any) -> Any:
     """Return a state without its fields by name: its scalars and what is Static."""
-    return _map_fields(lambda _: (), state)
+    return map_fields(lambda _: (), state)
 
 
 def _commutes_with_permutation(transform: Transform, example: Example) -> None:

@@ -12,13 +12,14 @@ from hypothesis.errors import Flaky
 from torch import Tensor
 
 from functional_optim._apply import apply_updates
-from functional_optim._chain import chain, checked_transform
+from functional_optim._chain import chain
 from functional_optim._context import Context
 from functional_optim._types import TensorMap, Transform
 from functional_optim.testing import strategies
 from functional_optim.testing._code import context_import, transform_code
 from functional_optim.testing._compare import largest_gap, same_bits
 from functional_optim.testing._examples import Example
+from functional_optim.testing._law import check_protocol
 from functional_optim.testing._search import drawn_examples, kinds_of, searched
 
 Loop: TypeAlias = Callable[[torch.nn.Module, Sequence[TensorMap]], Any]
@@ -36,6 +37,7 @@ class NotEquivalentError(AssertionError):
         example: The smallest example found.
 
     Example:
+        >>> import functional_optim as fo
         >>> def plain(model, gradients):
         ...     for step in gradients:
         ...         for name, p in model.named_parameters():
@@ -78,6 +80,7 @@ def backward(model: torch.nn.Module, gradients: TensorMap) -> None:
         ValueError: a name that the model does not have.
 
     Example:
+        >>> import functional_optim as fo
         >>> model = torch.nn.Linear(1, 1)
         >>> backward(model, {"bias": torch.ones(1)})
         >>> model.bias.grad, model.weight.grad
@@ -137,6 +140,7 @@ def check_equivalent(
         ValueError: `max_ulps` is negative, or the loop yields now and then.
 
     Example:
+        >>> import functional_optim as fo
         >>> def plain(model, gradients):
         ...     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         ...     for step in gradients:
@@ -148,7 +152,7 @@ def check_equivalent(
         >>> pipeline = fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(0.1))
         >>> check_equivalent(pipeline, plain, max_ulps=2)
     """
-    checked_transform("transform", transform)
+    check_protocol(transform)
     if not max_ulps >= 0:
         msg = f"max_ulps must be >= 0, got {max_ulps}"
         raise ValueError(msg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,10 @@ class Law:
         before: Run once before the examples of one call.
 
     Example:
+        >>> import functional_optim as fo
         >>> from functional_optim.testing import laws
-        >>> laws.purity(fo.ClipByGlobalNorm(1.0))
+        >>> laws.purity(fo.ClipByGlobalNorm(1.0), max_examples=20)
+        20
     """
 
     name: str
@@ -61,10 +64,10 @@ class Law:
         *,
         params: TensorMap | None = None,
         contexts: Sequence[Context] = (),
-        nonfinite: bool = False,
+        hostile: bool = False,
         max_examples: int = 100,
         seed: int | None = None,
-    ) -> None:
+    ) -> int:
         """Try the law on a transform.
 
         Args:
@@ -73,21 +76,24 @@ class Law:
             params: Parameters whose names, shapes and dtypes the examples shall have;
                 None draws these, too.
             contexts: What the loop knows at each step, in turns.
-            nonfinite: Whether numbers may be NaN or infinite.
+            hostile: Whether to try huge, subnormal, infinite and NaN numbers, too.
             max_examples: How many examples are drawn. >= 1.
             seed: Draws other examples; None means the same ones every time.
+
+        Returns:
+            On how many examples it was tried.
 
         Raises:
             BrokenLawError: the law does not hold; with the smallest case found.
             TypeError: not a transform.
         """
-        checked_transform("transform", transform)
+        check_protocol(transform)
         self.before()
         with torch.enable_grad():
             if example is not None:
                 self._try(transform, example)
-                return
-            pattern = self._pattern(params, nonfinite=nonfinite)
+                return 1
+            pattern = self._pattern(params, hostile=hostile)
             if self.drawn:
                 tried = drawn_examples(pattern, max_examples, seed)
             else:
@@ -97,7 +103,7 @@ class Law:
                 if found is not None:
                     break
             else:
-                return
+                return len(tried)
             if self.drawn:
                 found = self._smallest(found, pattern, contexts, max_examples, seed)
         raise found.with_traceback(None)
@@ -124,10 +130,10 @@ class Law:
         return None
 
     def _pattern(
-        self, params: TensorMap | None, *, nonfinite: bool
+        self, params: TensorMap | None, *, hostile: bool
     ) -> strategies.Pattern:
         """Return what the drawn examples of this law have in common."""
-        elements = "hostile" if nonfinite else "finite"
+        elements = "hostile" if hostile else "ordinary"
         return strategies.Pattern(
             kinds=kinds_of(params),
             elements="away_from_zero" if self.smooth else elements,
@@ -202,6 +208,33 @@ def law(*, hint: str, **options: Any) -> Callable[[Callable[..., None]], Law]:
         return LAWS[holds.__name__]
 
     return made
+
+
+def check_protocol(transform: Any) -> None:
+    """Refuse what is no transform, or cannot be called like one.
+
+    Raises:
+        TypeError: saying what is missing.
+    """
+    checked_transform("transform", transform)
+    update = ("updates", "state", "params")
+    _check_takes(transform, transform.init, ("params",), {})
+    _check_takes(transform, transform.update, update, {"context": "Context()"})
+
+
+def _check_takes(
+    transform: Any, method: Any, given: tuple[str, ...], asked: dict[str, str]
+) -> None:
+    try:
+        inspect.signature(method).bind(*given, **asked)
+    except TypeError as error:
+        keywords = [f"*, {name}={default}" for name, default in asked.items()]
+        wanted = ", ".join(["self", *given, *keywords])
+        name = method.__name__
+        msg = f"{transform!r}.{name} must take ({wanted}), as chain calls it: {error}"
+        raise TypeError(msg) from None
+    except ValueError:
+        return  # Builtins do not tell.
 
 
 def _at(example: Example, contexts: Sequence[Context]) -> Example:

@@ -230,7 +230,7 @@ class Pattern:
     """
 
     kinds: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] | None = None
-    elements: str = "finite"
+    elements: str = "ordinary"
     dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     omit: bool = True
     max_steps: int = 4
