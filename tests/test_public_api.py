@@ -11,10 +11,10 @@ import pytest
 from transform_cases import CASES
 
 import functional_optim as fo
-from functional_optim import optimizers, schedules, transforms
+from functional_optim import optimizers, schedules, testing, transforms
 from functional_optim._types import inner_transforms
 
-MODULES = [fo, transforms, optimizers, schedules]
+MODULES = [fo, transforms, optimizers, schedules, testing, testing.strategies]
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -195,9 +195,8 @@ def _first_gap(
     transform: Transform, loop: Loop, example: Example, allowed: float
 ) -> _Gap | None:
     """Return where a transform and a loop first part on an example."""
-    theirs = _loop_steps(loop, example)
+    theirs, yields = _loop_steps(loop, example)
     ours = _pure_steps(transform, example)
-    yields = len(theirs) == len(ours)
     before = example.params
     for step, now in enumerate(theirs):
         mine = ours[step] if yields else ours[-1]
@@ -235,8 +234,11 @@ def _pure_steps(transform: Transform, example: Example) -> list[TensorMap]:
     return made
 
 
-def _loop_steps(loop: Loop, example: Example) -> list[TensorMap]:
-    """Return the parameters after each step of the loop, or only those at its end."""
+def _loop_steps(loop: Loop, example: Example) -> tuple[list[TensorMap], bool]:
+    """Return the parameters after each step of the loop, or only those at its end.
+
+    And whether it yielded after each.
+    """
     model = _model(example.params)
     names = list(example.params)
     own = dict(model.named_parameters())
@@ -246,7 +248,7 @@ def _loop_steps(loop: Loop, example: Example) -> list[TensorMap]:
 
     running = loop(model, example.copied().updates)
     if not inspect.isgenerator(running):
-        return [now()]
+        return [now()], False
     made = [now() for _ in running]
     if len(made) != len(example.updates):
         msg = (
@@ -254,7 +256,7 @@ def _loop_steps(loop: Loop, example: Example) -> list[TensorMap]:
             "yield once after each step, also where nothing was updated"
         )
         raise ValueError(msg)
-    return made
+    return made, True
 
 
 def _model(params: TensorMap) -> torch.nn.Module:

@@ -114,12 +114,12 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
 
 
 def fixed_examples(params: TensorMap | None, *, full: bool = False) -> list[Example]:
-    """Return three examples of four steps, the same on every machine.
+    """Return three examples of two to four steps, the same on every machine.
 
     Args:
         params: Parameters whose names, shapes and dtypes to use; None means `SHAPES`.
-        full: Whether every step has every name; else the second lacks the second one
-            and the third has only the last two.
+        full: Whether every step has every name; else the second step lacks the second
+            one and the third step has only the last two.
     """
     if params is None:
         params = {
@@ -128,11 +128,11 @@ def fixed_examples(params: TensorMap | None, *, full: bool = False) -> list[Exam
         }
     names = list(params)
     made = []
-    for number in range(3):
-        steps = [numbers_like(params, 7 * number + step + 1) for step in range(4)]
+    for number, count in enumerate((2, 4, 4)):  # The shortest first, to be read.
+        steps = [numbers_like(params, 7 * number + step + 1) for step in range(count)]
         if not full and len(names) > 1:
             del steps[1][names[1]]
-            steps[2] = {name: steps[2][name] for name in names[-2:]}
+            steps[2:3] = [{name: x[name] for name in names[-2:]} for x in steps[2:3]]
         made.append(Example(numbers_like(params, 50 + number), steps))
     return made
 
@@ -149,6 +149,7 @@ def numbers_like(params: TensorMap, key: int) -> TensorMap:
         start += p.numel()
         fraction = (index * ((5.0**0.5 - 1) / 2)).frac()
         sign = torch.where((index * 2.0**0.5).frac() < 0.5, -1.0, 1.0)
-        numbers = (sign * (0.1 + 1.9 * fraction)).to(p.dtype)
-        made[name] = numbers.reshape(p.shape).to(p.device)
+        # In 64ths, which are short to print and exact in every dtype.
+        numbers = sign * (6 + (122 * fraction).floor()) / 64
+        made[name] = numbers.to(p.dtype).reshape(p.shape).to(p.device)
     return made
