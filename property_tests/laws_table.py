@@ -18,10 +18,10 @@ EXPLANATION = """
 ## The library under its own laws
 
 Each number says on how many examples the law held in the run that wrote this page
-(`make laws`). hypothesis draws them, NaN, infinities, subnormals and missing names
-included; `plain_data` and `compiled` run on three fixed ones for each kind of
-hyperparameter. `-`: it has no derivative somewhere, so that `differentiable` says
-nothing.
+(`make laws`). Three are fixed, hypothesis draws the others, NaN, infinities,
+subnormals and missing names included; `plain_data` and `compiled` run on the fixed
+ones only, for each kind of hyperparameter. `-`: it has no derivative somewhere, so that
+`differentiable` says nothing.
 
 """
 

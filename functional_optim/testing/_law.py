@@ -31,7 +31,7 @@ class Law:
         statement: What it demands, in one sentence.
         holds: Function of a transform and an example that raises what it finds broken.
         hint: The likely cause if the transform raises an error.
-        drawn: Whether hypothesis draws the examples; else there are three fixed ones.
+        drawn: Whether hypothesis draws examples, besides three fixed ones.
         omit: Whether some steps of the examples lack some names.
         wide: Whether float32 is tried as well as float64.
         smooth: Whether examples keep away from zero, where there may be kinks.
@@ -41,7 +41,7 @@ class Law:
         >>> import functional_optim as fo
         >>> from functional_optim.testing import laws
         >>> laws.purity(fo.ClipByGlobalNorm(1.0), max_examples=20)
-        20
+        23
     """
 
     name: str
@@ -77,7 +77,7 @@ class Law:
                 None draws these, too.
             contexts: What the loop knows at each step, in turns.
             hostile: Whether to try huge, subnormal, infinite and NaN numbers, too.
-            max_examples: How many examples are drawn. >= 1.
+            max_examples: How many examples are drawn besides three fixed ones. >= 1.
             seed: Draws other examples; None means the same ones every time.
 
         Returns:
@@ -93,11 +93,11 @@ class Law:
             if example is not None:
                 self._try(transform, example)
                 return 1
+            # They have every kind of shape; drawn ones may miss some.
+            tried = tuple(fixed_examples(params, full=not self.omit))
             pattern = self._pattern(params, hostile=hostile)
             if self.drawn:
-                tried = drawn_examples(pattern, max_examples, seed)
-            else:
-                tried = tuple(fixed_examples(params, full=not self.omit))
+                tried += drawn_examples(pattern, max_examples, seed)
             for one in tried:
                 found = self._broken_on(transform, _at(one, contexts))
                 if found is not None:
