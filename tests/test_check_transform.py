@@ -277,3 +277,17 @@ def test_example_prints_as_code() -> None:
     assert repr(again) == repr(one)
     assert again.updates[0]["w"].dtype == torch.bfloat16
     assert re.search(r"weight=torch.tensor\(0.5\), last=True", repr(one))
+
+
+def test_without_hypothesis_the_extra_is_named() -> None:
+    """The library itself works without hypothesis; the kit says what to install."""
+    program = (
+        "import sys; sys.modules['hypothesis'] = None\n"
+        "import functional_optim\n"
+        "import functional_optim.testing"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert "line 3, in <module>" in done.stderr
+    assert "pip install 'functional_optim[testing]'" in done.stderr

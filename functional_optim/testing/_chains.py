@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 
 import functional_optim as fo
 from functional_optim import schedules
+from functional_optim.testing._hypothesis import st
 
 _numbers = st.floats(-4, 4, width=32)
 _fractions = st.floats(0, 0.9375, width=32)

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
-from hypothesis.errors import Flaky
 from torch import Tensor
 
 from functional_optim._apply import apply_updates
@@ -19,6 +18,7 @@ from functional_optim.testing import strategies
 from functional_optim.testing._code import context_import, transform_code
 from functional_optim.testing._compare import largest_gap, same_bits
 from functional_optim.testing._examples import Example
+from functional_optim.testing._hypothesis import hypothesis
 from functional_optim.testing._law import check_protocol
 from functional_optim.testing._search import drawn_examples, kinds_of, searched
 
@@ -186,7 +186,7 @@ def check_equivalent(
             searched(check, pattern, max_examples, seed)
         except NotEquivalentError as smaller:
             found = smaller
-        except Flaky:
+        except hypothesis.errors.Flaky:
             pass  # One of the two is random; the first difference says enough.
     raise found.with_traceback(None)
 

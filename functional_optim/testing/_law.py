@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from hypothesis.errors import Flaky
 
 from functional_optim._chain import checked_transform
 from functional_optim.testing import strategies
 from functional_optim.testing._broken import BrokenLawError, ViolationError
 from functional_optim.testing._examples import Example, fixed_examples
+from functional_optim.testing._hypothesis import hypothesis
 from functional_optim.testing._search import drawn_examples, kinds_of, searched
 
 if TYPE_CHECKING:
@@ -160,7 +160,7 @@ class Law:
             )
         except BrokenLawError as smaller:
             return smaller
-        except Flaky:  # The same inputs broke it once, and not again.
+        except hypothesis.errors.Flaky:  # The same inputs broke it once, and not again.
             violation = ViolationError(found.what + ", but not each time", HIDDEN)
             return BrokenLawError(
                 LAWS["determinism"], violation, transform, found.example

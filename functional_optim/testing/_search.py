@@ -6,9 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import hypothesis
-
 from functional_optim.testing._examples import Example
+from functional_optim.testing._hypothesis import hypothesis
 
 if TYPE_CHECKING:
     import torch

@@ -10,12 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 import functional_optim as fo
 from functional_optim.testing._chains import chains, transforms
 from functional_optim.testing._examples import Example
+from functional_optim.testing._hypothesis import st
 
 __all__ = [
     "away_from_zero",
