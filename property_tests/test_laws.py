@@ -14,32 +14,29 @@ from hypothesis import strategies as st
 from transform_cases import CASES, Case
 
 import functional_optim as fo
-from functional_optim.testing import Law, strategies
-from functional_optim.testing._check import ORDER
+from functional_optim.testing import Law, laws, strategies
 from functional_optim.testing._examples import SHAPES, fixed_examples
-from functional_optim.testing.laws import compiled, differentiable, plain_data
 
-LAWS = (*ORDER, differentiable)
 PARAMS = fixed_examples(None)[0].params
 ROWS: dict[str, list[Case]] = {}
 for one in sorted(CASES, key=lambda case: case.label.lower()):
     ROWS.setdefault(one.label, []).append(one)
 
-each_law = pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+each_law = pytest.mark.parametrize("law", laws.ALL, ids=lambda law: law.name)
 
 
 @each_law
 @pytest.mark.parametrize("row", ROWS)
 def test_law(row: str, law: Law) -> None:
     """The law holds whatever the numbers are, NaN and infinity included."""
-    cases = [c for c in ROWS[row] if c.smooth or law is not differentiable]
+    cases = [c for c in ROWS[row] if c.smooth or law is not laws.differentiable]
     examples = settings().max_examples
     tried = [
         law(
             case.transform,
             params=PARAMS,
             contexts=case.contexts,
-            hostile=True,
+            elements=strategies.hostile,
             max_examples=-(-examples // len(cases)),
         )
         for case in cases
@@ -47,18 +44,18 @@ def test_law(row: str, law: Law) -> None:
     laws_table.record(row, law, sum(tried))
 
 
-@pytest.mark.parametrize("law", [law for law in LAWS if law.drawn], ids=repr)
+@pytest.mark.parametrize("law", [law for law in laws.ALL if law.drawn], ids=repr)
 @given(data=st.data())
 def test_random_chains(law: Law, data: st.DataObject) -> None:
     """The law holds for chains of any transforms, with any hyperparameters."""
     names = list(SHAPES)
-    chain = data.draw(strategies.chains(names, smooth=law is differentiable))
+    chain = data.draw(strategies.chains(names, smooth=law is laws.differentiable))
     elements = strategies.away_from_zero if law.smooth else strategies.finite
     example = data.draw(strategies.examples(PARAMS, elements=elements, omit=law.omit))
     laws_table.record("random chains", law, law(chain, example), add=True)
 
 
-@pytest.mark.parametrize("law", [plain_data, compiled], ids=repr)
+@pytest.mark.parametrize("law", [laws.plain_data, laws.compiled], ids=repr)
 @settings(max_examples=5)
 @given(chain=strategies.chains(list(SHAPES)))
 def test_random_chains_on_fixed_examples(law: Law, chain) -> None:
@@ -79,4 +76,4 @@ def test_chaining_is_associative(data: st.DataObject) -> None:
 def test_table_is_current() -> None:
     """docs/laws.md has every row and every law."""
     rows = [*ROWS, "random chains"]
-    assert laws_table.written() == (rows, [law.name for law in LAWS])
+    assert laws_table.written() == (rows, [law.name for law in laws.ALL])

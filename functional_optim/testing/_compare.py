@@ -54,13 +54,16 @@ def difference(a: Any, b: Any, rtol: float | None = None) -> str | None:
             one, other = getattr(x, what), getattr(y, what)
             if one != other:
                 return f"{place}: {what} {_plain(one)} instead of {_plain(other)}"
-        if not (same_bits(x, y) if rtol is None else close(x, y, rtol)):
+        exact = rtol is None or not x.is_floating_point()
+        if not (same_bits(x, y) if exact else close(x, y, rtol or 0.0)):
             return f"{place}: {shown(x)} instead of {shown(y)}"
     return None
 
 
 def close(x: Tensor, y: Tensor, rtol: float) -> bool:
     """Whether two tensors agree relative to their largest number; NaN equals NaN."""
+    # Some results are narrower than what they are compared in: float32 moments.
+    rtol = min(rtol * torch.finfo(x.dtype).eps / torch.finfo(torch.float64).eps, 0.05)
     x, y = x.detach().double(), y.detach().double()
     finite = torch.where(x.isfinite(), x, 0.0).abs()
     scale = float(finite.max()) if x.numel() else 0.0

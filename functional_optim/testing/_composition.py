@@ -29,16 +29,22 @@ _NOT_DATA = (
 @law(hint="chain refused what update returned, or autograd ran without grad mode")
 def chaining(transform: Transform, example: Example) -> None:
     """A chain of one, with Identity or in chains of chains, is the transform itself."""
-    plain = [out for out, _ in run(transform, example)]
+    plain = list(run(transform, example))
     # An Identity after a guard is refused, as anything would be.
     for chained in (
         chain(transform),
         chain(Identity(), transform),
         chain(chain(), chain(Identity(), chain(transform))),
     ):
-        for step, (out, _) in enumerate(run(chained, example)):
-            gap = difference(out, plain[step])
-            require(not gap, f"step {step} of {_written(chained)}: u{gap}", _GRAD_MODE)
+        for step, (out, state) in enumerate(run(chained, example)):
+            at = f"step {step} of {_written(chained)}"
+            gap = difference(out, plain[step][0])
+            require(not gap, f"{at}: updates{gap}", _GRAD_MODE)
+            # A chain is flattened into its parent.
+            own = state if isinstance(transform, Chain) else state[-1]
+            own = own[len(own) - len(plain[step][1]) :] if own is state else own
+            gap = difference(own, plain[step][1])
+            require(not gap, f"{at}: state{gap}", _GRAD_MODE)
 
 
 def _written(chained: Chain) -> str:

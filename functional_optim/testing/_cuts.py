@@ -17,7 +17,7 @@ from functional_optim.testing._form import has_static
 from functional_optim.testing._law import law
 from functional_optim.testing._memory import run
 from functional_optim.testing._shared_totals import (
-    Part,
+    Shard,
     is_elementwise,
     map_fields,
     update_parts,
@@ -27,12 +27,17 @@ _ROUNDING = 1e-12
 """Cuts inside a tensor change the order of sums: n * eps of float64, n < 4000."""
 
 
-@law(hint="a piece of a tensor has another shape than the whole; look at no position")
+@law(
+    rounds=True,
+    hint="a piece of a tensor has another shape than the whole; look at no position",
+)
 def scope(transform: Transform, example: Example) -> None:
     """An update on any legal cut, totals shared, equals the update on the whole."""
     declared = transform.scope
     if declared == Scope.GLOBAL:
         return
+    if declared == Scope.ELEMENTWISE:
+        example = _as_columns(transform, example)
     params = example.params
     if has_static(transform.init(params)):
         example = _with_all_names(example)
@@ -51,6 +56,33 @@ def scope(transform: Transform, example: Example) -> None:
             state = whole[1]
     if declared == Scope.ELEMENTWISE:
         _commutes_with_permutation(transform, example)
+
+
+def _as_columns(transform: Transform, example: Example) -> Example:
+    """Return the example with all elements of a tensor along dimension 0.
+
+    So a cut along dimension 0 is a cut anywhere. Requires that the update does not
+    depend on which elements stand in one row. The number of dimensions stays, because
+    masks and labels may look at it.
+    """
+
+    def columns(given: TensorMap) -> TensorMap:
+        return {
+            name: x.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim else x
+            for name, x in given.items()
+        }
+
+    other = dataclasses.replace(
+        example,
+        params=columns(example.params),
+        updates=[columns(updates) for updates in example.updates],
+    )
+    pairs = zip(run(transform, example), run(transform, other), strict=True)
+    for step, ((out, _), (out_columns, _)) in enumerate(pairs):
+        gap = difference(out_columns, columns(out), _ROUNDING)
+        what = f"step {step} with the elements of each tensor in one column: updates"
+        require(not gap, f"{what}{gap}", _cause(Scope.ELEMENTWISE))
+    return other
 
 
 def _with_all_names(example: Example) -> Example:
@@ -93,20 +125,20 @@ def _cause(declared: Scope) -> str:
     )
 
 
-def _cuts(declared: Scope, params: TensorMap) -> list[list[Part]]:
+def _cuts(declared: Scope, params: TensorMap) -> list[list[Shard]]:
     """Return the legal cuts that are tried: lists of parts."""
     everything = slice(None)
-    by_name: list[Part] = [[(name, everything)] for name in params]
+    by_name: list[Shard] = [[(name, everything)] for name in params]
     if declared != Scope.ELEMENTWISE:
         return [by_name]
-    rows: list[Part] = []
+    rows: list[Shard] = []
     for name, p in params.items():
         count = p.shape[0] if p.ndim else 0
         rows += [[(name, slice(i, i + 1))] for i in range(count)] or [
             [(name, everything)]
         ]
     # Every part holds some elements of every name, as ranks do.
-    across: list[Part] = [
+    across: list[Shard] = [
         [(n, slice(None, 1) if p.ndim else everything) for n, p in params.items()],
         [(n, slice(1, None)) for n, p in params.items() if p.ndim],
     ]
@@ -116,7 +148,7 @@ def _cuts(declared: Scope, params: TensorMap) -> list[list[Part]]:
 def _compare_parts(
     whole: tuple[TensorMap, Any],
     before: Any,
-    parts: list[tuple[Part, TensorMap, Any]],
+    parts: list[tuple[Shard, TensorMap, Any]],
     params: TensorMap,
     cause: str,
     *,
@@ -158,7 +190,7 @@ def _compare_parts(
         require(not gap or allowed, what, cause)
 
 
-def _shown_cut(parts: list[tuple[Part, TensorMap, Any]]) -> str:
+def _shown_cut(parts: list[tuple[Shard, TensorMap, Any]]) -> str:
     """Say how the parameters were cut."""
     shown = []
     for part, _, _ in parts:
@@ -167,7 +199,8 @@ def _shown_cut(parts: list[tuple[Part, TensorMap, Any]]) -> str:
             for name, where in part
         ]
         shown.append(" + ".join(pieces))
-    return f"cut into {' | '.join(shown)}"
+    rest = f" | ... ({len(shown)} parts)" if len(shown) > 4 else ""
+    return f"cut into {' | '.join(shown[:4])}{rest}"
 
 
 def _is_covered(name: str, got: Sequence[TensorMap], params: TensorMap) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
@@ -18,9 +19,9 @@ from functional_optim.testing import strategies
 from functional_optim.testing._code import context_import, transform_code
 from functional_optim.testing._compare import largest_gap, same_bits
 from functional_optim.testing._examples import Example
-from functional_optim.testing._hypothesis import hypothesis
+from functional_optim.testing._hypothesis import hypothesis, st
 from functional_optim.testing._law import check_protocol
-from functional_optim.testing._search import drawn_examples, kinds_of, searched
+from functional_optim.testing._search import Search, drawn_examples, kinds_of
 
 Loop: TypeAlias = Callable[[torch.nn.Module, Sequence[TensorMap]], Any]
 """A plain PyTorch loop over the gradients of each step; it may yield after each."""
@@ -106,7 +107,7 @@ def check_equivalent(
     dtype: torch.dtype = torch.float32,
     max_steps: int = 4,
     last: bool = False,
-    nonfinite: bool = False,
+    elements: st.SearchStrategy[float] = strategies.finite,
     max_examples: int = 100,
     seed: int | None = None,
 ) -> None:
@@ -129,7 +130,7 @@ def check_equivalent(
         dtype: Dtype of the parameters, if `params` is None.
         max_steps: Largest number of steps. >= 1.
         last: Whether the last step has `Context(last=True)`, to close a window.
-        nonfinite: Whether gradients may hold NaN and infinity.
+        elements: Strategy of a number; `strategies.hostile` has NaN and infinity, too.
         max_examples: How many examples are drawn. >= 1.
         seed: Draws other examples; None means the same ones every time.
 
@@ -169,25 +170,24 @@ def check_equivalent(
         if example is not None:
             check(example)
             return
-        pattern = strategies.Pattern(
+        search = Search(
             kinds=kinds_of(params),
-            elements="hostile" if nonfinite else "finite",
+            elements=elements,
             dtypes=(dtype,),
             max_steps=max_steps,
+            max_examples=max_examples,
+            seed=seed,
         )
         try:
-            for drawn in drawn_examples(pattern, max_examples, seed):
+            for drawn in drawn_examples(search):
                 check(drawn)
         except NotEquivalentError as error:
             found = error
         else:
             return
-        try:
-            searched(check, pattern, max_examples, seed)
-        except NotEquivalentError as smaller:
-            found = smaller
-        except hypothesis.errors.Flaky:
-            pass  # One of the two is random; the first difference says enough.
+        # If one of the two is random, the first difference says enough.
+        with contextlib.suppress(hypothesis.errors.Flaky):
+            found = search.smallest(check, NotEquivalentError) or found
     raise found.with_traceback(None)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from functional_optim._types import Transform
 from functional_optim.testing._broken import require
 from functional_optim.testing._compare import (
@@ -72,7 +74,13 @@ def _watched(what: str, call: Callable[[], Any], **inputs: Any) -> Any:
         ]
         for name, tree in inputs.items()
     }
+    around = torch.is_grad_enabled(), torch.get_default_dtype()
     result = call()
+    now = torch.is_grad_enabled(), torch.get_default_dtype()
+    torch.set_grad_enabled(around[0])
+    torch.set_default_dtype(around[1])
+    cause = "a global switch of torch was set and not set back: use a with statement"
+    require(now == around, f"{what} changed grad mode or the default dtype", cause)
     for name, tree in inputs.items():
         after = dict(tensors(tree))
         places = [place for place, *_ in before[name]]
@@ -100,6 +108,7 @@ def _share(what: str, result: Any, **inputs: Any) -> None:
 @law(omit=False, hint="memory outside of the state that the second call found changed")
 def determinism(transform: Transform, example: Example) -> None:
     """The same inputs give the same bits, also when calls are repeated."""
+    before = torch.get_rng_state()
     state = transform.init(example.params)
     gap = difference(state, transform.init(example.params))
     require(not gap, f"two calls of init differ: state{gap}", HIDDEN)
@@ -111,6 +120,9 @@ def determinism(transform: Transform, example: Example) -> None:
         gap = difference(first[1], again[1])
         require(not gap, f"step {step}, two calls differ: state{gap}", HIDDEN)
         state = first[1]
+    drew = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    require(not drew, "torch's global random numbers were drawn or seeded", HIDDEN)
 
 
 def run(transform: Transform, example: Example) -> Iterator[tuple[Any, Any]]:

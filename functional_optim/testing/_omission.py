@@ -50,8 +50,9 @@ def omitted_names(transform: Transform, example: Example) -> None:
 )
 def hold(transform: Transform, example: Example) -> None:
     """An empty map in is an empty map out, and the state stays."""
-    for _, state in run(transform, example):
-        out, after = transform.update({}, state, example.params)
+    results = zip(run(transform, example), example.steps, strict=True)
+    for (_, state), (_, context) in results:
+        out, after = transform.update({}, state, example.params, context=context)
         require(out == {}, f"an empty map gave updates for {list(out)}", _NOT_A_HOLD)
         gap = difference(after, state)
         require(not gap, f"an empty map changed state{gap}", _NOT_A_HOLD)

@@ -14,7 +14,7 @@ from functional_optim._context import Context, ReduceOp, Reducer, local_total
 from functional_optim._types import TensorMap, Transform
 from functional_optim.testing._broken import require
 
-Part = list[tuple[str, slice]]
+Shard = list[tuple[str, slice]]
 """Pieces of some names, along dimension 0; in the order of the parameters."""
 
 
@@ -30,13 +30,13 @@ class _MissingTotalError(Exception):  # It carries a partial out of an update.
 
 def update_parts(
     transform: Transform,
-    parts: list[Part],
+    parts: list[Shard],
     updates: TensorMap,
     state: Any,
     params: TensorMap,
     *,
     context: Context,
-) -> list[tuple[Part, TensorMap, Any]]:
+) -> list[tuple[Shard, TensorMap, Any]]:
     """Run `update` on every part by itself, with totals shared."""
     given = []
     for part in parts:
@@ -115,7 +115,7 @@ def map_fields(function: Callable[[TensorMap], Any], state: Any) -> Any:
     return state
 
 
-def part_of(state: Any, part: Part, params: TensorMap) -> Any:
+def part_of(state: Any, part: Shard, params: TensorMap) -> Any:
     """Return the state of one part."""
 
     def cut(entries: TensorMap) -> TensorMap:

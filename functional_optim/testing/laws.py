@@ -1,4 +1,4 @@
-"""The laws of DESIGN: each is called on a transform, and says what breaks it.
+"""The laws: each is called on a transform, and says what breaks it.
 
 `laws.purity(transform)` tries examples; `laws.purity(transform, example)` tries one.
 Only `init`, `update` and `scope` are used.
@@ -12,6 +12,7 @@ from functional_optim.testing._omission import hold, omitted_names
 from functional_optim.testing._torch import compiled, differentiable, no_graph, vmapped
 
 __all__ = [
+    "ALL",
     "chaining",
     "compiled",
     "determinism",
@@ -25,3 +26,19 @@ __all__ = [
     "structure",
     "vmapped",
 ]
+
+ALL = (
+    structure,
+    purity,
+    determinism,
+    hold,
+    omitted_names,
+    scope,
+    vmapped,
+    plain_data,
+    chaining,
+    no_graph,
+    compiled,
+    differentiable,
+)
+"""All laws, the basic ones first: the later ones say little about what breaks them."""

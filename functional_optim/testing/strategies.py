@@ -5,7 +5,6 @@ Hypothesis draws every number, so that failures shrink and replay.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
@@ -215,41 +214,3 @@ def examples(
 
 def _typed(tensors: fo.TensorMap, kinds: Mapping[str, torch.dtype]) -> fo.TensorMap:
     return {name: x.to(kinds[name]) for name, x in tensors.items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Pattern:
-    """What drawn examples have in common; hashable, so that they are drawn once.
-
-    Args:
-        kinds: Name, shape and dtype of each parameter; None draws them.
-        elements: Name of the strategy of a number.
-        dtypes: Dtypes to choose from, for all parameters of an example alike.
-        omit: Whether steps may lack names.
-        max_steps: Largest number of steps.
-    """
-
-    kinds: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] | None = None
-    elements: str = "ordinary"
-    dtypes: tuple[torch.dtype, ...] = (torch.float64,)
-    omit: bool = True
-    max_steps: int = 4
-
-    def examples(self) -> st.SearchStrategy[Example]:
-        """Return the strategy."""
-        elements: st.SearchStrategy[float] = globals()[self.elements]
-        params = (
-            None
-            if self.kinds is None
-            else {
-                name: torch.zeros(shape, dtype=dtype)
-                for name, shape, dtype in self.kinds
-            }
-        )
-        return examples(
-            params,
-            elements=elements,
-            dtypes=self.dtypes,
-            omit=self.omit,
-            max_steps=self.max_steps,
-        )

@@ -51,8 +51,8 @@ def _checked_fn(name: str, fn: Any) -> Any:
 
 
 def _checked_op(name: str, op: Any) -> Any:
-    if not isinstance(op, Norm) and op not in {"sum", "max", "all"}:
-        msg = f"{name} must be 'sum', 'max', 'all' or Norm(p), got {op!r}"
+    if not isinstance(op, Norm) and op not in ("sum", "max", "all"):
+        msg = f"{name} must be 'sum', 'max', 'all' or Norm(p), such as Norm(2.0), got {op!r}"
         raise ValueError(msg)
     return op
 
@@ -104,7 +104,7 @@ class Observe:
         tensor(3., dtype=torch.float64)
 
     Source:
-        optax.contrib.snapshot, reduced to one number; the default equals
+        optax.snapshot, reduced to one number; the default equals
         torch.nn.utils.get_total_norm bit for bit.
     """
 
