@@ -14,6 +14,7 @@ from torch import Tensor
 
 from functional_optim._context import Context, ReduceOp, local_total
 from functional_optim._parts import Stage, walk
+from functional_optim._tensor_map import copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -145,7 +146,8 @@ def _calls(
     if calls is None:  # Totals on the host let through who looks at them.
         calls, _ = _tried(pipeline, given, lambda: state, totals_on="cpu")
     if calls is None and given is not params and size(params.values()) <= _SMALL:
-        calls, again = _tried(pipeline, params, lambda: pipeline.init(params))
+        own = copied(params)  # A user's transform may write into them.
+        calls, again = _tried(pipeline, own, lambda: pipeline.init(own))
         if calls is not None:
             remarks.append(
                 f"update was run on the parameters as they are, {_said(error)}"

@@ -158,8 +158,9 @@ def _stages(found: Cost) -> list[str]:
 
 def _label_of(stage: Stage) -> str:
     """Return the label under which a stage stands beside others, with a colon."""
-    beside = stage.path and stage.labels and stage.path[-1] == stage.labels[-1]
-    return f"{stage.labels[-1]}:" if beside else ""
+    # Labels of a Partition are its places; the place inside a name is "inner".
+    beside = stage.path and stage.label == stage.path[-1] != "inner"
+    return f"{stage.label}:" if beside else ""
 
 
 def _summary(found: Cost, params: TensorMap) -> list[str]:

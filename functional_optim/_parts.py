@@ -48,6 +48,7 @@ class Stage(NamedTuple):
     Attributes:
         path: Where: the path of its context.
         labels: The users' names on the way, its own included, outermost first.
+        label: Its own name among the parts it stands with, "" if there is none.
         transform: The transform.
         state: Its state.
         params: The parameters that it sees.
@@ -56,6 +57,7 @@ class Stage(NamedTuple):
 
     path: tuple[int | str, ...]
     labels: tuple[str, ...]
+    label: str
     transform: Transform
     state: Any
     params: TensorMap
@@ -68,6 +70,8 @@ def walk(
     params: TensorMap,
     path: tuple[int | str, ...] = (),
     labels: tuple[str, ...] = (),
+    *,
+    label: str = "",
 ) -> Iterator[Stage]:
     """Yield a transform and all that it is made of, in the order in which they run.
 
@@ -77,6 +81,7 @@ def walk(
         params: Its parameters; an empty map if only states are asked for.
         path: Where it stands.
         labels: The users' names on the way to it.
+        label: Its own name among them.
 
     Raises:
         ValueError: the state is of another transform.
@@ -89,7 +94,7 @@ def walk(
     """
     tell = getattr(transform, "parts", None)
     parts = [] if tell is None else [Part(*part) for part in tell(state, params)]
-    yield Stage(path, labels, transform, state, params, parts)
+    yield Stage(path, labels, label, transform, state, params, parts)
     for part in parts:
         yield from walk(
             part.transform,
@@ -97,4 +102,5 @@ def walk(
             part.params,
             (*path, part.at),
             (*labels, part.label) if part.label else labels,
+            label=part.label,
         )

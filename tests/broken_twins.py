@@ -107,6 +107,11 @@ def asks_for_gradients(u, s, p, c):
     return {n: (2 * x).detach() for n, x in u.items()}, s
 
 
+def turns_recording_off(u, s, p, c):
+    torch.set_grad_enabled(False)
+    return doubled(u), s
+
+
 # -- determinism -------------------------------------------------------------------
 
 
@@ -149,6 +154,12 @@ class UsesStatesUp:
         return {name: factor * u for name, u in updates.items()}, Count(
             state.number.clone()
         )
+
+
+def seeds(u, s, p, c):
+    if not torch._C._are_functorch_transforms_active():
+        torch.manual_seed(0)
+    return doubled(u), s
 
 
 def remembers_a_random_number(u, s, p, c):
@@ -237,6 +248,14 @@ def sums_without_reduce(u, s, p, c):
     return doubled(u), Count(s.number + total)
 
 
+def reduces_sometimes(u, s, p, c):
+    factor = 1.0
+    if any(x.ndim > 1 for x in u.values()):
+        partial = torch.stack([x.sum().double() for x in u.values()])
+        factor = c.reduce(partial, "sum")
+    return {name: (factor * x).to(x.dtype) for name, x in u.items()}, s
+
+
 def counted(params: fo.TensorMap) -> Count:
     return Count(torch.zeros((), dtype=torch.float64))
 
@@ -293,6 +312,8 @@ TWINS: list[tuple[str, Any]] = [
     ("purity", Twin("keeps its input", keeps_updates, zeros)),
     ("purity", Twin("returns its state", returns_state, zeros)),
     ("purity", Twin("its state is params", each(torch.neg), lambda p: Buffer(p))),
+    ("purity", Twin("leaves grad mode off", turns_recording_off)),
+    ("determinism", Twin("seeds torch", seeds)),
     ("determinism", CountsCalls()),
     ("determinism", UsesStatesUp()),
     ("determinism", Twin("unseeded", each(lambda x: x * torch.rand(())))),
@@ -329,6 +350,14 @@ TWINS: list[tuple[str, Any]] = [
     ("omitted_names", Twin("takes nothing for zero", decays_all, zeros)),
     ("omitted_names", Twin("needs all names", needs_all)),
     ("scope", Twin("subtracts the mean", each(lambda x: x - x.mean()))),
+    (
+        "scope",
+        Twin(
+            "subtracts the mean of rows",
+            each(lambda x: x - x.mean(-1, keepdim=True) if x.ndim > 1 else x.clone()),
+        ),
+    ),
+    ("scope", Twin("reduces now and then", reduces_sometimes, scope=PER_TENSOR)),
     ("scope", Twin("knows positions", each(knows_positions))),
     ("scope", Twin("joint norm", joint_norm)),
     ("scope", Twin("joint norm, per tensor", joint_norm, scope=PER_TENSOR)),

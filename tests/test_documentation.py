@@ -9,7 +9,13 @@ import types
 
 import pytest
 
-from functional_optim.testing import BrokenLawError, check_transform
+import functional_optim as fo
+from functional_optim.testing import (
+    BrokenLawError,
+    NotEquivalentError,
+    check_equivalent,
+    check_transform,
+)
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 
@@ -22,6 +28,11 @@ def test_tutorial_runs_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     names = vars(page)
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, "<page>", "exec"), names)
+    wrong = text[text.index("def plain") : text.index("check_equivalent(fo.chain")]
+    exec(wrong.replace("0.9 *", "0.5 *"), names)
+    rule = fo.chain(names["Signum"](), fo.ScaleByLearningRate(0.01))
+    with pytest.raises(NotEquivalentError, match="is not plain: they part first after"):
+        check_equivalent(rule, names["plain"])
     reports = re.findall(r"```text\n(.*?)```", text, re.DOTALL)
     for name, shown in zip(["InPlaceSignum", "ScaledSignum"], reports, strict=True):
         with pytest.raises(BrokenLawError) as broken:

@@ -85,9 +85,9 @@ class exponential:
         value = self.init_value * torch.pow(self.decay_rate, exponent)
         if self.end_value is None:
             return value
-        if self._falls():
-            return value.clamp(min=self.end_value)
-        return value.clamp(max=self.end_value)
+        # The end lies where the values go: a bound on both sides is one on that side.
+        low = min(self.init_value, self.end_value)
+        return value.clamp(min=low, max=max(self.init_value, self.end_value))
 
 
 @final

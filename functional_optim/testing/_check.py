@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
@@ -12,9 +12,7 @@ from functional_optim._types import TensorMap, Transform
 from functional_optim.testing import laws, strategies
 from functional_optim.testing._examples import SHAPES, numbers_like
 from functional_optim.testing._hypothesis import st
-from functional_optim.testing._law import check_protocol, raised
-
-_MOST_NUMBERS = 10_000
+from functional_optim.testing._law import check_arguments, check_protocol, raised
 
 
 def check_transform(
@@ -71,8 +69,8 @@ def check_transform(
         >>> check_transform(Double(), max_examples=10)
     """
     check_protocol(transform)
-    _check_params(params)
-    _check_runs(transform, params, contexts)
+    check_arguments(params, contexts, max_examples)
+    params = _runs_on(transform, params, contexts)
     for law in laws.ALL:
         if law is laws.differentiable and not smooth:
             continue
@@ -87,60 +85,40 @@ def check_transform(
         )
 
 
-def _check_params(params: Any) -> None:
-    """Refuse what cannot serve as a pattern for examples."""
-    if params is None:
-        return
-    if not isinstance(params, dict):
-        msg = (
-            "params must be a dict from parameter name to tensor, got "
-            f"{type(params).__name__}; make one with parameters(model)"
-        )
-        raise TypeError(msg)
-    if not params:
-        msg = 'params must have a parameter, such as {"w": torch.zeros(3, 2)}'
-        raise ValueError(msg)
-    size = sum(p.numel() for p in params.values())
-    if size > _MOST_NUMBERS:
-        msg = (
-            f"params must be small, at most {_MOST_NUMBERS:,} numbers in all, got "
-            f"{size:,}; laws do not depend on size"
-        )
-        raise ValueError(msg)
-
-
-def _check_runs(
+def _runs_on(
     transform: Transform, params: TensorMap | None, contexts: Sequence[Context]
-) -> None:
-    """Require that `init` and `update` run at all on the parameters to be tried.
+) -> TensorMap | None:
+    """Return the parameters to try; None if any will do.
 
     Raises:
-        ValueError: naming the parameters that work and those that do not.
+        ValueError: `init` or `update` fails; names the parameters that work.
     """
     context = contexts[0] if contexts else Context()
     given = params or {
-        name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()
+        name: torch.zeros(shape, dtype=torch.float64, device="cpu")
+        for name, shape in SHAPES.items()
     }
     failure = _failure(transform, given, context)
-    if failure is None:
-        return
     alone = {name: _failure(transform, {name: p}, context) for name, p in given.items()}
+    if failure is None:
+        # Masks and labels may need all names, where hypothesis would draw some.
+        return given if any(alone.values()) else params
     bad = [_shape(name, given[name]) for name, error in alone.items() if error]
     good = [_shape(name, given[name]) for name, error in alone.items() if not error]
     method, error = next((f for f in alone.values() if f), failure)
-    lines = [
-        f"{transform!r} cannot be checked on these parameters: in {method} "
-        + raised(error)
-    ]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{transform!r} cannot be checked on these parameters: in {method} "
+    lines = [what + f"{raised(error)} ({frame.filename}, line {frame.lineno})"]
     if bad and good:
         lines.append(f"It works on {', '.join(good)}; it fails on {', '.join(bad)}.")
     elif not bad:
         lines.append("It works on each of them alone, but not on all together.")
-    lines.append(
-        "If it is meant for certain names or shapes, pass parameters of that kind: "
-        'check_transform(transform, params={"weight": torch.zeros(4, 3)}). If it looks '
-        "at the loss or the weight, pass contexts=[Context(loss=...)]"
-    )
+    if not isinstance(error, (NameError, AttributeError)):
+        lines.append(
+            "If it is meant for certain names or shapes, pass parameters of that kind: "
+            'check_transform(transform, params={"weight": torch.zeros(4, 3)}). If it '
+            "looks at the loss or the weight, pass contexts=[Context(loss=...)]"
+        )
     raise ValueError("\n".join(lines)) from error
 
 

@@ -59,8 +59,9 @@ def transform_code(transform: Any) -> tuple[list[str], str]:
     modules: dict[str, list[str]] = {}
     for name in sorted(names - {"torch"}):
         modules.setdefault(known[name], []).append(name)
-    modules.pop("__main__", None)  # Known where the program is pasted.
-    return [
+    own = modules.pop("__main__", [])  # Nothing to import it from.
+    notes = [f"# {name} is yours: paste this below it." for name in own]
+    return notes + [
         f"from {module} import {', '.join(parts)}" for module, parts in modules.items()
     ], text
 

@@ -27,10 +27,11 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
         return False
     if a.is_meta:  # It has no numbers.
         return True
-    a, b = a.detach().contiguous(), b.detach().contiguous()
     if not a.is_floating_point():
         return torch.equal(a, b)
-    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+    # Cloned, because a single number may have a stride of 0, which has no bytes.
+    flat = [x.detach().reshape(-1).clone().view(torch.uint8) for x in (a, b)]
+    return torch.equal(*flat)
 
 
 def difference(a: Any, b: Any, rtol: float | None = None) -> str | None:
@@ -56,7 +57,7 @@ def difference(a: Any, b: Any, rtol: float | None = None) -> str | None:
                 return f"{place}: {what} {_plain(one)} instead of {_plain(other)}"
         exact = rtol is None or not x.is_floating_point()
         if not (same_bits(x, y) if exact else close(x, y, rtol or 0.0)):
-            return f"{place}: {shown(x)} instead of {shown(y)}"
+            return place + _numbers_that_differ(x, y)
     return None
 
 
@@ -88,11 +89,15 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, torch.Size) else value
 
 
-def shown(x: Tensor) -> str:
-    """Return a tensor for an error message: its numbers, unless there are many."""
-    if x.numel() > 8:
-        return f"a tensor of shape {tuple(x.shape)} that starts {x.reshape(-1)[:4]}"
-    return str(x.detach().tolist())
+def _numbers_that_differ(x: Tensor, y: Tensor) -> str:
+    """Show two tensors, or the numbers that are farthest apart if there are many."""
+    if x.numel() <= 8:
+        return f": {x.detach().tolist()} instead of {y.detach().tolist()}"
+    gaps = (x.detach().double() - y.detach().double()).abs().reshape(-1)
+    at = int(gaps.nan_to_num(math.inf).argmax())
+    index = [int(i) for i in torch.unravel_index(torch.tensor(at), x.shape)]
+    one, other = x.reshape(-1)[at].item(), y.reshape(-1)[at].item()
+    return f"{index}: {one} instead of {other}"
 
 
 def storages(tree: Any) -> set[int]:
@@ -123,11 +128,13 @@ def largest_gap(
         return 0.0, ()
     x, y, p = (t.detach().reshape(-1).double() for t in (ours, theirs, before))
     size = torch.stack([p.abs(), y.abs(), (y - p).abs()]).amax(0)
-    size = torch.where(size.isfinite(), size, 0.0).to(theirs.dtype)
+    # At most half of the largest number, whose ulp is finite.
+    most = torch.finfo(theirs.dtype).max / 2
+    size = torch.where(size.isnan(), 0.0, size).clamp(max=most).to(theirs.dtype)
     ulp = torch.nextafter(size, torch.full_like(size, math.inf)).double() - size
     same = (x == y) | (x.isnan() & y.isnan())
     # Unequal infinities and NaN are infinitely far apart.
-    gaps = torch.where(same, 0.0, ((x - y).abs() / ulp).nan_to_num(math.inf))
+    gaps = torch.where(same, 0.0, ((x - y).abs() / ulp).nan_to_num(math.inf, math.inf))
     at = int(gaps.argmax())
     index = torch.unravel_index(torch.tensor(at), theirs.shape)
     return float(gaps[at]), tuple(int(i) for i in index)

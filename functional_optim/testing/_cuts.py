@@ -48,7 +48,13 @@ def scope(transform: Transform, example: Example) -> None:
             # A part that is given nothing is not run.
             parts = [part for part in cut if any(name in updates for name, _ in part)]
             new = update_parts(
-                transform, parts, updates, state, params, context=context
+                transform,
+                parts,
+                updates,
+                state,
+                params,
+                context=context,
+                may_branch=_may_branch(transform),
             )
             across = len(cut) == 2 and len(cut[0]) == len(params)
             strict = across or not _may_branch(transform)

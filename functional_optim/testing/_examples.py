@@ -133,7 +133,9 @@ def fixed_examples(params: TensorMap | None, *, full: bool = False) -> list[Exam
         if not full and len(names) > 1:
             del steps[1][names[1]]
             steps[2:3] = [{name: x[name] for name in names[-2:]} for x in steps[2:3]]
-        made.append(Example(numbers_like(params, 50 + number), steps))
+        last = [Context()] * (count - 1) + [Context(last=True)]
+        contexts = last if number == 2 else ()
+        made.append(Example(numbers_like(params, 50 + number), steps, contexts))
     return made
 
 
@@ -151,5 +153,5 @@ def numbers_like(params: TensorMap, key: int) -> TensorMap:
         sign = torch.where((index * 2.0**0.5).frac() < 0.5, -1.0, 1.0)
         # In 64ths, which are short to print and exact in every dtype.
         numbers = sign * (6 + (122 * fraction).floor()) / 64
-        made[name] = numbers.to(p.dtype).reshape(p.shape).to(p.device)
+        made[name] = numbers.to(p.dtype).reshape(p.shape)
     return made

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from functional_optim._chain import checked_transform
+from functional_optim._context import Context
+from functional_optim._structure import check_parameters
 from functional_optim.testing import strategies
 from functional_optim.testing._broken import BrokenLawError, ViolationError
 from functional_optim.testing._examples import Example, fixed_examples
@@ -18,7 +21,6 @@ from functional_optim.testing._hypothesis import hypothesis, st
 from functional_optim.testing._search import Search, drawn_examples, kinds_of
 
 if TYPE_CHECKING:
-    from functional_optim._context import Context
     from functional_optim._types import TensorMap, Transform
 
 
@@ -96,6 +98,7 @@ class Law:
             TypeError: not a transform.
         """
         check_protocol(transform)
+        check_arguments(params, contexts, max_examples)
         self.before()
         if self.rounds and params is not None:
             params = {name: p.double() for name, p in params.items()}
@@ -108,7 +111,8 @@ class Law:
             max_examples=max_examples,
             seed=seed,
         )
-        with torch.inference_mode(mode=False), torch.enable_grad():
+        # torch.compile counts its graphs for all threads together.
+        with _LOCK, torch.inference_mode(mode=False), torch.enable_grad():
             if example is not None:
                 self._try(transform, example)
                 return 1
@@ -183,6 +187,8 @@ class Law:
         raise BrokenLawError(self, broken, transform, example) from reason
 
 
+_LOCK = threading.RLock()
+
 HIDDEN = (
     "memory outside of the state (an attribute, a global, a cache), or unseeded "
     "randomness. Keep all memory in the state that update returns; random numbers are "
@@ -217,6 +223,37 @@ def check_protocol(transform: Any) -> None:
     update = ("updates", "state", "params")
     _check_takes(transform, transform.init, ("params",), {})
     _check_takes(transform, transform.update, update, {"context": "Context()"})
+
+
+def check_arguments(
+    params: Any, contexts: Any, max_examples: int, most: int = 10_000
+) -> None:
+    """Refuse what cannot say how examples shall be.
+
+    Raises:
+        TypeError: not a map from name to dense real tensor; no contexts.
+        ValueError: no parameters, or too many numbers in them; no examples.
+    """
+    if params is not None:
+        check_parameters(params)
+        size = sum(p.numel() for p in params.values())
+        if not params:
+            msg = 'params must have a parameter, such as {"w": torch.zeros(3, 2)}'
+            raise ValueError(msg)
+        if size > most:
+            msg = (
+                f"params must be small, at most {most:,} numbers in all, got {size:,}; "
+                "laws do not depend on size"
+            )
+            raise ValueError(msg)
+    if not isinstance(contexts, Sequence) or not all(
+        isinstance(context, Context) for context in contexts
+    ):
+        msg = f"contexts must be a list of Context(...), got {contexts!r}"
+        raise TypeError(msg)
+    if max_examples < 1:
+        msg = f"max_examples must be >= 1, got {max_examples}"
+        raise ValueError(msg)
 
 
 def _check_takes(

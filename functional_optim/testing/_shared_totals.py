@@ -36,6 +36,7 @@ def update_parts(
     params: TensorMap,
     *,
     context: Context,
+    may_branch: bool,
 ) -> list[tuple[Shard, TensorMap, Any]]:
     """Run `update` on every part by itself, with totals shared."""
     given = []
@@ -44,6 +45,7 @@ def update_parts(
         p = {name: _piece(params[name], w) for name, w in part}
         given.append((u, part_of(state, part, params), p))
     order = _order_of_calls(transform, updates, state, params, context)
+    cause = "calls of context.reduce must not depend on names, shapes or values"
     totals: dict[tuple[Any, ...], Tensor] = {}
     while True:
         results, stopped = [], []
@@ -57,7 +59,8 @@ def update_parts(
         if not stopped:
             return [(part, *r) for part, r in zip(parts, results, strict=True)]
         keys = {total.key for total in stopped}
-        cause = "calls of context.reduce must not depend on names or values"
+        everywhere = may_branch or (len(stopped) == len(given) and len(keys) == 1)
+        require(everywhere, "not every part calls context.reduce", cause)
         require(
             keys <= set(order), "a part calls context.reduce in other places", cause
         )

@@ -101,7 +101,8 @@ def _members(tree: Any, count: int = 3) -> list[Any]:
 def compiled(transform: Transform, example: Example) -> None:
     """A compiled update equals the eager one, without graph breaks or recompiling."""
     allowed = 3 if _static_returns(transform, example) else 1
-    allowed *= max(1, len(example.contexts))  # Each has its own Python numbers.
+    # Each context has its own Python numbers.
+    allowed *= max(1, len(set(map(repr, example.contexts))))
     before = _num_graphs()
     update = torch.compile(transform.update, fullgraph=True, backend="aot_eager")
     state = other = transform.init(example.params)
@@ -225,7 +226,7 @@ def _derivative_gap(
             asked = dataclasses.replace(context, differentiable=True)
             out, state = transform.update(scaled, state, at["params"], context=asked)
             for name, u in out.items():
-                weights = numbers_like({name: u}, len(sums))[name]
+                weights = numbers_like({name: u.detach()}, len(sums))[name]
                 sums.append((weights * u).sum())
         return torch.stack(sums).sum()
 
