@@ -6,6 +6,7 @@ Writes docs/laws.md with `pytest property_tests/test_laws.py --write-laws-table`
 from __future__ import annotations
 
 import itertools
+import re
 
 import laws_table
 import pytest
@@ -25,11 +26,17 @@ for one in sorted(CASES, key=lambda case: case.label.lower()):
 each_law = pytest.mark.parametrize("law", laws.ALL, ids=lambda law: law.name)
 
 
+def _cases(row: str, law: Law) -> list[Case]:
+    """Return the cases of a row that a law speaks of."""
+    cases = ROWS.get(row, CASES)
+    return [c for c in cases if c.smooth or law is not laws.differentiable]
+
+
 @each_law
 @pytest.mark.parametrize("row", ROWS)
 def test_law(row: str, law: Law) -> None:
     """The law holds whatever the numbers are, NaN and infinity included."""
-    cases = [c for c in ROWS[row] if c.smooth or law is not laws.differentiable]
+    cases = _cases(row, law)
     examples = settings().max_examples
     tried = [
         law(
@@ -50,7 +57,7 @@ def test_random_chains(law: Law, data: st.DataObject) -> None:
     """The law holds for chains of any transforms, with any hyperparameters."""
     names = list(SHAPES)
     chain = data.draw(strategies.chains(names, smooth=law is laws.differentiable))
-    elements = strategies.away_from_zero if law.smooth else strategies.finite
+    elements = strategies.away_from_zero if law.away_from_zero else strategies.finite
     example = data.draw(strategies.examples(PARAMS, elements=elements, omit=law.omit))
     laws_table.record("random chains", law, law(chain, example), add=True)
 
@@ -74,6 +81,11 @@ def test_chaining_is_associative(data: st.DataObject) -> None:
 
 
 def test_table_is_current() -> None:
-    """docs/laws.md has every row and every law."""
-    rows = [*ROWS, "random chains"]
-    assert laws_table.written() == (rows, [law.name for law in laws.ALL])
+    """docs/laws.md is what a run writes, whatever the numbers in it are."""
+    tried = {
+        (row, law.name): len(_cases(row, law))
+        for row in [*ROWS, "random chains"]
+        for law in laws.ALL
+    }
+    wanted, written = laws_table.text(tried, laws.ALL), laws_table.PAGE.read_text()
+    assert re.sub(r"\b\d+\b", "n", written) == re.sub(r"\b\d+\b", "n", wanted)
