@@ -56,8 +56,7 @@ def scope(transform: Transform, example: Example) -> None:
                 context=context,
                 may_branch=_may_branch(transform),
             )
-            across = len(cut) == 2 and len(cut[0]) == len(params)
-            strict = across or not _may_branch(transform)
+            strict = not _may_branch(transform)
             _compare_parts(whole, state, new, params, _cause(declared), strict=strict)
             state = whole[1]
     if declared == Scope.ELEMENTWISE:
@@ -137,18 +136,18 @@ def _cuts(declared: Scope, params: TensorMap) -> list[list[Shard]]:
     by_name: list[Shard] = [[(name, everything)] for name in params]
     if declared != Scope.ELEMENTWISE:
         return [by_name]
-    rows: list[Shard] = []
+    # Every part holds some elements of most names, as ranks do: unequal pieces.
+    across: list[Shard] = [[], [], []]
     for name, p in params.items():
-        count = p.shape[0] if p.ndim else 0
-        rows += [[(name, slice(i, i + 1))] for i in range(count)] or [
-            [(name, everything)]
-        ]
-    # Every part holds some elements of every name, as ranks do.
-    across: list[Shard] = [
-        [(n, slice(None, 1) if p.ndim else everything) for n, p in params.items()],
-        [(n, slice(1, None)) for n, p in params.items() if p.ndim],
-    ]
-    return [by_name, rows, across]
+        count = len(p) if p.ndim else 1
+        if count <= 1:
+            across[0].append((name, everything))
+            continue
+        ends = [0, 1, min(count // 2 + 1, count), count]
+        for shard, start, stop in zip(across, ends, ends[1:], strict=False):
+            if start < stop:
+                shard.append((name, slice(start, stop)))
+    return [by_name, across]
 
 
 def _compare_parts(

@@ -44,7 +44,7 @@ def update_parts(
         u = {name: _piece(updates[name], w) for name, w in part if name in updates}
         p = {name: _piece(params[name], w) for name, w in part}
         given.append((u, part_of(state, part, params), p))
-    order = _order_of_calls(transform, updates, state, params, context)
+    order: list[tuple[Any, ...]] = []
     cause = "calls of context.reduce must not depend on names, shapes or values"
     totals: dict[tuple[Any, ...], Tensor] = {}
     while True:
@@ -58,6 +58,7 @@ def update_parts(
                 stopped.append(total)
         if not stopped:
             return [(part, *r) for part, r in zip(parts, results, strict=True)]
+        order = order or _order_of_calls(transform, updates, state, params, context)
         keys = {total.key for total in stopped}
         everywhere = may_branch or (len(stopped) == len(given) and len(keys) == 1)
         require(everywhere, "not every part calls context.reduce", cause)
