@@ -246,6 +246,37 @@ def test_a_chain_stops_where_it_holds() -> None:
     assert state[1].value == 2
 
 
+class Witness:
+    """A user's transform that says which names it is shown."""
+
+    scope = fo.Scope.ELEMENTWISE
+
+    def init(self, params):
+        """Return the names."""
+        return fo.Static(tuple(params))
+
+    def update(self, updates, state, params, *, context=fo.Context()):
+        """Return the names of parameters and updates."""
+        seen = fo.Static((*params, *updates))
+        return {n: u.clone() for n, u in updates.items()}, seen
+
+
+@pytest.mark.parametrize(
+    "combinator",
+    [
+        fo.Masked(Witness(), "w"),
+        fo.Partition({"x": Witness(), "y": fo.Identity()}, {"w": "x", "*": "y"}),
+    ],
+    ids=["Masked", "Partition"],
+)
+def test_an_inner_transform_sees_only_what_is_selected(combinator) -> None:
+    """The parameters of others are not there, in `init` as in `update`."""
+    state = combinator.init(PARAMS)
+    _, after = combinator.update(PARAMS, state, PARAMS)
+    for told, names in ((state, ("w",)), (after, ("w", "w"))):
+        assert (told[0] if isinstance(told, tuple) else told).value == names
+
+
 class Logged(torch.Tensor):
     """A tensor subclass that sees every operation on it."""
 
