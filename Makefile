@@ -1,5 +1,6 @@
 # make train   install and run the main job: a language model, trained in three ways
 # make test    install, then lint, types, doctests, tests and property tests
+# make mutants install, then break one formula at a time and see that the tests notice
 # make bench   install and time one optimizer step against torch.optim and TorchOpt
 #
 # Each works on a fresh machine with Python 3.10 to 3.13 and nothing else.
@@ -11,7 +12,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: train test test-thorough laws lint bench clean
+.PHONY: train test test-thorough mutants laws lint bench clean
 
 train: $(VENV)/examples.installed
 	$(BIN)/python examples/train_language_model.py $(ARGS)
@@ -21,6 +22,9 @@ test: lint
 
 test-thorough: lint
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --quiet -n auto property_tests
+
+mutants: $(VENV)/dev.installed
+	$(BIN)/python tests/mutate.py $(ARGS)
 
 laws: $(VENV)/dev.installed
 	$(BIN)/python -m pytest --quiet property_tests/test_laws.py --write-laws-table

@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 # The table of cases is shared with tests/.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -20,6 +20,12 @@ settings.register_profile(
     derandomize=True,
     print_blob=True,
     suppress_health_check=SLOW,
+)
+# For tests/mutate.py: what fails once is enough, and need not be made small.
+settings.register_profile(
+    "mutants",
+    settings.get_profile("ci"),
+    phases=[Phase.explicit, Phase.generate],
 )
 settings.register_profile(
     "thorough", max_examples=2000, deadline=None, suppress_health_check=SLOW

@@ -352,3 +352,19 @@ def test_masking(grads: fo.TensorMap, mask: dict[str, bool]) -> None:
     for name, g in grads.items():
         expected = 3.0 * g if mask[name] else g
         assert_same(expected, out[name], name)
+
+
+def test_eps_root() -> None:
+    """With eps_root Adam's direction is m_hat / (sqrt(v_hat + eps_root) + eps)."""
+    b1, b2, eps, eps_root = 0.8, 0.9, 0.1, 0.5
+    adam = fo.ScaleByAdam((b1, b2), eps=eps, eps_root=eps_root)
+    grads = torch.linspace(-2.0, 2.0, 12, dtype=torch.float64).reshape(4, 3)
+    state = adam.init({"w": grads[0]})
+    m = v = torch.zeros(3, dtype=torch.float64)
+    for t, g in enumerate(grads, start=1):
+        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        m_hat, v_hat = m / (1 - b1**t), v / (1 - b2**t)
+        expected = m_hat / ((v_hat + eps_root).sqrt() + eps)
+        out, state = adam.update({"w": g}, state, {"w": g})
+        # About ten roundings a step; 1 - b1**t loses a digit.
+        torch.testing.assert_close(out["w"], expected, rtol=1e-13, atol=0.0)

@@ -498,11 +498,13 @@ def test_other_orders_are_accepted(members) -> None:
     assert len(fo.chain(*members)) >= len(members)
 
 
-def test_clip_raises_on_nonfinite_norm_if_asked() -> None:
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_clip_raises_on_nonfinite_norm_if_asked(number: float) -> None:
     """error_if_nonfinite says what the norm was, and how to go on."""
     clip = fo.ClipByGlobalNorm(1.0, error_if_nonfinite=True)
-    bad = GRADS | {"a.bias": torch.tensor([math.nan, 1.0])}
-    with pytest.raises(RuntimeError, match="of the updates is nan; .*SkipNonfinite"):
+    bad = GRADS | {"a.bias": torch.tensor([number, 1.0])}
+    message = f"of the updates is {number}; .*SkipNonfinite"
+    with pytest.raises(RuntimeError, match=message):
         clip.update(bad, clip.init(PARAMS), PARAMS)
     clip.update(GRADS, clip.init(PARAMS), PARAMS)
 

@@ -98,3 +98,26 @@ def test_a_0_dim_parameter_rounds_like_any_other() -> None:
         results.append(params["w"].reshape(1))
         assert params["w"].shape == shape
     assert torch.equal(*results)
+
+
+def test_predicates_see_the_parameter() -> None:
+    """A mask by dtype asks for that of the parameter, whatever the gradient has."""
+    params = {"w": torch.ones(2, dtype=torch.bfloat16), "v": torch.ones(2)}
+    grads = {name: torch.zeros(2) for name in params}
+    decay = fo.AddDecayedWeights(0.5, mask=lambda name, p: p.dtype is torch.bfloat16)
+    out, _ = decay.update(grads, decay.init(params), params)
+    assert out["w"].tolist() == [0.5, 0.5]
+    assert out["v"].tolist() == [0.0, 0.0]
+
+
+def test_narrow_hyperparameters_are_subtracted_from_1_in_float64() -> None:
+    """A float32 tensor is the number that it holds: 1 - 0.1 is not rounded to it."""
+    params = {"w": torch.tensor([1.0, -3.0], dtype=torch.float64)}
+    narrow = torch.tensor(0.1)
+    results = []
+    for dampening in (narrow, narrow.item()):
+        trace = fo.Trace(0.5, dampening=dampening)
+        _, state = trace.update(params, trace.init(params), params)
+        results.append(trace.update(params, state, params)[0]["w"])
+    # A few roundings of float64; one of float32 would be 3e-8.
+    torch.testing.assert_close(*results, rtol=1e-15, atol=0.0)

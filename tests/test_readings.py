@@ -158,6 +158,14 @@ def test_counts_beyond_float32() -> None:
     assert observe.update(many, observe.init(many), many)[1].value == 2**24 + 1
 
 
+def test_sums_are_exact_where_float32_is_not() -> None:
+    """Within a tensor, too, numbers are added in float64."""
+    numbers = {"w": torch.tensor([2.0**24, 1.0, 1.0, 1.0])}
+    observe = fo.Observe("total", op="sum")
+    _, state = observe.update(numbers, observe.init(numbers), numbers)
+    assert state.value == 2**24 + 3
+
+
 # -- readings ----------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
@@ -181,6 +182,16 @@ def test_a_skipped_step_ignores_what_inner_makes_of_it() -> None:
     assert (out["w"] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_large_finite_numbers_are_no_reason_to_skip(dtype: torch.dtype) -> None:
+    """Each number is judged, not a norm of all, which overflows long before."""
+    large = {"w": torch.full((2,), torch.finfo(dtype).max, dtype=dtype)}
+    guarded = fo.SkipNonfinite(fo.Identity())
+    out, state = guarded.update(large, guarded.init(large), large)
+    assert torch.equal(out["w"], large["w"])
+    assert state.skipped == 0
+
+
 def test_hypergradient_over_a_skipped_step_is_finite() -> None:
     """The bad gradient does not reach the derivative of the step that was taken."""
     x = torch.tensor([1.0, 2.0], dtype=torch.float64)
@@ -244,6 +255,60 @@ def test_a_chain_stops_where_it_holds() -> None:
     for _ in range(7):
         _, state = pipeline.update(PARAMS, state, PARAMS)
     assert state[1].value == 2
+
+
+class Witness:
+    """A user's transform that says which names it is shown."""
+
+    scope = fo.Scope.ELEMENTWISE
+
+    def init(self, params):
+        """Return the names."""
+        return fo.Static(tuple(params))
+
+    def update(self, updates, state, params, *, context=fo.Context()):
+        """Return the names of parameters and updates."""
+        seen = fo.Static((*params, *updates))
+        return {n: u.clone() for n, u in updates.items()}, seen
+
+
+@pytest.mark.parametrize(
+    "combinator",
+    [
+        fo.Masked(Witness(), "w"),
+        fo.Partition({"x": Witness(), "y": fo.Identity()}, {"w": "x", "*": "y"}),
+    ],
+    ids=["Masked", "Partition"],
+)
+def test_an_inner_transform_sees_only_what_is_selected(combinator) -> None:
+    """The parameters of others are not there, in `init` as in `update`."""
+    state = combinator.init(PARAMS)
+    _, after = combinator.update(PARAMS, state, PARAMS)
+    for told, names in ((state, ("w",)), (after, ("w", "w"))):
+        assert (told[0] if isinstance(told, tuple) else told).value == names
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ("*.weight", ["a.weight", "b.weight"]),
+        ("a.bias", ["a.bias"]),
+        (re.compile(r"\.b"), ["a.bias"]),
+        (lambda name, p: p.ndim == 0, ["scale"]),
+        (("a.*", re.compile("^s")), ["a.weight", "a.bias", "scale"]),
+        (fo.exclude("*.weight", "scale"), ["a.bias", "empty"]),
+        (("a.bias", fo.exclude("a.*", "empty")), ["a.bias", "b.weight", "scale"]),
+    ],
+    ids=repr,
+)
+def test_what_a_selection_picks(selection, expected: list[str]) -> None:
+    """Several selections pick what any of them picks; `exclude` all that none does."""
+    params = example().params
+    ones = {name: torch.ones_like(p) for name, p in params.items()}
+    masked = fo.Masked(fo.Scale(2.0), selection)
+    out, _ = masked.update(ones, masked.init(params), params)
+    doubled = [name for name, x in out.items() if not torch.equal(x, ones[name])]
+    assert doubled == [name for name in expected if params[name].numel()]
 
 
 class Logged(torch.Tensor):

@@ -29,6 +29,8 @@ def not_a_number_outside(step: torch.Tensor) -> torch.Tensor:
         (schedules.constant(0.3), {0: 0.3, 10**6: 0.3}),
         (schedules.linear(1.0, 0.2, 4), {0: 1.0, 1: 0.8, 4: 0.2, 99: 0.2}),
         (schedules.cosine_decay(2.0, 4), {0: 2.0, 2: 1.0, 4: 0.0, 99: 0.0}),
+        # cos(pi / 3) = 1 / 2: a straight line would be elsewhere.
+        (schedules.cosine_decay(2.0, 3), {1: 1.5, 2: 0.5}),
         (schedules.cosine_decay(2.0, 4, alpha=0.5), {0: 2.0, 2: 1.5, 4: 1.0, 9: 1.0}),
         (
             schedules.warmup_cosine(1.0, 2, 6, init_value=0.5, end_value=0.1),
@@ -177,6 +179,19 @@ def test_join_selects_and_does_not_mix() -> None:
     values = [schedule(step).item() for step in range(9)]
     assert values == [1.0] * 9
     assert math.isnan(schedule(9))
+
+
+def test_join_asks_no_schedule_before_its_first_step() -> None:
+    """A schedule to come is evaluated at its step 0, where it is sure to be defined."""
+    seen = []
+
+    def noting(step: torch.Tensor) -> torch.Tensor:
+        seen.append(step.item())
+        return step
+
+    joined = schedules.join((schedules.constant(1.0), noting), (2,))
+    assert [joined(t).item() for t in range(5)] == [1.0, 1.0, 0.0, 1.0, 2.0]
+    assert seen == [0.0, 0.0, 0.0, 1.0, 2.0]
 
 
 def test_are_values() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import torch_parity
@@ -43,3 +45,35 @@ def test_float32(pair: torch_parity.Pair) -> None:
     grads = [{n: g.float() for n, g in step.items()} for step in _grads(10)]
     for steps in (1, 2, 10):
         torch_parity.agree_in_float32(pair, params, grads[:steps], 0.1)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_defaults(name: str) -> None:
+    """What is left out is what torch takes, and arguments stand in torch's order."""
+    ours = inspect.signature(getattr(fo, name.lower())).parameters
+    theirs = inspect.signature(getattr(torch.optim, name)).parameters
+    shared = [key for key in ours if key in theirs]
+    assert {"lr", "weight_decay", "maximize"} <= set(shared)
+    for key in shared:
+        assert ours[key].default == theirs[key].default, key
+    positional = [
+        key for key in ours if ours[key].kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
+    assert positional == list(theirs)[1 : len(positional) + 1]
+
+
+@pytest.mark.parametrize("preset", [fo.sgd, fo.adam, fo.adamw])
+def test_mask_chooses_what_decays(preset) -> None:
+    """What the mask picks moves as with decay, all else as without."""
+    params, grads = numbers(SHAPES, 99), numbers(SHAPES, 0)
+
+    def moved(**options) -> fo.TensorMap:
+        tx = preset(0.1, **options)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    plain, decayed = moved(weight_decay=0.0), moved(weight_decay=0.5)
+    masked = moved(weight_decay=0.5, mask="*.weight")
+    for name in params:
+        expected = decayed if name == "a.weight" else plain
+        assert torch.equal(masked[name], expected[name]), name
+    assert not torch.equal(plain["a.weight"], decayed["a.weight"])
