@@ -1,6 +1,7 @@
 # make train   install and run the main job: a language model, trained in three ways
 # make test    install, then lint, types, doctests, tests and property tests
 # make mutants install, then break one formula at a time and see that the tests notice
+# make laws    write docs/laws.md from a run of every law on every transform
 # make bench   install and time one optimizer step against torch.optim and TorchOpt
 #
 # Each works on a fresh machine with Python 3.10 to 3.13 and nothing else.

@@ -21,12 +21,12 @@ from functional_optim import schedules
         ("end_value", lambda x: schedules.exponential(1.0, 0.9, end_value=x)),
         ("power", lambda x: schedules.polynomial(1.0, 0.0, 3, power=x)),
         ("values[1]", lambda x: schedules.piecewise((1.0, x), (3,))),
-        ("max_value", lambda x: schedules.one_cycle(x, 3)),
+        ("peak_value", lambda x: schedules.one_cycle(x, 3)),
         ("pct_start", lambda x: schedules.one_cycle(1.0, 3, pct_start=x)),
         ("div_factor", lambda x: schedules.one_cycle(1.0, 3, div_factor=x)),
         ("final_div_factor", lambda x: schedules.one_cycle(1, 3, final_div_factor=x)),
     ],
-    ids=lambda x: x if isinstance(x, str) else "",
+    ids=map(str, range(12)),
 )
 def test_values_are_finite_numbers(name: str, make) -> None:
     """A value that is not finite, or no number, is refused by name."""

@@ -128,16 +128,16 @@ class warmup_cosine:
 @final
 @value_class
 class one_cycle:
-    """Half a cosine up to `max_value`, then half a cosine down to nearly nothing.
+    """Half a cosine up to `peak_value`, then half a cosine down to nearly nothing.
 
-    With s = max_value / div_factor, e = s / final_div_factor, n = num_steps, p =
+    With s = peak_value / div_factor, e = s / final_div_factor, n = num_steps, p =
     pct_start * n - 1, h(x) = (1 + cos(pi * x)) / 2 and t at most n - 1:
 
-    value(t) = max_value + (s - max_value) * h(t / p) if t < p, else
-    e + (max_value - e) * h((t - p) / (n - 1 - p))
+    value(t) = peak_value + (s - peak_value) * h(t / p) if t < p, else
+    e + (peak_value - e) * h((t - p) / (n - 1 - p))
 
     Args:
-        max_value: Value at the top, step p. Finite.
+        peak_value: Value at the top, step p. Finite.
         num_steps: Length of the whole schedule in updates; the last value is that of
             step num_steps - 1, as in torch. >= 1.
         pct_start: Part of the steps on the way up. >= 0 and <= 1.
@@ -157,7 +157,7 @@ class one_cycle:
         anneal_strategy="cos" and three_phase=False.
     """
 
-    max_value: float
+    peak_value: float
     num_steps: int
     _: KW_ONLY
     pct_start: float = 0.3
@@ -166,7 +166,7 @@ class one_cycle:
 
     def _check(self) -> None:
         """Refuse values that are not finite or out of range."""
-        check_numbers(self, "max_value", "pct_start", "div_factor", "final_div_factor")
+        check_numbers(self, "peak_value", "pct_start", "div_factor", "final_div_factor")
         check_positive(self, "div_factor", "final_div_factor")
         check_steps("num_steps", self.num_steps, 1)
         if not 0 <= self.pct_start <= 1:
@@ -175,7 +175,7 @@ class one_cycle:
 
     def __call__(self, step: float | Tensor) -> Tensor:
         """Return the value at a step, shape (), float64."""
-        start = self.max_value / self.div_factor
+        start = self.peak_value / self.div_factor
         end = start / self.final_div_factor
         last = self.num_steps - 1
         peak = self.pct_start * self.num_steps - 1
@@ -183,6 +183,6 @@ class one_cycle:
         # A phase without length is never on: any number but 0 may divide its steps.
         up = (t / (peak or 1.0)).clamp(0.0, 1.0)
         down = ((t - peak) / ((last - peak) or 1.0)).clamp(0.0, 1.0)
-        rising = between(self.max_value, start, _half_cosine(up))
-        falling = between(end, self.max_value, _half_cosine(down))
+        rising = between(self.peak_value, start, _half_cosine(up))
+        falling = between(end, self.peak_value, _half_cosine(down))
         return torch.where(t < peak, rising, falling)

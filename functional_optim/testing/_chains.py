@@ -33,7 +33,7 @@ def _hyperparameters(
 def transforms(
     names: Sequence[str] = (), *, smooth: bool = False
 ) -> st.SearchStrategy[fo.Transform]:
-    """Transforms of the library, with any legal hyperparameters.
+    """Transforms of the library; numbers, tensors, schedules and maps as arguments.
 
     Args:
         names: Names of the parameters; hyperparameters by name need them.

@@ -29,8 +29,8 @@ def check_transform(
     """Check that a transform is safe to compose, batch, compile, shard and checkpoint.
 
     Tries every law on it, and raises on the first that does not hold, with the
-    smallest case found. Takes a few seconds for most rules; the same transform gets the
-    same answer every time. Empties the caches of torch.compile.
+    smallest case found. Takes a few seconds for most rules; a program that does not
+    change gets the same answer every time. Empties the caches of torch.compile.
 
     Args:
         transform: Anything with `init`, `update` and `scope`; `()` is a legal state.

@@ -180,7 +180,7 @@ class ClipByNorm:
 
     Source:
         torch.nn.utils.clip_grad_norm_ on each tensor alone, bit for bit;
-        tf.clip_by_norm.
+        tf.clip_by_norm, up to the 1e-6.
     """
 
     max_norm: Hyperparameter = hyperparameter(gt=0.0)
