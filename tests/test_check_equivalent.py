@@ -137,3 +137,38 @@ def test_bad_input() -> None:
 
     with pytest.raises(ValueError, match="yield once after each step"):
         check_equivalent(PIPELINE, rarely)
+
+
+def test_sees_replaced_parameters_and_the_end() -> None:
+    """A loop may put new Parameters into the model, and act after its last yield."""
+
+    def replaces(model, gradients):
+        for _ in gradients:
+            model.w = torch.nn.Parameter(model.w.data + 7)
+            yield
+
+    def adds_at_the_end(model, gradients):
+        for _ in gradients:
+            yield
+        model.w.data += 7
+
+    for loop in (replaces, adds_at_the_end):
+        with pytest.raises(NotEquivalentError):
+            check_equivalent(fo.SetToZero(), loop, params={"w": torch.zeros(2)})
+
+
+def test_gaps_at_the_largest_numbers() -> None:
+    """Where an ulp would be infinite, and between finite and infinite, a gap counts."""
+
+    def to(value: float):
+        def loop(model, gradients) -> None:
+            model.w.data.fill_(value)
+
+        return loop
+
+    zero = torch.zeros(1, dtype=torch.float16)
+    largest = Example({"w": zero + 65504}, [{"w": zero + 60000}])
+    with pytest.raises(NotEquivalentError):
+        check_equivalent(fo.Scale(-1.0), to(65504.0), example=largest, max_ulps=1)
+    with pytest.raises(NotEquivalentError, match="inf ulp apart"):
+        check_equivalent(fo.Scale(-1.0), to(float("inf")), example=largest, max_ulps=9)

@@ -291,3 +291,108 @@ def test_without_hypothesis_the_extra_is_named() -> None:
     )
     assert "line 3, in <module>" in done.stderr
     assert "pip install 'functional_optim[testing]'" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_is_no_mistake(dtype: torch.dtype) -> None:
+    """Totals over parts may round in another way, also with 16-bit parameters."""
+    params = {"w": torch.zeros(4, 3, dtype=dtype), "b": torch.zeros(3, dtype=dtype)}
+    check_transform(fo.ClipByGlobalNorm(1.0), params, max_examples=20)
+    check_transform(fo.adamw(), params, max_examples=20)
+
+
+def test_masks_get_all_names() -> None:
+    """A mask that needs certain names is tried on parameters that have them."""
+    decay = fo.adamw(mask=fo.exclude("*bias"))
+    check_transform(fo.chain(fo.Accumulate(2), decay), max_examples=20)
+
+
+def test_surroundings_do_not_matter() -> None:
+    """Grad mode, inference mode and the default dtype of the caller change nothing."""
+    with torch.no_grad():
+        check_transform(Double(), max_examples=5)
+    with torch.inference_mode():
+        check_transform(Double(), max_examples=5)
+    state = torch.get_rng_state()
+    check_transform(Ema(), max_examples=5)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"params": {"a": 3}}, TypeError, "parameter of 'a' must be a tensor, got 3"),
+        ({"params": {1: torch.ones(1)}}, TypeError, "names must be strings, got 1"),
+        ({"params": {"a": torch.ones(1).int()}}, TypeError, "only real floating-point"),
+        ({"contexts": [3]}, TypeError, r"contexts must be a list of Context\(...\)"),
+        ({"contexts": fo.Context()}, TypeError, "contexts must be a list of Context"),
+        ({"max_examples": 0}, ValueError, "max_examples must be >= 1, got 0"),
+    ],
+)
+def test_refuses_arguments(arguments: Any, error: type, message: str) -> None:
+    """Arguments that cannot say how examples shall be are refused by name."""
+    with pytest.raises(error, match=message):
+        check_transform(Double(), **arguments)
+
+
+def test_a_typo_is_no_matter_of_shapes() -> None:
+    """An error in the code of a transform is told with its line, and no advice."""
+
+    class Typo(Double):
+        def update(self, updates, state, params, *, context=None) -> Any:
+            return dict.fromkeys(updates, 2 * uu), state  # noqa: F821
+
+    with pytest.raises(ValueError, match=r"name 'uu' is not defined.*line \d+\)") as e:
+        check_transform(Typo())
+    assert "certain names or shapes" not in str(e.value)
+
+
+def test_contexts_reach_every_law() -> None:
+    """A rule that needs the loss is checked with it, held steps included."""
+
+    class ByLoss(Double):
+        def update(self, updates, state, params, *, context=None) -> Any:
+            factor = context.loss.clamp(max=1.0)
+            return {n: (factor * u).to(u.dtype) for n, u in updates.items()}, state
+
+    contexts = [fo.Context(loss=torch.tensor(0.5, dtype=torch.float64))]
+    check_transform(ByLoss(), contexts=contexts, smooth=True, max_examples=20)
+    weights = [fo.Context(weight=2.0), fo.Context(weight=3.0)]
+    check_transform(fo.Accumulate(2), contexts=weights, max_examples=20)
+    with pytest.raises(ValueError, match=r"pass contexts=\[Context\(loss=...\)\]"):
+        check_transform(NeedsLoss())
+
+
+class NeedsLoss(Double):
+    """Fails without a loss in a way that may have to do with anything."""
+
+    def update(self, updates, state, params, *, context=None) -> Any:
+        """Return u * loss."""
+        loss = torch.as_tensor(context.loss)
+        return {name: loss * u for name, u in updates.items()}, state
+
+
+def test_late_changes_need_longer_runs() -> None:
+    """What goes wrong after many steps is found with max_steps."""
+
+    class Late(Double):
+        def init(self, params: fo.TensorMap) -> Any:
+            """Return a count."""
+            return Count(torch.zeros((), dtype=torch.float64, device="cpu"))
+
+        def update(self, updates, state, params, *, context=None) -> Any:
+            count = state.count + bool(updates)
+            late = count > 9
+            out = {n: torch.where(late, u - u.mean(), u) for n, u in updates.items()}
+            return out, Count(count)
+
+    laws.scope(Late())
+    with pytest.raises(BrokenLawError):
+        laws.scope(Late(), max_steps=20)
+
+
+class Count(NamedTuple):
+    """How many updates there were."""
+
+    count: torch.Tensor

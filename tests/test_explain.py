@@ -267,3 +267,29 @@ def test_rules_that_do_not_fit_are_an_error() -> None:
     """A rule that matches nothing is the same error as at init."""
     with pytest.raises(ValueError, match="'typo' matches no parameter"):
         fo.explain(fo.adamw(mask="typo"), small_gpt())
+
+
+def test_a_name_is_no_label() -> None:
+    """What stands inside a name, or a mask, has no label of its own."""
+    tx = fo.Named("inner", fo.Masked(fo.sgd(0.1), "*"))
+    assert "inner: " not in fo.explain(tx, {"w": torch.zeros(2)})
+
+
+def test_parameters_stay_as_they_are() -> None:
+    """A user's transform that cannot run on meta, and is impure, changes nothing."""
+
+    class Impure:
+        scope = fo.Scope.ELEMENTWISE
+
+        def init(self, params):
+            return ()
+
+        def update(self, updates, state, params, *, context=fo.Context()):
+            for p in params.values():
+                float(p.sum())
+                p.add_(1.0)
+            return updates, state
+
+    params = {"w": torch.zeros(2)}
+    fo.explain(Impure(), params)
+    assert params["w"].tolist() == [0.0, 0.0]

@@ -252,3 +252,15 @@ def test_a_users_function_may_return_a_number() -> None:
     scale = fo.Scale(lambda step: 3.0)
     out, _ = scale.update(params, scale.init(params), params)
     assert out["w"].item() == 3.0
+
+
+def test_second_bounded_exponential_compiles() -> None:
+    """Another decay rate makes it a symbol of the compiler; nothing branches on it."""
+    params = {"w": torch.ones(3)}
+    torch.compiler.reset()
+    for rate in (0.5, 0.25):
+        pipeline = fo.sgd(schedules.exponential(1.0, rate, end_value=0.1))
+        state = pipeline.init(params)
+        update = torch.compile(pipeline.update, fullgraph=True, backend="eager")
+        for _ in range(4):
+            _, state = update(params, state, params)
