@@ -41,8 +41,8 @@ def transforms(
 
     Example:
         >>> from hypothesis import find
-        >>> find(transforms(), lambda transform: isinstance(transform, fo.Trace))
-        Trace(0.0)
+        >>> find(transforms(), lambda transform: "Trace" in repr(transform)).scope.name
+        'ELEMENTWISE'
     """
     number = _hyperparameters(_numbers, names)
     fraction = _hyperparameters(_fractions, names)
@@ -96,8 +96,8 @@ def chains(
 
     Example:
         >>> from hypothesis import find
-        >>> find(chains(), lambda chained: len(chained) == 1)
-        chain(Scale(0.0))
+        >>> len(find(chains(), lambda chained: len(chained) == 2))
+        2
     """
     members: list[fo.Transform] = []
     for member in draw(st.lists(transforms(names, smooth=smooth), max_size=max_size)):

@@ -70,7 +70,8 @@ def check_transform(
     """
     check_protocol(transform)
     check_arguments(params, contexts, max_examples)
-    params = _runs_on(transform, params, contexts)
+    with torch.enable_grad():  # Whatever the transform does to grad mode is undone.
+        params = _runs_on(transform, params, contexts)
     for law in laws.ALL:
         if law is laws.differentiable and not smooth:
             continue

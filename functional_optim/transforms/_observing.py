@@ -52,7 +52,7 @@ def _checked_fn(name: str, fn: Any) -> Any:
 
 def _checked_op(name: str, op: Any) -> Any:
     if not isinstance(op, Norm) and op not in ("sum", "max", "all"):
-        msg = f"{name} must be 'sum', 'max', 'all' or Norm(p) as Norm(2.0), got {op!r}"
+        msg = f"{name} must be 'sum', 'max', 'all' or Norm(p), got {op!r}"
         raise ValueError(msg)
     return op
 
