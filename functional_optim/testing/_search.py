@@ -70,6 +70,8 @@ class Search:
         try:
             self.run(timed)
         except failure as error:
+            # What hypothesis notes about itself is of no use: the report says it all.
+            vars(error).pop("__notes__", None)
             return error
         except _TimeUpError:
             return failures[-1]  # Each one is smaller than the one before.
@@ -87,6 +89,7 @@ class Search:
             max_examples=self.max_examples,
             deadline=None,
             database=None,
+            print_blob=False,
             derandomize=self.seed is None,
             report_multiple_bugs=False,
             suppress_health_check=list(hypothesis.HealthCheck),
