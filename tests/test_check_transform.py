@@ -343,7 +343,7 @@ def test_a_typo_is_no_matter_of_shapes() -> None:
 
     class Typo(Double):
         def update(self, updates, state, params, *, context=None) -> Any:
-            return dict.fromkeys(updates, 2 * uu), state  # noqa: F821
+            return dict.fromkeys(updates, 2 * uu), state  # noqa: F821 - the typo
 
     with pytest.raises(ValueError, match=r"name 'uu' is not defined.*line \d+\)") as e:
         check_transform(Typo())

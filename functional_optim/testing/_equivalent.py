@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,58 +14,12 @@ from functional_optim._chain import chain
 from functional_optim._context import Context
 from functional_optim._types import TensorMap, Transform
 from functional_optim.testing import strategies
-from functional_optim.testing._code import context_import, transform_code
 from functional_optim.testing._compare import largest_gap, same_bits
 from functional_optim.testing._examples import Example
+from functional_optim.testing._gap import Gap, Loop, NotEquivalentError
 from functional_optim.testing._hypothesis import hypothesis, st
 from functional_optim.testing._law import check_protocol
 from functional_optim.testing._search import Search, drawn_examples, kinds_of
-
-Loop: TypeAlias = Callable[[torch.nn.Module, Sequence[TensorMap]], Any]
-"""A plain PyTorch loop over the gradients of each step; it may yield after each."""
-
-
-class NotEquivalentError(AssertionError):
-    """A pipeline and a loop give different parameters.
-
-    Attributes:
-        step: The first step after which they differ; None if the loop does not yield.
-        name: The parameter.
-        index: The element where they are farthest apart.
-        ulps: How far, in ulp.
-        example: The smallest example found.
-
-    Example:
-        >>> import functional_optim as fo
-        >>> def plain(model, gradients):
-        ...     for step in gradients:
-        ...         for name, p in model.named_parameters():
-        ...             p.data -= 0.2 * step.get(name, 0.0)
-        ...         yield
-        >>> try:
-        ...     check_equivalent(fo.sgd(0.1), plain)
-        ... except NotEquivalentError as error:
-        ...     print(error.step, error.name, error.index)
-        0 a.weight ()
-    """
-
-    def __init__(self, gap: _Gap, transform: Any, loop: Loop, example: Example) -> None:
-        self.step, self.name, self.index = gap.step, gap.name, gap.index
-        self.ulps, self.example = gap.ulps, example
-        super().__init__(_report(gap, transform, loop, example))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Gap:
-    """Where two runs part."""
-
-    step: int | None
-    name: str
-    index: tuple[int, ...]
-    ulps: float
-    allowed: float
-    ours: float
-    theirs: float
 
 
 def backward(model: torch.nn.Module, gradients: TensorMap) -> None:
@@ -194,7 +146,7 @@ def check_equivalent(
 
 def _first_gap(
     transform: Transform, loop: Loop, example: Example, allowed: float
-) -> _Gap | None:
+) -> Gap | None:
     """Return where a transform and a loop first part on an example."""
     theirs, yields = _loop_steps(loop, example)
     ours = _pure_steps(transform, example)
@@ -210,7 +162,7 @@ def _first_gap(
             if ulps > allowed or allowed == 0:
                 numbers = float(mine[name][index]), float(there[index])
                 at = step if yields else None
-                gaps.append(_Gap(at, name, index, ulps, allowed, *numbers))
+                gaps.append(Gap(at, name, index, ulps, allowed, *numbers))
         if gaps:
             return max(gaps, key=lambda gap: gap.ulps)
         before = now
@@ -273,38 +225,3 @@ def _model(params: TensorMap) -> torch.nn.Module:
             module = module.get_submodule(part)
         module.register_parameter(last, torch.nn.Parameter(p.clone()))
     return model
-
-
-def _report(gap: _Gap, transform: Any, loop: Loop, example: Example) -> str:
-    """Return where two runs part, and the program in which they do."""
-    when = "at the end" if gap.step is None else f"first after step {gap.step}"
-    element = f"element {gap.index} of " if gap.index else ""
-    bound = f"{gap.allowed:g} ulp" if gap.allowed else "no difference in any bit"
-    imports, made = transform_code(transform)
-    called = getattr(loop, "__name__", "torch_loop")
-    program = [
-        "import torch",
-        "from functional_optim.testing import Example, check_equivalent",
-        *imports,
-        *context_import(example),
-        "",
-        f"transform = {made}",
-        *f"example = {example!r}".splitlines(),
-        f"check_equivalent(transform, {called}, example=example"
-        + (f", max_ulps={gap.allowed:g})" if gap.allowed else ")"),
-    ]
-    what = (
-        f"What: {element}{gap.name!r} is {gap.ours!r} in the pipeline and "
-        f"{gap.theirs!r} in the loop: {gap.ulps:.3g} ulp apart, allowed: {bound}"
-    )
-    return "\n".join(
-        [
-            f"{transform!r} is not {called}: they part {when}.",
-            "",
-            what,
-            "",
-            "The smallest case found, to paste and run:",
-            "",
-            *(f"    {line}".rstrip() for line in program),
-        ]
-    )
