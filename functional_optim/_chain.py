@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from functional_optim._apply import recording
 from functional_optim._context import Context
@@ -68,6 +68,8 @@ class Chain:
     members: tuple[Transform, ...] = checked(
         check=_checked_members, resolve=_resolve_members
     )
+
+    consumes_state: ClassVar[bool] = True
 
     def _check(self) -> None:
         """Refuse orders that cannot be right."""

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 Factor: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
 """What a map can be multiplied by: one number for all, or one for each name."""
 
+
+class Donated(dict[str, Tensor]):
+    """A map whose tensors the algebra may overwrite: their owner has given them up.
+
+    An executor hands state over like this where the transform reads each entry once,
+    as JAX donates buffers: the first operation of an expression then runs in place.
+    """
+
+
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 _SIXTEEN_BIT = {torch.float16, torch.bfloat16}
 
@@ -87,7 +96,7 @@ class Expression:
             self._values = [v if v.ndim else v.reshape(1) for v in self._values]
         self._dtypes = [v.dtype for v in self._values]
         self._foreach = foreach_applies(self._values)
-        self._own = False
+        self._own = self._foreach and type(values) is Donated
 
     def to_map(self, like: TensorMap | None = None) -> TensorMap:
         """End the expression: a new map, in the dtype it started with.

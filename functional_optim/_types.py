@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import (
     Any,
     Generic,
@@ -118,6 +118,7 @@ class Transform(Protocol):
         """
 
 
+T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -170,3 +171,43 @@ def inner_transforms(transform: object) -> tuple[Transform, ...]:
             parts = tuple(value.values())
         found.extend(part for part in parts if isinstance(part, Transform))
     return tuple(found)
+
+
+def with_inner(transform: T, change: Callable[[Transform], Transform]) -> T:
+    """Return a combinator with other transforms inside; the same one if none differs.
+
+    Args:
+        transform: Any transform; one that is no dataclass is returned as it is.
+        change: What to put in the place of a transform that it was built from.
+
+    Example:
+        >>> from functional_optim.transforms import Masked, Scale
+        >>> with_inner(Masked(Scale(2.0), mask="*.bias"), lambda inner: Scale(3.0))
+        Masked(Scale(3.0), '*.bias')
+    """
+    if not dataclasses.is_dataclass(transform) or isinstance(transform, type):
+        return transform
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(transform):
+        old = getattr(transform, field.name)
+        new = _changed(old, change)
+        if new is not old:
+            changes[field.name] = new
+    return dataclasses.replace(transform, **changes) if changes else transform
+
+
+def _changed(value: Any, change: Callable[[Transform], Transform]) -> Any:
+    """Change a transform, or those of a tuple or map, if any differs."""
+    if isinstance(value, Transform) and not isinstance(value, type):
+        return change(value)
+    if isinstance(value, tuple):
+        parts = tuple(_changed(part, change) for part in value)
+        return (
+            parts
+            if any(a is not b for a, b in zip(parts, value, strict=True))
+            else value
+        )
+    if isinstance(value, dict):
+        entries = {key: _changed(part, change) for key, part in value.items()}
+        return entries if any(entries[k] is not value[k] for k in value) else value
+    return value

@@ -91,6 +91,7 @@ class Accumulate:
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.ACCUMULATE
+    consumes_state: ClassVar[bool] = True
 
     def _check(self) -> None:
         """Refuse windows without micro-batches and dtypes that cannot hold sums."""

@@ -107,6 +107,7 @@ class ScaleByAdam:
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.MOMENT
+    consumes_state: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> ScaleByAdamState:
         """Return moments of zero."""

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
+from functional_optim._guarding import guarded
 from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._norms import all_finite
 from functional_optim._parts import Part
@@ -120,15 +120,12 @@ class SkipNonfinite:
         if not updates:
             return {}, state
         ok = context.reduce(all_finite(updates), "all")
-        safe = {name: torch.where(ok, u, 0.0) for name, u in updates.items()}
-        moved, inner = self.inner.update(
-            safe, state.inner, params, context=context.at("inner")
+        moved, inner = guarded(
+            ok, self.inner, updates, state.inner, params, context=context.at("inner")
         )
-        # p + (-0.0) is p for every p; p + 0.0 would turn -0.0 into 0.0.
-        moved = {name: torch.where(ok, u, -0.0) for name, u in moved.items()}
         skip = (~ok).double()
         return moved, SkipNonfiniteState(
-            inner=_selected(ok, inner, state.inner),
+            inner=inner,
             skipped=state.skipped + skip,
             consecutive=(state.consecutive + 1) * skip,
         )
@@ -141,20 +138,6 @@ class SkipNonfinite:
     def readings(self, state: SkipNonfiniteState) -> TensorMap:
         """Return the steps skipped in all, and in a row."""
         return {"skipped": state.skipped, "consecutive": state.consecutive}
-
-
-def _selected(ok: Tensor, new: Any, old: Any) -> Any:
-    """Return the new state where ok, else the old one."""
-    leaves, spec = _pytree.tree_flatten(new)
-    before = _pytree.tree_leaves(old)
-    chosen: list[Tensor] = []
-    last: tuple[Tensor, Tensor] | None = None
-    for n, o in zip(leaves, before, strict=True):
-        # Names that share a count go on sharing it; they stand side by side.
-        shared = last is not None and n is last[0] and o is last[1]
-        chosen.append(chosen[-1] if shared else torch.where(ok, n, o))
-        last = n, o
-    return _pytree.tree_unflatten(chosen, spec)
 
 
 def _find(transform: object, role: Role) -> Transform | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, final
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
 
 from torch import Tensor
 
@@ -68,6 +68,8 @@ class Masked:
 
     inner: Transform = checked(check=checked_transform)
     mask: Selection = checked(check=frozen_selection)
+
+    consumes_state: ClassVar[bool] = True
 
     def resolved(self, name: str, param: Tensor) -> Masked:
         """Return what this is for one parameter: inside the mask, or outside."""
@@ -210,10 +212,35 @@ class Partition:
     inner: Mapping[str, Transform] = checked(check=_checked_inners)
     labels: Labels = checked(check=_checked_labels)
 
+    consumes_state: ClassVar[bool] = True
+
     def resolved(self, name: str, param: Tensor) -> Partition:
-        """Return what this is for one parameter: the transform with its label."""
+        """Return what this is for one parameter: one label, its transform resolved.
+
+        The other transforms stay, so that the state keeps its structure.
+        """
+        label = self.label_of(name, param)
+        inner = {**self.inner, label: resolve(self.inner[label], name, param)}
+        return Partition(inner, label)
+
+    def label_of(self, name: str, param: Tensor) -> str:
+        """Return the label of one parameter.
+
+        Args:
+            name: Its name.
+            param: The parameter.
+
+        Raises:
+            ValueError: no rule gives it one, or `inner` does not have it.
+        """
         label = _label(self.labels, name, param)
-        return Partition({label: resolve(self.inner[label], name, param)}, label)
+        if label not in self.inner:
+            msg = (
+                f"labels give {name!r} the label {label!r}, which inner does not "
+                f"have; its labels are {shown(self.inner)}"
+            )
+            raise ValueError(msg)
+        return label
 
     @property
     def scope(self) -> Scope:
@@ -280,12 +307,5 @@ class Partition:
         """Return the names with each label, in the order of the parameters."""
         groups: dict[str, list[str]] = {label: [] for label in self.inner}
         for name, param in params.items():
-            label = _label(self.labels, name, param)
-            if label not in groups:
-                msg = (
-                    f"labels give {name!r} the label {label!r}, which inner does not "
-                    f"have; its labels are {shown(self.inner)}"
-                )
-                raise ValueError(msg)
-            groups[label].append(name)
+            groups[self.label_of(name, param)].append(name)
         return groups

@@ -91,6 +91,7 @@ class Trace:
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.MOMENT
+    consumes_state: ClassVar[bool] = True
 
     def _check(self) -> None:
         """Refuse Nesterov's look-ahead where it is not defined."""

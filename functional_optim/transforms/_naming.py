@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
@@ -54,6 +54,8 @@ class Named:
 
     name: str = checked(check=checked_name)
     inner: Transform = checked(check=checked_transform, resolve=resolve)
+
+    consumes_state: ClassVar[bool] = True
 
     @property
     def stands_for(self) -> tuple[Transform, ...]:

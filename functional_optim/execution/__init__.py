@@ -1,0 +1,1 @@
+"""Running transforms in place: what lies where, and what runs when."""

@@ -1,0 +1,363 @@
+"""The executor: a transform run in place on parameters, unit by unit.
+
+The arithmetic is that of `update`; here is only what lies where, what runs when, and
+who learns which total. Temporary memory is that of one unit, not of the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functional_optim._context import Context
+from functional_optim._hyperparameters import resolve
+from functional_optim._types import Static
+from functional_optim.execution._guard import scaled, wrapped_state
+from functional_optim.execution._nodes import Kind, fields_of, nodes_of, rebuilt
+from functional_optim.execution._passes import (
+    Call,
+    Totals,
+    collected,
+    next_call,
+    recorded,
+    through,
+)
+from functional_optim.execution._plan import Bucket, Layout
+from functional_optim.execution._rewriting import joined, remembered
+from functional_optim.execution._windows import Structure, Windows, statics_of
+
+if TYPE_CHECKING:
+    from functional_optim._context import Reducer
+    from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._nodes import Node
+    from functional_optim.execution._units import Later, Unit
+
+_COMPANION = "\N{NULL}companion"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """What a gradient scaler asks of a step.
+
+    Args:
+        grad_scale: What gradients are still to be divided by; None if they were.
+        found_inf: Nonzero if a gradient was not finite.
+    """
+
+    grad_scale: Tensor | None
+    found_inf: Tensor
+
+
+class Executor:
+    """Runs a transform in place.
+
+    Args:
+        params: Parameters by name, detached; they are changed by `step`.
+        transforms: The transform of each group of parameters. They differ in numbers
+            only; groups that agree share one object.
+        group_of: The group of each parameter.
+        state: The whole state; `step` writes into it.
+        unit_bytes: Size of a unit; None chooses by device.
+    """
+
+    def __init__(
+        self,
+        params: TensorMap,
+        transforms: list[Transform],
+        group_of: Mapping[str, int],
+        state: Any,
+        *,
+        unit_bytes: int | None = None,
+    ) -> None:
+        self._params = params
+        self._transforms = transforms
+        self._group_of = group_of
+        self._unit_bytes = unit_bytes
+        self._cohorts: dict[str, tuple[Hashable, ...]] = {}
+        self._keys: dict[Hashable, int] = {}
+        self._nodes: list[Node] = [
+            dict(node) if isinstance(node, dict) else node for node in nodes_of(state)
+        ]
+        self._template = rebuilt(state, iter(self._nodes))
+        self._fields = fields_of(transforms[0], self._template, params)
+        self._windows: Windows | None = None
+        if any(field.kind is Kind.STATIC for field in self._fields):
+            self._windows = Windows(transforms[0], self._template, params)
+        self._plan()
+
+    @property
+    def state(self) -> Any:
+        """The whole state by name; its tensors stay the same from step to step."""
+        return self._template
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The nodes of the whole state."""
+        return self._nodes
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        """The plan."""
+        return self._buckets
+
+    def _plan(self) -> None:
+        """Decide again what is updated together; the numbers stay as they are."""
+        layout = Layout(
+            self._params,
+            self._transforms,
+            self._group_of,
+            self._cohorts,
+            self._template,
+            self._nodes,
+            self._fields,
+            self._unit_bytes,
+        )
+        self._buckets = layout.buckets()
+        self._units = [
+            (bucket, unit) for bucket in self._buckets for unit in bucket.units
+        ]
+        self._columns = [
+            [column, column._version]
+            for _, unit in self._units
+            for column in unit.columns.values()
+        ]
+        self._kinds: list[Any] | None = None
+
+    def set_transforms(self, transforms: list[Transform]) -> None:
+        """Go on with other numbers.
+
+        Args:
+            transforms: As at construction.
+        """
+        self._transforms = transforms
+        for bucket in self._buckets:
+            if bucket.whole:
+                bucket.transform = joined(transforms, self._group_of)
+                continue
+            chosen = {id(transforms[group]): group for group in bucket.members}
+            found = [
+                resolve(transforms[group], name, self._params[name])
+                for group in chosen.values()
+                for name in [bucket.members[group]]
+            ]
+            if any(other != found[0] for other in found[1:]):
+                # They part for good: a plan is not for free.
+                self._part_by_group()
+                return
+            bucket.transform = found[0]
+
+    def _part_by_group(self) -> None:
+        first: dict[int, int] = {}
+        for group, transform in enumerate(self._transforms):
+            first.setdefault(id(transform), group)
+        for name, group in self._group_of.items():
+            alike = first[id(self._transforms[group])]
+            self._cohorts[name] = (*self._cohorts.get(name, ()), alike)
+        self._plan()
+
+    def _follow(self, grads: TensorMap) -> None:
+        """Let parameters part that did not get a gradient alike, or were written to."""
+        kinds = [grads[n].dtype if n in grads else None for n in self._params]
+        if kinds != self._kinds:
+            by_name = dict(zip(self._params, kinds, strict=True))
+            parted = False
+            for _, unit in self._units:
+                if len(unit.names) > 1 and len({by_name[n] for n in unit.names}) > 1:
+                    parted = parted or bool(unit.pooled)
+            if parted:
+                for name, kind in by_name.items():
+                    self._cohorts[name] = (*self._cohorts.get(name, ()), kind)
+                self._plan()
+            self._kinds = kinds
+        if any(column._version != version for column, version in self._columns):
+            self._plan()
+            self._kinds = kinds
+
+    def step(
+        self, grads: TensorMap, *, context: Context, scaling: Scaling | None = None
+    ) -> None:
+        """Move parameters and state by one update.
+
+        Args:
+            grads: Gradients by name; a name that is missing keeps its state.
+            context: What the training loop knows.
+            scaling: What a gradient scaler asks for.
+        """
+        if not grads:
+            return
+        self._follow(grads)
+        structure = None
+        if self._windows is not None:
+            given = {name: grad.dtype for name, grad in grads.items()}
+            structure = self._windows.structure(given, self._nodes, context=context)
+        runs = self._runs(grads, structure, context, scaling)
+        totals = self._totals(runs)
+        later: Later = {}
+        whole: dict[int, tuple[Tensor, Tensor]] = {}
+        for run in runs:
+            moved, state = run.finish(totals)
+            run.unit.write(moved, state, later)
+            self._collect(run.unit, state, whole)
+        for old, new in (*later.values(), *whole.values()):
+            old.copy_(new)
+        for entry in self._columns:
+            entry[1] = entry[0]._version
+        if structure is not None:
+            self._advance(structure)
+
+    def _runs(
+        self,
+        grads: TensorMap,
+        structure: Structure | None,
+        context: Context,
+        scaling: Scaling | None,
+    ) -> list[_Run]:
+        """Return what runs in this step."""
+        host = statics_of(self._nodes), context.last, scaling is None
+        key = self._keys.setdefault(host, len(self._keys))
+        transforms = {
+            id(bucket): bucket.transform
+            if scaling is None
+            else scaled(bucket.transform, scaling.grad_scale, scaling.found_inf)
+            for bucket in self._buckets
+        }
+        runs = []
+        for bucket, unit in self._units:
+            given = any(name in grads for name in unit.names)
+            emits = structure is not None and any(
+                name in structure.emitted for name in unit.names
+            )
+            if given or emits:
+                transform = transforms[id(bucket)]
+                run = _Run(bucket, unit, transform, grads, context, scaling)
+                run.key, run.alone = (key, given), not given
+                runs.append(run)
+        return runs
+
+    def _totals(self, runs: list[_Run]) -> Totals:
+        """Return the totals that the updates ask for, a pass for each."""
+        left: dict[tuple[int, Hashable], tuple[list[Call], list[_Run]]] = {}
+        for run in runs:
+            kind = id(run.bucket), run.key
+            calls = run.calls()
+            left.setdefault(kind, (list(calls), []))[1].append(run)
+        totals: Totals = {}
+        while True:
+            waiting = [entry for entry in left.values() if entry[0]]
+            if not waiting:
+                return totals
+            call = next_call([calls for calls, _ in waiting])
+            taking = [entry for entry in waiting if entry[0][0] == call]
+            chosen = {id(run) for _, some in taking for run in some}
+            totals[call] = collected(
+                [run for run in runs if id(run) in chosen], call, totals
+            )
+            for calls, _ in taking:
+                del calls[0]
+
+    def _collect(
+        self, unit: Unit, state: Any, whole: dict[int, tuple[Tensor, Tensor]]
+    ) -> None:
+        """Take what belongs to the transform as a whole from a unit that it served."""
+        for index, (field, old, new) in enumerate(
+            zip(self._fields, self._nodes, nodes_of(state), strict=True)
+        ):
+            if field.kind is not Kind.WHOLE or index in whole or new is old:
+                continue
+            if any(name in field.names for name in unit.names):
+                whole[index] = old, new  # type: ignore[assignment]
+
+    def _advance(self, structure: Structure) -> None:
+        """Keep the new `Static` values."""
+        if all(self._nodes[i] == node for i, node in structure.statics.items()):
+            return
+        for index, node in structure.statics.items():
+            self._nodes[index] = node
+        self._template = rebuilt(self._template, iter(self._nodes))
+        for _, unit in self._units:
+            unit.set_statics(structure.statics)
+
+
+class _Run:
+    """One update of one unit in one step."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        unit: Unit,
+        transform: Transform,
+        grads: TensorMap,
+        context: Context,
+        scaling: Scaling | None,
+    ) -> None:
+        self.bucket, self.unit = bucket, unit
+        self.key: Hashable = None
+        """What the calls of `reduce` depend on."""
+        self.alone = False
+        """Whether there is no gradient: a window closes, and its mean comes out."""
+        self._transform, self._grads, self._context = transform, grads, context
+        self._scaling = scaling
+        self._again = False
+        self._memory: dict[tuple[int | str, ...], tuple[TensorMap, Any]] = {}
+
+    def calls(self) -> Sequence[Call]:
+        """Return the calls of `reduce`: always the same, so tried once."""
+        known = self.bucket.calls
+        if self.key not in known:
+            calls: list[Call] = []
+            self(recorded(calls))
+            known[self.key] = calls
+        if known[self.key]:
+            self._transform = remembered(self._transform, self._memory)
+        return known[self.key]
+
+    def finish(self, totals: Totals) -> tuple[TensorMap, Any]:
+        """Run the update when all totals are known."""
+        moved, state = through(lambda reducer: self(reducer, last=True), totals)
+        self._memory.clear()
+        return moved, state
+
+    def __call__(
+        self, reducer: Reducer, *, last: bool = False
+    ) -> tuple[TensorMap, Any]:
+        """Run the update; the last one of a step may overwrite the state."""
+        unit = self.unit
+        updates = unit.updates(self._grads, again=self._again)
+        self._again = True
+        context = dataclasses.replace(self._context, reducer=reducer)
+        if self.alone:
+            return self._with_companion(context)
+        if self._scaling is None:
+            state = unit.donated if last else unit.state
+            return self._transform.update(updates, state, unit.params, context=context)
+        state = wrapped_state(unit.state, self._scaling.grad_scale)
+        moved, new = self._transform.update(
+            updates, state, unit.params, context=context
+        )
+        return moved, new[-1]
+
+    def _with_companion(self, context: Context) -> tuple[TensorMap, Any]:
+        """Run without a gradient: one without elements goes along, so that it runs."""
+        unit = self.unit
+        param = next(iter(unit.params.values()))
+        empty = param.new_empty(0)
+        nodes: list[Node] = []
+        for node in nodes_of(unit.state):
+            if isinstance(node, dict) and node:
+                entry = next(iter(node.values()))
+                beside = entry if entry.ndim == 0 else entry.new_empty(0)
+                nodes.append({**node, _COMPANION: beside})
+            else:
+                nodes.append(node)
+        moved, state = self._transform.update(
+            {_COMPANION: empty},
+            rebuilt(unit.state, iter(nodes)),
+            {**unit.params, _COMPANION: empty},
+            context=context,
+        )
+        moved.pop(_COMPANION, None)
+        return moved, state

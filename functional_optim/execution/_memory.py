@@ -1,0 +1,97 @@
+"""Tensors as one-dimensional memory: views, copies, scratch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory without gaps or overlap, in any order.
+
+    Example:
+        >>> is_dense(torch.zeros(2, 3).t()), is_dense(torch.zeros(4)[::2])
+        (True, False)
+    """
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """Return a dense tensor as one dimension, in the order of its memory; a view."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+def flat_like(tensor: Tensor, model: Tensor) -> Tensor:
+    """Return a tensor as one dimension in the order of another's memory.
+
+    A view where both lie alike, else a copy.
+    """
+    if tensor.stride() == model.stride() or (
+        tensor.is_contiguous() and model.is_contiguous()
+    ):
+        return flat(tensor)
+    return flat(torch.empty_like(model, dtype=tensor.dtype).copy_(tensor))
+
+
+def carved(memory: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Return consecutive views of one-dimensional memory in the given shapes.
+
+    Example:
+        >>> [v.shape for v in carved(torch.zeros(7), [torch.Size([2, 3]), torch.Size()])]
+        [torch.Size([2, 3]), torch.Size([])]
+    """
+    views, start = [], 0
+    for shape in shapes:
+        views.append(memory[start : start + shape.numel()].view(shape))
+        start += shape.numel()
+    return views
+
+
+class Scratch:
+    """Memory for what is gathered: own pieces up to a budget, one piece for the rest.
+
+    Args:
+        budget: Bytes that may be given away for good.
+    """
+
+    def __init__(self, budget: int) -> None:
+        self._left = budget
+        self._shared: dict[tuple[torch.dtype, torch.device, str], Tensor] = {}
+
+    def take(
+        self, numel: int, like: Tensor, dtype: torch.dtype, use: str
+    ) -> tuple[Tensor, bool]:
+        """Return one-dimensional memory, and whether it belongs to the caller alone.
+
+        Args:
+            numel: Number of elements.
+            like: Where to take it: on the device of this tensor.
+            dtype: Dtype of the elements.
+            use: What for; memory for different uses is never the same.
+        """
+        size = numel * dtype.itemsize
+        if size <= self._left:
+            self._left -= size
+            return torch.empty(numel, dtype=dtype, device=like.device), True
+        key = dtype, like.device, use
+        known = self._shared.get(key)
+        if known is None or known.numel() < numel:
+            known = torch.empty(numel, dtype=dtype, device=like.device)
+            self._shared[key] = known
+        return known[:numel], False

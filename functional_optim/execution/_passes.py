@@ -1,0 +1,144 @@
+"""Passes: how units learn totals over all of them.
+
+A pass runs the update of every unit up to a call of `context.reduce` whose total is not
+known yet, and joins what the units bring there. When all totals are known, the last
+pass runs through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from functional_optim._context import ReduceOp, local_total
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from functional_optim._context import Reducer
+
+Call: TypeAlias = tuple[tuple[int | str, ...], int]
+"""A call of `reduce`: the path of the context, and how many came before it there."""
+
+Totals: TypeAlias = dict[Call, Tensor]
+
+R = TypeVar("R")
+
+
+class _StopError(BaseException):
+    """Carries what a unit brings to a call out of its update, past any `except`."""
+
+    def __init__(self, call: Call, partial: Tensor, op: ReduceOp) -> None:
+        super().__init__(call)
+        self.call, self.partial, self.op = call, partial, op
+
+
+def _numbered(
+    answer: Callable[[Call, Tensor, ReduceOp], Tensor],
+) -> Reducer:
+    """Return a reducer for one update that tells its calls apart."""
+    seen: dict[tuple[int | str, ...], int] = {}
+
+    def reducer(path: tuple[int | str, ...], partial: Tensor, op: ReduceOp) -> Tensor:
+        index = seen.get(path, 0)
+        seen[path] = index + 1
+        return answer((path, index), partial, op)
+
+    return reducer
+
+
+def supplied(totals: Totals) -> Reducer:
+    """Return a reducer that knows some totals and stops at the first it does not."""
+
+    def answer(call: Call, partial: Tensor, op: ReduceOp) -> Tensor:
+        total = totals.get(call)
+        if total is None:
+            raise _StopError(call, partial, op)
+        return total
+
+    return _numbered(answer)
+
+
+def recorded(calls: list[Call]) -> Reducer:
+    """Return a reducer that writes down the calls, and answers from what is there."""
+
+    def answer(call: Call, partial: Tensor, op: ReduceOp) -> Tensor:
+        calls.append(call)
+        return local_total(partial, op)
+
+    return _numbered(answer)
+
+
+def next_call(left: Sequence[Sequence[Call]]) -> Call:
+    """Return a call that all who make it make next.
+
+    Args:
+        left: The calls that are still to come, of each kind of unit; none is empty.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> a, b = ((0,), 0), ((1,), 0)
+        >>> next_call([[b], [a, b]])
+        ((0,), 0)
+    """
+    for calls in left:
+        if all(calls[0] not in other[1:] for other in left):
+            return calls[0]
+    _disordered(left[0][0])
+
+
+def _disordered(call: Call) -> NoReturn:
+    msg = (
+        f"parameters call context.reduce in different orders (at {call[0]}); calls must "
+        "not depend on names, shapes or values"
+    )
+    raise ValueError(msg)
+
+
+def through(run: Callable[[Reducer], R], totals: Totals) -> R:
+    """Run an update to its end.
+
+    Args:
+        run: Function that runs it with a reducer.
+        totals: All totals that it asks for.
+
+    Raises:
+        ValueError: it asks for another one.
+    """
+    try:
+        return run(supplied(totals))
+    except _StopError as stop:
+        _disordered(stop.call)
+
+
+def collected(
+    runs: Sequence[Callable[[Reducer], Any]], call: Call, totals: Totals
+) -> Tensor:
+    """Run updates up to a call, and return the total over them.
+
+    Args:
+        runs: Functions that run the update of a unit with a reducer.
+        call: The call.
+        totals: The totals of the calls before it.
+
+    Raises:
+        ValueError: an update does not come to this call next.
+    """
+    partials: list[Tensor] = []
+    op: ReduceOp = "sum"
+    for run in runs:
+        try:
+            run(supplied(totals))
+        except _StopError as stop:
+            if stop.call != call:
+                _disordered(stop.call)
+            partials.append(stop.partial)
+            op = stop.op
+        else:
+            _disordered(call)
+    return local_total(torch.cat(partials), op)

@@ -1,0 +1,263 @@
+"""The plan: which parameters are updated together, in units of which size.
+
+Parameters share a bucket if one call of `update` may serve them all: the same resolved
+transform, dtype and device, and the same history. A bucket is cut into units: small
+tensors are pooled, large ones cut where the scope allows it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functional_optim._hyperparameters import resolve
+from functional_optim._types import Scope, Static
+from functional_optim.execution._memory import Scratch, is_dense
+from functional_optim.execution._nodes import Kind
+from functional_optim.execution._rewriting import joined
+from functional_optim.execution._units import Piece, Pooled, Shaped, Unit
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._nodes import Field, Node
+    from functional_optim.execution._passes import Call
+
+UNIT_BYTES = {"cpu": 2 * 2**20}
+"""What fits into the cache together with its temporaries, by type of device."""
+
+_UNIT_BYTES_ELSEWHERE = 8 * 2**20
+"""On an accelerator a kernel costs more to start, and memory is fast."""
+
+_POOLED_BELOW = 4
+"""Tensors smaller than this part of a unit are pooled."""
+
+SCRATCH_BYTES = 16 * 2**20
+"""What gathering small tensors may keep for good."""
+
+
+@dataclasses.dataclass
+class Bucket:
+    """Parameters that one transform, resolved, serves.
+
+    Args:
+        transform: The transform for these parameters, now.
+        members: For each group of parameters one of its members here.
+        whole: Whether it has all parameters, under their names, because the transform
+            may not be cut.
+        units: Its units.
+        calls: The calls of `reduce` in its update, by the `Static` values before it.
+    """
+
+    transform: Transform
+    members: dict[int, str]
+    whole: bool = False
+    units: list[Unit] = dataclasses.field(default_factory=list)
+    calls: dict[Hashable, list[Call]] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Layout:
+    """What a plan is made from.
+
+    Args:
+        params: The parameters, detached.
+        transforms: The transform of each group; groups that agree share one object.
+        group_of: The group of each parameter.
+        cohort_of: What else keeps parameters apart: steps that only some of them took.
+        template: The whole state.
+        nodes: Its nodes.
+        fields: What is known about them.
+        unit_bytes: Size of a unit; None chooses by device.
+    """
+
+    params: TensorMap
+    transforms: list[Transform]
+    group_of: Mapping[str, int]
+    cohort_of: Mapping[str, Hashable]
+    template: Any
+    nodes: list[Node]
+    fields: list[Field]
+    unit_bytes: int | None
+
+    def buckets(self) -> list[Bucket]:
+        """Return the buckets with their units, in the order of the parameters."""
+        scope = max(transform.scope for transform in self.transforms)
+        if scope is Scope.GLOBAL:
+            everything = joined(self.transforms, self.group_of)
+            bucket = Bucket(everything, {}, whole=True)
+            bucket.units.append(self._shaped(list(self.params)))
+            return [bucket]
+        elementwise = scope is Scope.ELEMENTWISE
+        scratch = Scratch(SCRATCH_BYTES)
+        buckets = []
+        for transform, names in self._alike(elementwise=elementwise):
+            members = {self.group_of[name]: name for name in reversed(names)}
+            bucket = Bucket(transform, members)
+            if elementwise and not self._has_scalars(names):
+                bucket.units = self._flat_units(names, scratch)
+            else:
+                bucket.units = self._shaped_units(names)
+            buckets.append(bucket)
+        return buckets
+
+    def _alike(self, *, elementwise: bool) -> list[tuple[Transform, list[str]]]:
+        """Return the names that may be updated together, with their transform."""
+        found: dict[Hashable, list[tuple[Transform, list[str]]]] = {}
+        histories = self._histories() if elementwise else {}
+        for name, param in self.params.items():
+            transform = resolve(self.transforms[self.group_of[name]], name, param)
+            key: Hashable = (
+                _hash(transform),
+                param.dtype,
+                param.device,
+                self.cohort_of.get(name),
+                self._has_scalars([name]),
+                histories.get(name),
+                tuple(
+                    node[name].dtype if name in node else None
+                    for node in self.nodes
+                    if isinstance(node, dict)
+                ),
+            )
+            known = found.setdefault(key, [])
+            for other, names in known:
+                if other is transform or other == transform:
+                    names.append(name)
+                    break
+            else:
+                known.append((transform, [name]))
+        return [entry for entries in found.values() for entry in entries]
+
+    def _histories(self) -> dict[str, Hashable]:
+        """Return what has happened to each parameter, as far as its state tells.
+
+        Reads counts on the host: a plan is made rarely.
+        """
+        found: dict[str, list[Hashable]] = {name: [] for name in self.params}
+        for node, field in zip(self.nodes, self.fields, strict=True):
+            if isinstance(node, Static):
+                told = node.value if isinstance(node.value, tuple) else ()
+                for name in self.params:
+                    found[name].append(name in told)
+            elif isinstance(node, dict) and field.kind is Kind.EACH:
+                numbers = {n: entry for n, entry in node.items() if entry.ndim == 0}
+                values = _read(list(numbers.values()))
+                for name, value in zip(numbers, values, strict=True):
+                    found[name].append(value)
+                for name in node.keys() - numbers.keys():
+                    found[name].append(name)  # Not a number: nothing to share.
+        return {name: tuple(history) for name, history in found.items()}
+
+    def _has_scalars(self, names: list[str]) -> bool:
+        return any(
+            field.scalars and isinstance(node, dict) and name in node
+            for node, field in zip(self.nodes, self.fields, strict=True)
+            for name in names
+        )
+
+    def _size(self, param: Tensor) -> int:
+        """Return the number of elements of a unit of this kind."""
+        size = self.unit_bytes
+        if size is None:
+            size = UNIT_BYTES.get(param.device.type, _UNIT_BYTES_ELSEWHERE)
+        return max(1, size // param.dtype.itemsize)
+
+    def _shaped(self, names: list[str]) -> Shaped:
+        for node, field in zip(self.nodes, self.fields, strict=True):
+            if isinstance(node, dict) and field.kind is Kind.EACH:
+                for name in names:
+                    if name in node:  # Names that share a number part here.
+                        node[name] = node[name].clone()
+        params = {name: self.params[name] for name in names}
+        return Shaped(params, self.nodes, self.template, self.fields)
+
+    def _shaped_units(self, names: list[str]) -> list[Unit]:
+        units: list[Unit] = []
+        taken: list[str] = []
+        count = 0
+        for name in names:
+            numel = self.params[name].numel()
+            if taken and count + numel > self._size(self.params[name]):
+                units.append(self._shaped(taken))
+                taken, count = [], 0
+            taken.append(name)
+            count += numel
+        return [*units, self._shaped(taken)]
+
+    def _flat_units(self, names: list[str], scratch: Scratch) -> list[Unit]:
+        units: list[Unit] = []
+        pool: TensorMap = {}
+        count = 0
+        for name in names:
+            param = self.params[name]
+            size = self._size(param)
+            if param.numel() * _POOLED_BELOW >= size and is_dense(param):
+                units.extend(self._pieces(name, size))
+                continue
+            if pool and count + param.numel() > size:
+                units.append(self._pooled(pool, scratch))
+                pool, count = {}, 0
+            pool[name] = param
+            count += param.numel()
+        if pool:
+            units.append(self._pooled(pool, scratch))
+        return units
+
+    def _pooled(self, params: TensorMap, scratch: Scratch) -> Unit:
+        name = next(iter(params))
+        if len(params) == 1 and is_dense(params[name]):
+            return self._pieces(name, max(1, params[name].numel()))[0]
+        return Pooled(params, self.nodes, self.template, self.fields, scratch)
+
+    def _pieces(self, name: str, size: int) -> list[Unit]:
+        param = self.params[name]
+        for node, field in zip(self.nodes, self.fields, strict=True):
+            if isinstance(node, dict) and name in node:
+                node[name] = _own(node[name], param, field.kind)
+        return [
+            Piece(
+                name,
+                param,
+                slice(start, start + size),
+                self.nodes,
+                self.template,
+                self.fields,
+            )
+            for start in range(0, max(1, param.numel()), size)
+        ]
+
+
+def _own(entry: Tensor, param: Tensor, kind: Kind) -> Tensor:
+    """Return an entry of the state in memory of its own that lies as is wanted."""
+    if kind is not Kind.ELEMENTWISE:
+        return entry.clone()
+    if entry.stride() == param.stride() and _alone(entry):
+        return entry
+    return torch.empty_like(param, dtype=entry.dtype).copy_(entry)
+
+
+def _alone(tensor: Tensor) -> bool:
+    """Whether a tensor is all that lies in its memory."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+
+
+def _hash(value: object) -> int:
+    try:
+        return hash(value)
+    except TypeError:  # A user's dataclass that compares by value has none.
+        return 0
+
+
+def _read(numbers: list[Tensor]) -> list[Hashable]:
+    """Return numbers on the host; those with the same bits are equal."""
+    if not numbers:
+        return []
+    values = torch.stack(numbers).cpu()
+    if values.is_floating_point():
+        values = values.double().view(torch.int64)
+    result: list[Hashable] = values.tolist()
+    return result

@@ -1,0 +1,272 @@
+"""Units: what is updated in one call, and where its tensors lie.
+
+A unit shows a transform one tensor map, whatever lies behind it: small tensors gathered
+into one flat tensor, a slice of a large one, or tensors in their own shapes. Results go
+back to where the parameters and states lie; what is shared with other units waits until
+all have run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+
+from functional_optim._tensor_map import Donated, over
+from functional_optim.execution._memory import carved, flat, flat_like
+from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
+
+if TYPE_CHECKING:
+    from functional_optim._types import Static, TensorMap
+    from functional_optim.execution._memory import Scratch
+    from functional_optim.execution._nodes import Field, Node
+
+Later: TypeAlias = "dict[int, tuple[Tensor, Tensor]]"
+"""What is written when all units have run: by `id`, the old tensor and the new."""
+
+
+class Unit:
+    """Parameters that one call of `update` moves together.
+
+    Args:
+        names: Names of the parameters.
+        fields: What is known about the nodes of the state.
+    """
+
+    params: TensorMap
+    """The parameters as the transform sees them, when `updates` was called."""
+
+    pooled: ClassVar[bool] = False
+    """Whether all its parameters must take the same steps."""
+
+    def __init__(self, names: list[str], fields: list[Field]) -> None:
+        self.names = names
+        self._fields = fields
+        self._stored: list[dict[str, Tensor]] = []
+        self.columns: dict[int, Tensor] = {}
+        """By `id` of the number that is shown: those of all members, side by side."""
+        self.state: Any = None
+        self.donated: Any = None
+
+    def _keep(self, template: Any, nodes: list[Node]) -> None:
+        """Remember the state as the transform sees it; the tensors stay the same."""
+        self._stored = [node if isinstance(node, dict) else {} for node in nodes]
+        self._show(template, nodes)
+
+    def _show(self, template: Any, nodes: list[Node]) -> None:
+        self.state = rebuilt(template, iter(nodes))
+        given_up = [
+            Donated(node) if field.donated and isinstance(node, dict) else node
+            for node, field in zip(nodes, self._fields, strict=True)
+        ]
+        self.donated = rebuilt(template, iter(given_up))
+
+    def set_statics(self, statics: dict[int, Static[Any]]) -> None:
+        """Go on with other values that are known on the host.
+
+        Args:
+            statics: The values, by index of the node.
+        """
+        nodes = nodes_of(self.state)
+        changed = [statics.get(index, node) for index, node in enumerate(nodes)]
+        self._show(self.state, changed)
+
+    def updates(
+        self, grads: TensorMap, *, again: bool = False
+    ) -> TensorMap:
+        """Return the gradients as the transform sees them; empty if there are none.
+
+        Args:
+            grads: The gradients by name.
+            again: Whether they are those of the last call.
+        """
+        raise NotImplementedError
+
+    def write(self, moved: TensorMap, state: Any, later: Later) -> None:
+        """Move the parameters, and keep the new state.
+
+        Args:
+            moved: Updates, as the transform returned them.
+            state: New state, likewise.
+            later: Where to put what is shared with other units.
+        """
+        found = nodes_of(state)
+        for field, node, stored in zip(self._fields, found, self._stored, strict=True):
+            if field.kind is not Kind.STATIC and isinstance(node, dict):
+                for key, old in stored.items():
+                    new = node[key]
+                    if new is old:
+                        continue
+                    if field.kind is Kind.EACH:
+                        home = self.columns.get(id(old), old)
+                        later.setdefault(id(home), (home, new))
+                    else:
+                        old.copy_(new)
+        if moved:
+            self._apply(moved)
+
+    def _apply(self, moved: TensorMap) -> None:
+        new = over(Donated(self.params), at=moved).add(moved).to_map(like=self.params)
+        for key, param in new.items():
+            if param is not self.params[key]:
+                self.params[key].copy_(param)
+
+
+class Shaped(Unit):
+    """Parameters in their own shapes, under their own names.
+
+    Args:
+        params: The parameters, detached.
+        nodes: The nodes of the whole state.
+        template: The whole state.
+        fields: What is known about the nodes.
+    """
+
+    def __init__(
+        self, params: TensorMap, nodes: list[Node], template: Any, fields: list[Field]
+    ) -> None:
+        super().__init__(list(params), fields)
+        self.params = params
+        own: list[Node] = []
+        for node in nodes:
+            if isinstance(node, dict):
+                own.append({name: node[name] for name in params if name in node})
+            else:
+                own.append(node)
+        self._keep(template, own)
+
+    def updates(
+        self, grads: TensorMap, *, again: bool = False
+    ) -> TensorMap:
+        """Return the gradients that there are."""
+        return {name: grads[name] for name in self.names if name in grads}
+
+
+class Piece(Unit):
+    """A slice of one dense parameter, flat.
+
+    Args:
+        name: Name of the parameter.
+        param: The parameter, detached.
+        where: The slice, in the order of its memory.
+        nodes: The nodes of the whole state; they lie like the parameter.
+        template: The whole state.
+        fields: What is known about the nodes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        param: Tensor,
+        where: slice,
+        nodes: list[Node],
+        template: Any,
+        fields: list[Field],
+    ) -> None:
+        super().__init__([name], fields)
+        self._name, self._param, self._where = name, param, where
+        self._whole = where.start == 0 and where.stop >= param.numel()
+        self.params = {name: flat(param)[where]}
+        own: list[Node] = []
+        for node, field in zip(nodes, fields, strict=True):
+            if not isinstance(node, dict):
+                own.append(node)
+            elif name not in node:
+                own.append({})
+            elif field.kind is Kind.ELEMENTWISE:
+                own.append({name: flat(node[name])[where]})
+            else:
+                own.append({name: node[name]})
+        self._keep(template, own)
+
+    def updates(
+        self, grads: TensorMap, *, again: bool = False
+    ) -> TensorMap:
+        """Return the slice of the gradient."""
+        if self._name not in grads:
+            return {}
+        grad = flat_like(grads[self._name], self._param)
+        return {self._name: grad if self._whole else grad[self._where]}
+
+
+class Pooled(Unit):
+    """Small parameters with equal histories, gathered into one flat tensor.
+
+    Args:
+        params: The parameters, detached.
+        nodes: The nodes of the whole state. Entries are replaced by views.
+        template: The whole state.
+        fields: What is known about the nodes.
+        scratch: Where to gather.
+    """
+
+    pooled: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: TensorMap,
+        nodes: list[Node],
+        template: Any,
+        fields: list[Field],
+        scratch: Scratch,
+    ) -> None:
+        super().__init__(list(params), fields)
+        self._tensors = list(params.values())
+        self._shapes = [param.shape for param in self._tensors]
+        self._numel = sum(param.numel() for param in self._tensors)
+        self._key, self._scratch = self.names[0], scratch
+        first = self._tensors[0]
+        memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
+        self._views = carved(memory, self._shapes)
+        self.params = {self._key: memory}
+        self._grads: tuple[Tensor, list[Tensor]] | None = None
+        own: list[Node] = []
+        for node, field in zip(nodes, fields, strict=True):
+            if not isinstance(node, dict):
+                own.append(node)
+            elif self._key not in node:
+                own.append({})
+            elif field.kind is Kind.ELEMENTWISE:
+                own.append({self._key: self._joined(node)})
+            else:
+                own.append({self._key: self._repeated(node)})
+        self._keep(template, own)
+
+    def _joined(self, node: TensorMap) -> Tensor:
+        """Bring the entries of all members into one flat tensor."""
+        entries = [node[name] for name in self.names]
+        memory = entries[0].new_empty(self._numel)
+        views = carved(memory, self._shapes)
+        torch._foreach_copy_(views, entries)
+        node.update(zip(self.names, views, strict=True))
+        return memory
+
+    def _repeated(self, node: TensorMap) -> Tensor:
+        """Let members that moved together share one number, in memory of their own."""
+        column = torch.stack([node[name] for name in self.names])
+        entries = column.unbind()
+        node.update(zip(self.names, entries, strict=True))
+        self.columns[id(entries[0])] = column
+        return entries[0]
+
+    def updates(
+        self, grads: TensorMap, *, again: bool = False
+    ) -> TensorMap:
+        """Gather the gradients, and the parameters."""
+        found = [grads[name] for name in self.names if name in grads]
+        if found and (self._grads is None or self._grads[0].dtype != found[0].dtype):
+            memory, own = self._scratch.take(
+                self._numel, self._tensors[0], found[0].dtype, "grads"
+            )
+            self._grads = memory, carved(memory, self._shapes)
+            self._own, again = self._own and own, False
+        if not (again and self._own):
+            torch._foreach_copy_(self._views, self._tensors)
+            if found and self._grads is not None:
+                torch._foreach_copy_(self._grads[1], found)
+        return {self._key: self._grads[0]} if found and self._grads else {}
+
+    def _apply(self, moved: TensorMap) -> None:
+        super()._apply(moved)
+        torch._foreach_copy_(self._tensors, self._views)
