@@ -16,6 +16,7 @@ from functional_optim._readings import fetch, readings, state_of
 from functional_optim._selection import Rules, Selection, exclude
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, Scope, Static, TensorMap, Transform
+from functional_optim.facade import TransformOptimizer
 from functional_optim.optimizers import adam, adamw, sgd
 from functional_optim.transforms import (
     Accumulate,
@@ -76,6 +77,7 @@ __all__ = [
     "TensorMap",
     "Trace",
     "Transform",
+    "TransformOptimizer",
     "Unscale",
     "ZeroNans",
     "adam",

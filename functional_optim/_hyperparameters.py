@@ -54,6 +54,7 @@ def hyperparameter(
         default=default,
         metadata={
             "hyperparameter": True,
+            "per_parameter": per_parameter,
             "check": functools.partial(_normalized, kind=kind),
             "resolve": resolved_number,
         },
@@ -62,7 +63,8 @@ def hyperparameter(
 
 def flag(*, default: bool) -> Any:
     """Declare a field of a transform as a switch: True or False, nothing like it."""
-    return dataclasses.field(default=default, metadata={"check": _checked_flag})
+    metadata = {"check": _checked_flag, "flag": True}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def _checked_flag(name: str, value: Any) -> bool:

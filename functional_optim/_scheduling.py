@@ -36,7 +36,8 @@ class ScheduleState(NamedTuple):
     num_updates: Tensor
 
 
-def _is_schedule(value: Any) -> bool:
+def is_schedule(value: Any) -> bool:
+    """Whether a hyperparameter is a schedule."""
     # The plain kinds first: torch.compile cannot ask a dict whether it is callable.
     return not isinstance(value, (float, Tensor, dict)) and callable(value)
 
@@ -46,7 +47,7 @@ def scheduled(transform: Any) -> bool:
     for name in transform._hyperparameters:
         value = getattr(transform, name)
         parts = value if isinstance(value, tuple) else (value,)
-        if any(_is_schedule(part) for part in parts):
+        if any(is_schedule(part) for part in parts):
             return True
     return False
 
@@ -106,7 +107,7 @@ def evaluate(
         value = getattr(transform, name)
         if isinstance(value, tuple):
             now[name] = tuple(value_at(part, state.num_updates) for part in value)
-        elif _is_schedule(value):
+        elif is_schedule(value):
             now[name] = value_at(value, state.num_updates)
     count = state.num_updates + 1 if updates else state.num_updates
     return dataclasses.replace(transform, **now), ScheduleState(count)
@@ -122,7 +123,7 @@ def value_at(value: Any, count: Tensor) -> Any:
     Raises:
         TypeError: the schedule returned something else than a number or a tensor.
     """
-    if not _is_schedule(value):
+    if not is_schedule(value):
         return value
     result = value(count)
     if not isinstance(result, (int, float, Tensor)):

@@ -10,12 +10,10 @@ import dataclasses
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._hyperparameters import resolve
-from functional_optim._types import Static
 from functional_optim.execution._guard import scaled, wrapped_state
 from functional_optim.execution._nodes import Kind, fields_of, nodes_of, rebuilt
 from functional_optim.execution._passes import (
@@ -33,7 +31,7 @@ from functional_optim.execution._windows import Structure, Windows, statics_of
 if TYPE_CHECKING:
     from functional_optim._context import Reducer
     from functional_optim._types import TensorMap, Transform
-    from functional_optim.execution._nodes import Node
+    from functional_optim.execution._nodes import Field, Node
     from functional_optim.execution._units import Later, Unit
 
 _COMPANION = "\N{NULL}companion"
@@ -100,12 +98,48 @@ class Executor:
         return self._nodes
 
     @property
+    def fields(self) -> list[Field]:
+        """What is known about the nodes."""
+        return self._fields
+
+    @property
+    def holds(self) -> bool:
+        """Whether a step may emit nothing."""
+        return self._windows is not None
+
+    def take_replaced(self) -> bool:
+        """Tell whether tensors of the state were replaced since this was last asked."""
+        replaced, self._replaced = self._replaced, False
+        return replaced
+
+    def replace(self, state: Any) -> None:
+        """Go on from another state, whose tensors are taken as they are."""
+        self._nodes = [
+            dict(node) if isinstance(node, dict) else node for node in nodes_of(state)
+        ]
+        self._template = rebuilt(state, iter(self._nodes))
+
+    def load(self, nodes: list[Node]) -> None:
+        """Take over the numbers of other nodes; the tensors stay the same."""
+        for index, (old, new) in enumerate(zip(self._nodes, nodes, strict=True)):
+            if isinstance(old, Tensor) and isinstance(new, Tensor):
+                old.copy_(new)
+            elif isinstance(old, dict) and isinstance(new, dict):
+                for name, entry in old.items():
+                    entry.copy_(new[name])
+            else:
+                self._nodes[index] = new
+        self._template = rebuilt(self._template, iter(self._nodes))
+        self._plan()
+
+    @property
     def buckets(self) -> list[Bucket]:
         """The plan."""
         return self._buckets
 
     def _plan(self) -> None:
         """Decide again what is updated together; the numbers stay as they are."""
+        self._replaced = True
         layout = Layout(
             self._params,
             self._transforms,

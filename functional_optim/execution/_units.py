@@ -72,9 +72,7 @@ class Unit:
         changed = [statics.get(index, node) for index, node in enumerate(nodes)]
         self._show(self.state, changed)
 
-    def updates(
-        self, grads: TensorMap, *, again: bool = False
-    ) -> TensorMap:
+    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
         """Return the gradients as the transform sees them; empty if there are none.
 
         Args:
@@ -136,9 +134,7 @@ class Shaped(Unit):
                 own.append(node)
         self._keep(template, own)
 
-    def updates(
-        self, grads: TensorMap, *, again: bool = False
-    ) -> TensorMap:
+    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
         """Return the gradients that there are."""
         return {name: grads[name] for name in self.names if name in grads}
 
@@ -180,9 +176,7 @@ class Piece(Unit):
                 own.append({name: node[name]})
         self._keep(template, own)
 
-    def updates(
-        self, grads: TensorMap, *, again: bool = False
-    ) -> TensorMap:
+    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
         """Return the slice of the gradient."""
         if self._name not in grads:
             return {}
@@ -250,9 +244,7 @@ class Pooled(Unit):
         self.columns[id(entries[0])] = column
         return entries[0]
 
-    def updates(
-        self, grads: TensorMap, *, again: bool = False
-    ) -> TensorMap:
+    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
         """Gather the gradients, and the parameters."""
         found = [grads[name] for name in self.names if name in grads]
         if found and (self._grads is None or self._grads[0].dtype != found[0].dtype):

@@ -1,0 +1,160 @@
+"""The state of a transform as `torch.optim` keeps it: a flat dict for each parameter.
+
+What belongs to one parameter stands under its key, with torch's names where torch has
+them; what belongs to the transform as a whole is plain data beside.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from functional_optim._names import shown
+from functional_optim._types import Static
+from functional_optim.execution._nodes import Kind
+
+if TYPE_CHECKING:
+    from functional_optim.execution._nodes import Field, Node
+
+_TORCH = {
+    "ScaleByAdam": {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
+    "Trace": {"momentum_buffer"},
+}
+
+
+def keys_of(nodes: list[Node], fields: list[Field]) -> list[str]:
+    """Return the key of every node, different for all that a parameter may have.
+
+    Args:
+        nodes: The nodes of a state.
+        fields: What is known about them.
+    """
+    keys = []
+    for field in fields:
+        full = ".".join(filter(None, [field.owner, field.name]))
+        known = field.name in _TORCH.get(field.owner, ())
+        keys.append(field.name if known else full)
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    for key, indices in groups.items():
+        if not _collide([nodes[i] for i in indices]):
+            continue
+        for count, index in enumerate(indices):
+            field = fields[index]
+            keys[index] = f"{count}.{field.owner}.{field.name or key}"
+    return keys
+
+
+def _collide(nodes: list[Node]) -> bool:
+    if not all(isinstance(node, dict) for node in nodes):
+        return len(nodes) > 1
+    names = Counter(name for node in nodes if isinstance(node, dict) for name in node)
+    return any(count > 1 for count in names.values())
+
+
+def entries_of(nodes: list[Node], keys: list[str], name: str) -> dict[str, Tensor]:
+    """Return the state of one parameter; the tensors are not copied."""
+    return {
+        key: node[name]
+        for node, key in zip(nodes, keys, strict=True)
+        if isinstance(node, dict) and name in node
+    }
+
+
+def rest_of(nodes: list[Node], keys: list[str]) -> dict[str, Any]:
+    """Return what belongs to the transform as a whole, as plain data."""
+    plain: dict[str, Any] = {}
+    for node, key in zip(nodes, keys, strict=True):
+        if isinstance(node, Static):
+            plain[key] = _lists(node.value)
+        elif isinstance(node, Tensor):
+            plain[key] = node.detach().clone()
+    return plain
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_tuples(part) for part in value)
+    return value
+
+
+def loaded_nodes(
+    nodes: list[Node],
+    keys: list[str],
+    per_name: Mapping[str, Mapping[str, Any]],
+    rest: Mapping[str, Any],
+) -> list[Node]:
+    """Return nodes with the numbers of a checkpoint; nothing is changed.
+
+    Args:
+        nodes: The nodes that there are.
+        keys: Their keys.
+        per_name: The saved state of every parameter.
+        rest: The saved state of the transform as a whole.
+
+    Raises:
+        ValueError: something does not fit; it names parameter, key and both sides.
+    """
+    for name, saved in per_name.items():
+        _check_keys(f"state of {name!r}", saved, entries_of(nodes, keys, name))
+    _check_keys("transform_state", rest, rest_of(nodes, keys))
+    loaded: list[Node] = []
+    for node, key in zip(nodes, keys, strict=True):
+        if isinstance(node, Static):
+            value = _tuples(rest[key])
+            if type(value) is not type(node.value):
+                msg = (
+                    f"transform_state[{key!r}] must be a {type(node.value).__name__}, "
+                    f"got {value!r}; the checkpoint is damaged"
+                )
+                raise ValueError(msg)
+            loaded.append(Static(value))
+        elif isinstance(node, Tensor):
+            loaded.append(_fitting(f"transform_state[{key!r}]", rest[key], node))
+        else:
+            loaded.append(
+                {
+                    name: _fitting(f"{key} of {name!r}", per_name[name][key], entry)
+                    for name, entry in node.items()
+                }
+            )
+    return loaded
+
+
+def _check_keys(place: str, saved: Any, own: Mapping[str, Any]) -> None:
+    if not isinstance(saved, Mapping):
+        msg = f"{place} must be a dict, got {type(saved).__name__}"
+        raise ValueError(msg)
+    if saved.keys() != own.keys():
+        msg = (
+            f"{place} has {shown(saved)} in the checkpoint and {shown(own)} here; the "
+            "checkpoint is of another transform"
+        )
+        raise ValueError(msg)
+
+
+def _fitting(place: str, value: Any, like: Tensor) -> Tensor:
+    if not isinstance(value, Tensor):
+        msg = f"{place} must be a tensor, got {value!r}"
+        raise ValueError(msg)
+    if value.shape != like.shape or value.dtype != like.dtype:
+        msg = (
+            f"{place} has shape {tuple(value.shape)} and dtype {value.dtype} in the "
+            f"checkpoint, {tuple(like.shape)} and {like.dtype} here; the checkpoint is "
+            "of another model or transform"
+        )
+        raise ValueError(msg)
+    return value.detach()
+
+
+def is_whole(field: Field) -> bool:
+    """Whether a node belongs to the transform as a whole."""
+    return field.kind in {Kind.WHOLE, Kind.STATIC}

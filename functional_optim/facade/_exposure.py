@@ -1,0 +1,236 @@
+"""Which hyperparameters a group of parameters shows, and what writing to them means.
+
+A key of a group is the name of a field, such as `lr`. It stands for that field in every
+transform that the group's parameters pass through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from functional_optim._scheduling import is_schedule
+from functional_optim._selection import picks
+from functional_optim._types import Transform, inner_transforms, with_inner
+from functional_optim._value import same_value
+from functional_optim.transforms import Masked, Named, Partition, Scale
+
+Path: TypeAlias = tuple[int, ...]
+"""Where a transform stands: which of the inner transforms, at each depth."""
+
+Choices: TypeAlias = tuple[tuple[Path, str], ...]
+"""The labels that the parameters of a group have, by the path of the `Partition`."""
+
+
+class Option(NamedTuple):
+    """A key of a group.
+
+    Attributes:
+        key: The key.
+        field: The field that it stands for.
+        paths: The transforms that have it.
+        value: What it is there.
+    """
+
+    key: str
+    field: str
+    paths: tuple[Path, ...]
+    value: Any
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether a schedule decides it."""
+        return any(map(is_schedule, _parts(self.value)))
+
+
+class _Place(NamedTuple):
+    path: Path
+    transform: Transform
+    names: tuple[str, ...]
+    choices: Choices
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _places(
+    transform: Transform,
+    path: Path = (),
+    names: tuple[str, ...] = (),
+    choices: Choices = (),
+) -> Iterator[_Place]:
+    """Yield a transform and all that is visible inside it."""
+    yield _Place(path, transform, names, choices)
+    labels = list(transform.inner) if isinstance(transform, Partition) else []
+    if isinstance(transform, Named):
+        names = (*names, transform.name)
+    for index, inner in enumerate(inner_transforms(transform)):
+        chosen = (*choices, (path, labels[index])) if labels else choices
+        yield from _places(inner, (*path, index), names, chosen)
+
+
+def _on_path(transform: Transform, choices: Choices) -> list[_Place]:
+    """Return what the parameters with these labels pass."""
+    wanted = set(choices)
+    return [p for p in _places(transform) if set(p.choices) <= wanted]
+
+
+def choices_of(transform: Transform, name: str, param: Tensor) -> Choices:
+    """Return the labels that a parameter has, at every `Partition` that it passes.
+
+    Args:
+        transform: The transform.
+        name: Name of the parameter.
+        param: The parameter.
+    """
+    return tuple(_chosen(transform, name, param, ()))
+
+
+def _chosen(
+    transform: Transform, name: str, param: Tensor, path: Path
+) -> Iterator[tuple[Path, str]]:
+    if isinstance(transform, Masked) and not picks(transform.mask, name, param):
+        return
+    label = None
+    if isinstance(transform, Partition):
+        label = transform.label_of(name, param)
+        yield path, label
+    for index, inner in enumerate(inner_transforms(transform)):
+        if label is None or label == list(transform.inner)[index]:  # type: ignore[attr-defined]
+            yield from _chosen(inner, name, param, (*path, index))
+
+
+def options_of(transform: Transform, choices: Choices) -> list[Option]:
+    """Return the keys of a group.
+
+    Args:
+        transform: The transform.
+        choices: The labels of the group's parameters.
+
+    Raises:
+        ValueError: two transforms have a field of one name with different values.
+    """
+    owners: dict[str, list[_Place]] = {}
+    for place in _on_path(transform, choices):
+        for field in _exposed(place.transform):
+            owners.setdefault(field, []).append(place)
+    options: dict[str, Option] = {}
+    for field, places in owners.items():
+        for place in places:
+            key = field
+            if len(places) > 1 and place.names:
+                key = ".".join([*place.names, field])
+            value = getattr(place.transform, field)
+            known = options.get(key)
+            if known is None:
+                options[key] = Option(key, field, (place.path,), value)
+            elif not same_value(known.value, value):
+                raise ValueError(_two_values(key, field, places))
+            else:
+                options[key] = known._replace(paths=(*known.paths, place.path))
+    return list(options.values())
+
+
+def _exposed(transform: Transform) -> list[str]:
+    """Return the fields of one transform that a group may have its own value of."""
+    if not dataclasses.is_dataclass(transform) or is_maximize(transform):
+        return []
+    return [
+        field.name
+        for field in dataclasses.fields(transform)
+        if field.metadata.get("per_parameter")
+        and not any(
+            isinstance(p, Mapping) for p in _parts(getattr(transform, field.name))
+        )
+    ]
+
+
+def _two_values(key: str, field: str, places: list[_Place]) -> str:
+    alike = [p for p in places if ".".join([*p.names, field]).endswith(key)]
+    first = alike[0].transform
+    second = next(
+        place.transform
+        for place in alike
+        if not same_value(getattr(place.transform, field), getattr(first, field))
+    )
+    return (
+        f"{key} has two values on one path, in {first!r} and in {second!r}; give one of "
+        f'them a name, such as Named("l2", {second!r}): its {field} is then "l2.{field}" '
+        "in the groups"
+    )
+
+
+def is_maximize(transform: object) -> bool:
+    """Whether a transform is what the presets turn `maximize=True` into."""
+    return transform == Scale(-1.0)
+
+
+def structure_of(transform: Transform, choices: Choices) -> dict[str, bool]:
+    """Return the options that decide the structure of the state or of the formula.
+
+    Args:
+        transform: The transform.
+        choices: The labels of the group's parameters.
+    """
+    found: dict[str, bool] = {}
+    places = _on_path(transform, choices)
+    for place in places:
+        if _exposed(place.transform):
+            for field in dataclasses.fields(place.transform):  # type: ignore[arg-type]
+                if field.metadata.get("flag"):
+                    found.setdefault(field.name, getattr(place.transform, field.name))
+    leaves = [p.transform for p in places if not inner_transforms(p.transform)]
+    found["maximize"] = bool(leaves) and is_maximize(leaves[0])
+    return found
+
+
+def scheduled_places(transform: Transform) -> dict[Path, Transform]:
+    """Return the transforms of ours that hold a schedule, by path."""
+    return {
+        place.path: place.transform
+        for place in _places(transform)
+        if any(
+            is_schedule(part)
+            for field in _exposed(place.transform)
+            for part in _parts(getattr(place.transform, field))
+        )
+    }
+
+
+def with_values(
+    transform: Transform, changes: Mapping[Path, Mapping[str, Any]], path: Path = ()
+) -> Transform:
+    """Return a transform with other numbers in some places.
+
+    Args:
+        transform: The transform.
+        changes: The new values by path and field.
+        path: Where the transform stands.
+
+    Raises:
+        ValueError, TypeError: a value is not legal.
+    """
+    inner = iter(
+        [
+            with_values(part, changes, (*path, index))
+            for index, part in enumerate(inner_transforms(transform))
+        ]
+    )
+    transform = with_inner(transform, lambda _: next(inner))
+    if path in changes:
+        return dataclasses.replace(transform, **changes[path])  # type: ignore[type-var]
+    return transform
+
+
+def group_value(value: Any) -> Any:
+    """Return a hyperparameter as a group shows it: tensors are copied.
+
+    Schedulers write into tensors of a group; the transform must not change.
+    """
+    if isinstance(value, tuple):
+        return tuple(group_value(part) for part in value)
+    return value.detach().clone() if isinstance(value, Tensor) else value

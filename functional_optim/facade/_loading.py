@@ -1,0 +1,90 @@
+"""State dicts: what must fit before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from functional_optim._names import shown
+
+if TYPE_CHECKING:
+    from functional_optim.facade._groups import Groups
+
+_PREFIXES = ("module.", "_orig_mod.")
+"""What wrappers such as DistributedDataParallel and torch.compile put before names."""
+
+
+def checked_groups(
+    data: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    exposed: Groups,
+    keys: list[str],
+) -> list[dict[str, Any]]:
+    """Return the groups of a state dict if they fit those of the optimizer.
+
+    Args:
+        data: The state dict.
+        groups: The groups of the optimizer.
+        exposed: What they show.
+        keys: The keys of the state, for the message.
+
+    Raises:
+        ValueError: another number of groups or parameters, other names or structural
+            options, a missing key, a value that is not legal.
+    """
+    if not {"state", "param_groups"} <= set(data):
+        msg = f"a state dict has 'state' and 'param_groups', got {shown(data)}"
+        raise ValueError(msg)
+    saved: list[dict[str, Any]] = list(data["param_groups"])
+    if len(saved) != len(groups):
+        msg = (
+            f"the state dict has {len(saved)} groups, the optimizer {len(groups)}; "
+            "build it with the groups and the transform that it was saved with"
+        )
+        raise ValueError(msg)
+    for index, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
+        place = f"param_groups[{index}]"
+        if len(theirs["params"]) != len(ours["params"]):
+            msg = (
+                f"{place} has {len(theirs['params'])} parameters in the state dict, "
+                f"{len(ours['params'])} here; the state dict is of another model or "
+                "another layout of groups"
+            )
+            raise ValueError(msg)
+        _check_names(place, theirs.get("param_names"), ours.get("param_names"))
+        wanted = [*exposed.keys[index], *exposed.structure[index]]
+        missing = [key for key in wanted if key not in theirs]
+        if missing:
+            msg = (
+                f"{place} lacks {shown(missing)} in the state dict; it is of another "
+                f"transform. For one of torch.optim use from_torch_state_dict"
+            )
+            raise ValueError(msg)
+        for key, value in exposed.structure[index].items():
+            if theirs[key] != value:
+                msg = (
+                    f"{place} has {key}={theirs[key]} in the state dict, {value} here; "
+                    "build the optimizer with the transform that it was saved with"
+                )
+                raise ValueError(msg)
+        exposed.check_values(index, theirs)
+    return saved
+
+
+def _check_names(place: str, theirs: Any, ours: Any) -> None:
+    if theirs is None or ours is None:
+        return
+    for a, b in zip(theirs, ours, strict=True):
+        if _bare(a) != _bare(b):
+            msg = (
+                f"{place} has the parameter {a!r} in the state dict where {b!r} stands "
+                "here; the state dict is of another model, or of parameters in another "
+                "order"
+            )
+            raise ValueError(msg)
+
+
+def _bare(name: str) -> str:
+    for prefix in _PREFIXES:
+        name = name.replace(prefix, "")
+    return name
