@@ -10,6 +10,7 @@ ordinary operations out of place.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,6 +35,55 @@ class Donated(dict[str, Tensor]):
     as JAX donates buffers: the first operation of an expression then runs in place.
     """
 
+
+class Workspace:
+    """Memory for the results of expressions, used again and again.
+
+    Fresh memory of some MiB costs as much as the arithmetic in it: the system clears
+    every page. An executor that runs one unit after the other knows when all results of
+    a unit are no longer needed.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._taken = 0
+
+    def __enter__(self) -> None:
+        _workspace.memory, self._taken = self, 0
+
+    def __exit__(self, *_: object) -> None:
+        _workspace.memory = None
+
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return memory like a tensor, different from all since it was entered."""
+        index, self._taken = self._taken, self._taken + 1
+        if index == len(self._tensors):
+            self._tensors.append(torch.empty_like(tensor))
+        known = self._tensors[index]
+        if (known.shape, known.dtype, known.device) == (
+            tensor.shape,
+            tensor.dtype,
+            tensor.device,
+        ):
+            return known
+        numel = tensor.numel()
+        if (
+            tensor.ndim == 1
+            and known.ndim == 1
+            and known.dtype == tensor.dtype
+            and known.device == tensor.device
+            and numel <= known.numel()
+        ):
+            return known[:numel]
+        self._tensors[index] = torch.empty_like(tensor)
+        return self._tensors[index]
+
+
+class _Current(threading.local):
+    memory: Workspace | None = None
+
+
+_workspace = _Current()
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 _SIXTEEN_BIT = {torch.float16, torch.bfloat16}
@@ -105,7 +155,7 @@ class Expression:
             like: Take the dtypes from the entries of this map instead.
         """
         if not self._own:
-            self._values = [v.clone() for v in self._values]
+            self._values = [_cloned(v) for v in self._values]
         dtypes = self._dtypes
         if like is not None:
             dtypes = [v.dtype for v in lookup(like, self._names)]
@@ -177,7 +227,9 @@ class Expression:
 
     def _run(self, name: str, *columns: Operands, **options: float) -> Expression:
         """Apply `torch.<name>` to every tensor, in place on what is already ours."""
-        if not self._foreach:
+        if self._foreach and len(self._values) == 1:
+            self._run_single(name, columns, options)
+        elif not self._foreach:
             function = getattr(torch, name)
             self._values = [
                 function(x, *row, **options)
@@ -192,6 +244,23 @@ class Expression:
             self._values = list(out)
         self._own = True
         return self
+
+    def _run_single(
+        self, name: str, columns: tuple[Operands, ...], options: dict[str, float]
+    ) -> None:
+        """Apply an operation to the only tensor: without the price of a list."""
+        x = self._values[0]
+        row = [c[0] if isinstance(c, list) else c for c in columns]
+        if self._own:
+            getattr(x, f"{name}_")(*row, **options)
+            return
+        out = _workspace.memory
+        # Elsewhere the result may be wider than x.
+        if out is not None and all(
+            not isinstance(c, Tensor) or c.dtype == x.dtype or not c.ndim for c in row
+        ):
+            options = {**options, "out": out.like(x)}
+        self._values = [getattr(torch, name)(x, *row, **options)]
 
     def _rows(self, *columns: Operands) -> Iterable[tuple[Any, ...]]:
         """Return the operands of each tensor."""
@@ -237,7 +306,7 @@ class Expression:
 
         On the CPU foreach makes a tensor of a number for every tensor in the list.
         """
-        if not self._foreach or not self._values or not self._values[0].is_cpu:
+        if not self._foreach or len(self._values) < 2 or not self._values[0].is_cpu:
             return number
         if not self._is_float32():
             return number
@@ -263,6 +332,11 @@ class Expression:
 
 Operand: TypeAlias = Factor | Expression
 Operands: TypeAlias = float | Tensor | list[Any]
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    memory = _workspace.memory
+    return tensor.clone() if memory is None else memory.like(tensor).copy_(tensor)
 
 
 def _wide(tensor: Tensor, other: Tensor) -> Tensor:

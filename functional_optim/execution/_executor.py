@@ -14,6 +14,7 @@ from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._hyperparameters import resolve
+from functional_optim._tensor_map import Workspace
 from functional_optim.execution._guard import scaled, wrapped_state
 from functional_optim.execution._nodes import Kind, fields_of, nodes_of, rebuilt
 from functional_optim.execution._passes import (
@@ -77,6 +78,7 @@ class Executor:
         self._unit_bytes = unit_bytes
         self._cohorts: dict[str, tuple[Hashable, ...]] = {}
         self._keys: dict[Hashable, int] = {}
+        self._workspace = Workspace()
         self._nodes: list[Node] = [
             dict(node) if isinstance(node, dict) else node for node in nodes_of(state)
         ]
@@ -233,9 +235,10 @@ class Executor:
         later: Later = {}
         whole: dict[int, tuple[Tensor, Tensor]] = {}
         for run in runs:
-            moved, state = run.finish(totals)
-            run.unit.write(moved, state, later)
-            self._collect(run.unit, state, whole)
+            with self._workspace:
+                moved, state = run.finish(totals)
+                run.unit.write(moved, state, later)
+                self._collect(run.unit, state, whole)
         for old, new in (*later.values(), *whole.values()):
             old.copy_(new)
         for entry in self._columns:

@@ -122,7 +122,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         self._differentiable = differentiable
         self._warned = False
         self._pointers: list[Any] = []
-        self._slots: list[tuple[Tensor, str, Tensor]] = []
+        self._slots: list[int] = []
 
     def _labels(
         self, members: list[list[tuple[str | None, Tensor]]]
@@ -255,21 +255,15 @@ class TransformOptimizer(torch.optim.Optimizer):
         """Show the state by parameter, as torch does."""
         executor = self._built
         self._keys = keys_of(executor.nodes, executor.fields)
-        self._slots = []
         for param, name in self._names.items():
-            own = entries_of(executor.nodes, self._keys, name)
-            self.state[param] = own
-            self._slots += [(param, key, entry) for key, entry in own.items()]
+            self.state[param] = entries_of(executor.nodes, self._keys, name)
+        self._slots = [id(v) for own in self.state.values() for v in own.values()]
 
     def _follow(self) -> None:
         """Take over what others did to parameters and state since the last step."""
         if self._places() != self._pointers:
             self._build(self._moved())
-        state = self.state
-        if not all(
-            param in state and state[param].get(key) is entry
-            for param, key, entry in self._slots
-        ):
+        if [id(v) for own in self.state.values() for v in own.values()] != self._slots:
             self._adopt()
         transforms = self._groups.changed(self.param_groups)
         if transforms is not None:
