@@ -10,13 +10,13 @@ ordinary operations out of place.
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from functional_optim._memory import Donated, current
 from functional_optim._names import lookup
 
 if TYPE_CHECKING:
@@ -27,63 +27,6 @@ if TYPE_CHECKING:
 Factor: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
 """What a map can be multiplied by: one number for all, or one for each name."""
 
-
-class Donated(dict[str, Tensor]):
-    """A map whose tensors the algebra may overwrite: their owner has given them up.
-
-    An executor hands state over like this where the transform reads each entry once,
-    as JAX donates buffers: the first operation of an expression then runs in place.
-    """
-
-
-class Workspace:
-    """Memory for the results of expressions, used again and again.
-
-    Fresh memory of some MiB costs as much as the arithmetic in it: the system clears
-    every page. An executor that runs one unit after the other knows when all results of
-    a unit are no longer needed.
-    """
-
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-        self._taken = 0
-
-    def __enter__(self) -> None:
-        _workspace.memory, self._taken = self, 0
-
-    def __exit__(self, *_: object) -> None:
-        _workspace.memory = None
-
-    def like(self, tensor: Tensor) -> Tensor:
-        """Return memory like a tensor, different from all since it was entered."""
-        index, self._taken = self._taken, self._taken + 1
-        if index == len(self._tensors):
-            self._tensors.append(torch.empty_like(tensor))
-        known = self._tensors[index]
-        if (known.shape, known.dtype, known.device) == (
-            tensor.shape,
-            tensor.dtype,
-            tensor.device,
-        ):
-            return known
-        numel = tensor.numel()
-        if (
-            tensor.ndim == 1
-            and known.ndim == 1
-            and known.dtype == tensor.dtype
-            and known.device == tensor.device
-            and numel <= known.numel()
-        ):
-            return known[:numel]
-        self._tensors[index] = torch.empty_like(tensor)
-        return self._tensors[index]
-
-
-class _Current(threading.local):
-    memory: Workspace | None = None
-
-
-_workspace = _Current()
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
 _SIXTEEN_BIT = {torch.float16, torch.bfloat16}
@@ -246,20 +189,16 @@ class Expression:
         return self
 
     def _run_single(
-        self, name: str, columns: tuple[Operands, ...], options: dict[str, float]
+        self, name: str, columns: tuple[Operands, ...], options: dict[str, Any]
     ) -> None:
         """Apply an operation to the only tensor: without the price of a list."""
         x = self._values[0]
         row = [c[0] if isinstance(c, list) else c for c in columns]
+        memory = current.memory
         if self._own:
-            getattr(x, f"{name}_")(*row, **options)
-            return
-        out = _workspace.memory
-        # Elsewhere the result may be wider than x.
-        if out is not None and all(
-            not isinstance(c, Tensor) or c.dtype == x.dtype or not c.ndim for c in row
-        ):
-            options = {**options, "out": out.like(x)}
+            options = {**options, "out": x}
+        elif memory is not None and not any(_widens(c, x) for c in row):
+            options = {**options, "out": memory.like(x)}
         self._values = [getattr(torch, name)(x, *row, **options)]
 
     def _rows(self, *columns: Operands) -> Iterable[tuple[Any, ...]]:
@@ -334,8 +273,13 @@ Operand: TypeAlias = Factor | Expression
 Operands: TypeAlias = float | Tensor | list[Any]
 
 
+def _widens(operand: Any, x: Tensor) -> bool:
+    """Whether an operation with this may have a wider result."""
+    return isinstance(operand, Tensor) and operand.ndim > 0 and operand.dtype != x.dtype
+
+
 def _cloned(tensor: Tensor) -> Tensor:
-    memory = _workspace.memory
+    memory = current.memory
     return tensor.clone() if memory is None else memory.like(tensor).copy_(tensor)
 
 

@@ -6,49 +6,31 @@ who learns which total. Temporary memory is that of one unit, not of the model.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._hyperparameters import resolve
-from functional_optim._tensor_map import Workspace
-from functional_optim.execution._guard import scaled, wrapped_state
+from functional_optim._memory import Workspace
+from functional_optim.execution._guard import scaled
 from functional_optim.execution._nodes import Kind, fields_of, nodes_of, rebuilt
 from functional_optim.execution._passes import (
     Call,
     Totals,
     collected,
     next_call,
-    recorded,
-    through,
 )
 from functional_optim.execution._plan import Bucket, Layout
-from functional_optim.execution._rewriting import joined, remembered
+from functional_optim.execution._rewriting import joined
+from functional_optim.execution._runs import Run, Scaling
 from functional_optim.execution._windows import Structure, Windows, statics_of
 
 if TYPE_CHECKING:
-    from functional_optim._context import Reducer
     from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._nodes import Field, Node
     from functional_optim.execution._units import Later, Unit
-
-_COMPANION = "\N{NULL}companion"
-
-
-@dataclasses.dataclass(frozen=True)
-class Scaling:
-    """What a gradient scaler asks of a step.
-
-    Args:
-        grad_scale: What gradients are still to be divided by; None if they were.
-        found_inf: Nonzero if a gradient was not finite.
-    """
-
-    grad_scale: Tensor | None
-    found_inf: Tensor
 
 
 class Executor:
@@ -84,6 +66,8 @@ class Executor:
         ]
         self._template = rebuilt(state, iter(self._nodes))
         self._fields = fields_of(transforms[0], self._template, params)
+        self._has_whole = any(field.kind is Kind.WHOLE for field in self._fields)
+        self._replaced = True
         self._windows: Windows | None = None
         if any(field.kind is Kind.STATIC for field in self._fields):
             self._windows = Windows(transforms[0], self._template, params)
@@ -157,10 +141,9 @@ class Executor:
             (bucket, unit) for bucket in self._buckets for unit in bucket.units
         ]
         self._columns = [
-            [column, column._version]
-            for _, unit in self._units
-            for column in unit.columns.values()
+            column for _, unit in self._units for column in unit.columns.values()
         ]
+        self._versions = [column._version for column in self._columns]
         self._kinds: list[Any] | None = None
 
     def set_transforms(self, transforms: list[Transform]) -> None:
@@ -209,7 +192,7 @@ class Executor:
                     self._cohorts[name] = (*self._cohorts.get(name, ()), kind)
                 self._plan()
             self._kinds = kinds
-        if any(column._version != version for column, version in self._columns):
+        if [column._version for column in self._columns] != self._versions:
             self._plan()
             self._kinds = kinds
 
@@ -233,16 +216,13 @@ class Executor:
         runs = self._runs(grads, structure, context, scaling)
         totals = self._totals(runs)
         later: Later = {}
-        whole: dict[int, tuple[Tensor, Tensor]] = {}
         for run in runs:
-            with self._workspace:
-                moved, state = run.finish(totals)
-                run.unit.write(moved, state, later)
-                self._collect(run.unit, state, whole)
-        for old, new in (*later.values(), *whole.values()):
+            moved, state = run.finish(totals)
+            run.unit.write(moved, state, later)
+            self._collect(run.unit, state, later)
+        for old, new in later.values():
             old.copy_(new)
-        for entry in self._columns:
-            entry[1] = entry[0]._version
+        self._versions = [column._version for column in self._columns]
         if structure is not None:
             self._advance(structure)
 
@@ -252,7 +232,7 @@ class Executor:
         structure: Structure | None,
         context: Context,
         scaling: Scaling | None,
-    ) -> list[_Run]:
+    ) -> list[Run]:
         """Return what runs in this step."""
         host = statics_of(self._nodes), context.last, scaling is None
         key = self._keys.setdefault(host, len(self._keys))
@@ -270,14 +250,15 @@ class Executor:
             )
             if given or emits:
                 transform = transforms[id(bucket)]
-                run = _Run(bucket, unit, transform, grads, context, scaling)
+                run = Run(bucket, unit, transform, self._workspace)
+                run.grads, run.context, run.scaling = grads, context, scaling
                 run.key, run.alone = (key, given), not given
                 runs.append(run)
         return runs
 
-    def _totals(self, runs: list[_Run]) -> Totals:
+    def _totals(self, runs: list[Run]) -> Totals:
         """Return the totals that the updates ask for, a pass for each."""
-        left: dict[tuple[int, Hashable], tuple[list[Call], list[_Run]]] = {}
+        left: dict[tuple[int, Hashable], tuple[list[Call], list[Run]]] = {}
         for run in runs:
             kind = id(run.bucket), run.key
             calls = run.calls()
@@ -296,17 +277,17 @@ class Executor:
             for calls, _ in taking:
                 del calls[0]
 
-    def _collect(
-        self, unit: Unit, state: Any, whole: dict[int, tuple[Tensor, Tensor]]
-    ) -> None:
+    def _collect(self, unit: Unit, state: Any, later: Later) -> None:
         """Take what belongs to the transform as a whole from a unit that it served."""
-        for index, (field, old, new) in enumerate(
-            zip(self._fields, self._nodes, nodes_of(state), strict=True)
+        if not self._has_whole:
+            return
+        for field, old, new in zip(
+            self._fields, self._nodes, nodes_of(state), strict=True
         ):
-            if field.kind is not Kind.WHOLE or index in whole or new is old:
+            if new is old or not isinstance(old, Tensor) or id(old) in later:
                 continue
-            if any(name in field.names for name in unit.names):
-                whole[index] = old, new  # type: ignore[assignment]
+            if isinstance(new, Tensor) and not field.names.isdisjoint(unit.names):
+                later[id(old)] = old, new
 
     def _advance(self, structure: Structure) -> None:
         """Keep the new `Static` values."""
@@ -317,84 +298,3 @@ class Executor:
         self._template = rebuilt(self._template, iter(self._nodes))
         for _, unit in self._units:
             unit.set_statics(structure.statics)
-
-
-class _Run:
-    """One update of one unit in one step."""
-
-    def __init__(
-        self,
-        bucket: Bucket,
-        unit: Unit,
-        transform: Transform,
-        grads: TensorMap,
-        context: Context,
-        scaling: Scaling | None,
-    ) -> None:
-        self.bucket, self.unit = bucket, unit
-        self.key: Hashable = None
-        """What the calls of `reduce` depend on."""
-        self.alone = False
-        """Whether there is no gradient: a window closes, and its mean comes out."""
-        self._transform, self._grads, self._context = transform, grads, context
-        self._scaling = scaling
-        self._again = False
-        self._memory: dict[tuple[int | str, ...], tuple[TensorMap, Any]] = {}
-
-    def calls(self) -> Sequence[Call]:
-        """Return the calls of `reduce`: always the same, so tried once."""
-        known = self.bucket.calls
-        if self.key not in known:
-            calls: list[Call] = []
-            self(recorded(calls))
-            known[self.key] = calls
-        if known[self.key]:
-            self._transform = remembered(self._transform, self._memory)
-        return known[self.key]
-
-    def finish(self, totals: Totals) -> tuple[TensorMap, Any]:
-        """Run the update when all totals are known."""
-        moved, state = through(lambda reducer: self(reducer, last=True), totals)
-        self._memory.clear()
-        return moved, state
-
-    def __call__(
-        self, reducer: Reducer, *, last: bool = False
-    ) -> tuple[TensorMap, Any]:
-        """Run the update; the last one of a step may overwrite the state."""
-        unit = self.unit
-        updates = unit.updates(self._grads, again=self._again)
-        self._again = True
-        context = dataclasses.replace(self._context, reducer=reducer)
-        if self.alone:
-            return self._with_companion(context)
-        if self._scaling is None:
-            state = unit.donated if last else unit.state
-            return self._transform.update(updates, state, unit.params, context=context)
-        state = wrapped_state(unit.state, self._scaling.grad_scale)
-        moved, new = self._transform.update(
-            updates, state, unit.params, context=context
-        )
-        return moved, new[-1]
-
-    def _with_companion(self, context: Context) -> tuple[TensorMap, Any]:
-        """Run without a gradient: one without elements goes along, so that it runs."""
-        unit = self.unit
-        param = next(iter(unit.params.values()))
-        empty = param.new_empty(0)
-        nodes: list[Node] = []
-        for node in nodes_of(unit.state):
-            if isinstance(node, dict) and node:
-                entry = next(iter(node.values()))
-                beside = entry if entry.ndim == 0 else entry.new_empty(0)
-                nodes.append({**node, _COMPANION: beside})
-            else:
-                nodes.append(node)
-        moved, state = self._transform.update(
-            {_COMPANION: empty},
-            rebuilt(unit.state, iter(nodes)),
-            {**unit.params, _COMPANION: empty},
-            context=context,
-        )
-        moved.pop(_COMPANION, None)
-        return moved, state

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_optim._tensor_map import Donated, over
+from functional_optim._memory import Donated
+from functional_optim._tensor_map import over
 from functional_optim.execution._memory import carved, flat, flat_like
 from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
 
@@ -39,6 +40,8 @@ class Unit:
 
     pooled: ClassVar[bool] = False
     """Whether all its parameters must take the same steps."""
+    shares: ClassVar[bool] = True
+    """Whether other units may have a part of the same parameter."""
 
     def __init__(self, names: list[str], fields: list[Field]) -> None:
         self.names = names
@@ -96,7 +99,7 @@ class Unit:
                     new = node[key]
                     if new is old:
                         continue
-                    if field.kind is Kind.EACH:
+                    if self.shares and field.kind is Kind.EACH:
                         home = self.columns.get(id(old), old)
                         later.setdefault(id(home), (home, new))
                     else:
@@ -120,6 +123,8 @@ class Shaped(Unit):
         template: The whole state.
         fields: What is known about the nodes.
     """
+
+    shares: ClassVar[bool] = False
 
     def __init__(
         self, params: TensorMap, nodes: list[Node], template: Any, fields: list[Field]

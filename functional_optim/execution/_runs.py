@@ -1,0 +1,133 @@
+"""One update of one unit: with which state, and with what beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from functional_optim._context import Context
+from functional_optim._types import Scope
+from functional_optim.execution._guard import wrapped_state
+from functional_optim.execution._nodes import nodes_of, rebuilt
+from functional_optim.execution._passes import Call, Totals, recorded, through
+from functional_optim.execution._rewriting import remembered
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Sequence
+
+    from functional_optim._context import Reducer
+    from functional_optim._memory import Workspace
+    from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._nodes import Node
+    from functional_optim.execution._plan import Bucket
+    from functional_optim.execution._units import Unit
+
+_COMPANION = "\N{NULL}companion"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """What a gradient scaler asks of a step.
+
+    Args:
+        grad_scale: What gradients are still to be divided by; None if they were.
+        found_inf: Nonzero if a gradient was not finite.
+    """
+
+    grad_scale: Tensor | None
+    found_inf: Tensor
+
+
+class Run:
+    """One update of one unit in one step.
+
+    Args:
+        bucket: The bucket of the unit.
+        unit: The unit.
+        transform: What to run.
+        workspace: Where results may lie until the next run.
+    """
+
+    grads: TensorMap
+    context: Context
+    scaling: Scaling | None
+    key: Hashable
+    """What the calls of `reduce` depend on."""
+    alone: bool
+    """Whether there is no gradient: a window closes, and its mean comes out."""
+
+    def __init__(
+        self, bucket: Bucket, unit: Unit, transform: Transform, workspace: Workspace
+    ) -> None:
+        self.bucket, self.unit = bucket, unit
+        self._transform, self._workspace = transform, workspace
+        self._again = False
+        self._memory: dict[tuple[int | str, ...], tuple[TensorMap, Any]] | None = None
+
+    def calls(self) -> Sequence[Call]:
+        """Return the calls of `reduce`: always the same, so tried once."""
+        known = self.bucket.calls
+        if self.key not in known:
+            calls: list[Call] = []
+            self(recorded(calls))
+            known[self.key] = calls
+        if known[self.key] and self._transform.scope is not Scope.ELEMENTWISE:
+            self._memory = {}
+            self._transform = remembered(self._transform, self._memory)
+        return known[self.key]
+
+    def finish(self, totals: Totals) -> tuple[TensorMap, Any]:
+        """Run the update when all totals are known."""
+        result = through(lambda reducer: self(reducer, last=True), totals)
+        if self._memory is not None:
+            self._memory.clear()
+        return result
+
+    def __call__(
+        self, reducer: Reducer, *, last: bool = False
+    ) -> tuple[TensorMap, Any]:
+        """Run the update; the last one of a step may overwrite the state."""
+        updates = self.unit.updates(self.grads, again=self._again)
+        self._again = True
+        context = dataclasses.replace(self.context, reducer=reducer)
+        if self._memory is not None:  # What is remembered must not be written over.
+            return self._updated(updates, context, last=last)
+        with self._workspace:
+            return self._updated(updates, context, last=last)
+
+    def _updated(
+        self, updates: TensorMap, context: Context, *, last: bool
+    ) -> tuple[TensorMap, Any]:
+        unit, update = self.unit, self._transform.update
+        if self.alone:
+            return self._with_companion(context)
+        if self.scaling is None:
+            state = unit.donated if last else unit.state
+            return update(updates, state, unit.params, context=context)
+        state = wrapped_state(unit.state, self.scaling.grad_scale)
+        moved, new = update(updates, state, unit.params, context=context)
+        return moved, new[-1]
+
+    def _with_companion(self, context: Context) -> tuple[TensorMap, Any]:
+        """Run without a gradient: one without elements goes along, so that it runs."""
+        unit = self.unit
+        param = next(iter(unit.params.values()))
+        empty = param.new_empty(0)
+        nodes: list[Node] = []
+        for node in nodes_of(unit.state):
+            if isinstance(node, dict) and node:
+                entry = next(iter(node.values()))
+                beside = entry if entry.ndim == 0 else entry.new_empty(0)
+                nodes.append({**node, _COMPANION: beside})
+            else:
+                nodes.append(node)
+        moved, state = self._transform.update(
+            {_COMPANION: empty},
+            rebuilt(unit.state, iter(nodes)),
+            {**unit.params, _COMPANION: empty},
+            context=context,
+        )
+        moved.pop(_COMPANION, None)
+        return moved, state
