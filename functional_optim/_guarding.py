@@ -1,4 +1,4 @@
-"""Running a transform so that its step can be taken back, without a look at the flag."""
+"""Running a transform so that a flag on the device can take its step back."""
 
 from __future__ import annotations
 

@@ -53,8 +53,8 @@ def carved(memory: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Return consecutive views of one-dimensional memory in the given shapes.
 
     Example:
-        >>> [v.shape for v in carved(torch.zeros(7), [torch.Size([2, 3]), torch.Size()])]
-        [torch.Size([2, 3]), torch.Size([])]
+        >>> [v.shape for v in carved(torch.zeros(7), [torch.Size([2, 3])])]
+        [torch.Size([2, 3])]
     """
     views, start = [], 0
     for shape in shapes:

@@ -8,7 +8,7 @@ pass runs through.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -89,15 +89,14 @@ def next_call(left: Sequence[Sequence[Call]]) -> Call:
     for calls in left:
         if all(calls[0] not in other[1:] for other in left):
             return calls[0]
-    _disordered(left[0][0])
+    raise _disordered(left[0][0])
 
 
-def _disordered(call: Call) -> NoReturn:
-    msg = (
-        f"parameters call context.reduce in different orders (at {call[0]}); calls must "
-        "not depend on names, shapes or values"
+def _disordered(call: Call) -> ValueError:
+    return ValueError(
+        f"parameters call context.reduce in different orders (at {call[0]}); calls "
+        "must not depend on names, shapes or values"
     )
-    raise ValueError(msg)
 
 
 def through(run: Callable[[Reducer], R], totals: Totals) -> R:
@@ -113,7 +112,16 @@ def through(run: Callable[[Reducer], R], totals: Totals) -> R:
     try:
         return run(supplied(totals))
     except _StopError as stop:
-        _disordered(stop.call)
+        raise _disordered(stop.call) from None
+
+
+def _stop_of(run: Callable[[Reducer], Any], totals: Totals) -> _StopError | None:
+    """Run an update, and return where it stopped."""
+    try:
+        run(supplied(totals))
+    except _StopError as stop:
+        return stop
+    return None
 
 
 def collected(
@@ -132,13 +140,9 @@ def collected(
     partials: list[Tensor] = []
     op: ReduceOp = "sum"
     for run in runs:
-        try:
-            run(supplied(totals))
-        except _StopError as stop:
-            if stop.call != call:
-                _disordered(stop.call)
-            partials.append(stop.partial)
-            op = stop.op
-        else:
-            _disordered(call)
+        stop = _stop_of(run, totals)
+        if stop is None or stop.call != call:
+            raise _disordered(call)
+        partials.append(stop.partial)
+        op = stop.op
     return local_total(torch.cat(partials), op)

@@ -218,15 +218,9 @@ class Layout:
         for node, field in zip(self.nodes, self.fields, strict=True):
             if isinstance(node, dict) and name in node:
                 node[name] = _own(node[name], param, field.kind)
+        rest = self.nodes, self.template, self.fields
         return [
-            Piece(
-                name,
-                param,
-                slice(start, start + size),
-                self.nodes,
-                self.template,
-                self.fields,
-            )
+            Piece({name: param}, slice(start, start + size), *rest)
             for start in range(0, max(1, param.numel()), size)
         ]
 

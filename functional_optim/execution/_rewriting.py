@@ -1,4 +1,4 @@
-"""Other forms of a transform: with numbers joined by name, or with a memory for a step."""
+"""Other forms of a transform: numbers joined by name, or a memory for one step."""
 
 from __future__ import annotations
 

@@ -148,8 +148,7 @@ class Piece(Unit):
     """A slice of one dense parameter, flat.
 
     Args:
-        name: Name of the parameter.
-        param: The parameter, detached.
+        param: The parameter, detached, by its name.
         where: The slice, in the order of its memory.
         nodes: The nodes of the whole state; they lie like the parameter.
         template: The whole state.
@@ -158,17 +157,17 @@ class Piece(Unit):
 
     def __init__(
         self,
-        name: str,
-        param: Tensor,
+        param: TensorMap,
         where: slice,
         nodes: list[Node],
         template: Any,
         fields: list[Field],
     ) -> None:
-        super().__init__([name], fields)
-        self._name, self._param, self._where = name, param, where
-        self._whole = where.start == 0 and where.stop >= param.numel()
-        self.params = {name: flat(param)[where]}
+        super().__init__(list(param), fields)
+        ((self._name, self._param),) = param.items()
+        name, self._where = self._name, where
+        self._whole = where.start == 0 and where.stop >= self._param.numel()
+        self.params = {name: flat(self._param)[where]}
         own: list[Node] = []
         for node, field in zip(nodes, fields, strict=True):
             if not isinstance(node, dict):

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from functional_optim._names import shown
 from functional_optim._types import Static
-from functional_optim.execution._nodes import Kind
 
 if TYPE_CHECKING:
     from functional_optim.execution._nodes import Field, Node
@@ -153,8 +152,3 @@ def _fitting(place: str, value: Any, like: Tensor) -> Tensor:
         )
         raise ValueError(msg)
     return value.detach()
-
-
-def is_whole(field: Field) -> bool:
-    """Whether a node belongs to the transform as a whole."""
-    return field.kind in {Kind.WHOLE, Kind.STATIC}

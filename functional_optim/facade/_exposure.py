@@ -158,9 +158,9 @@ def _two_values(key: str, field: str, places: list[_Place]) -> str:
         if not same_value(getattr(place.transform, field), getattr(first, field))
     )
     return (
-        f"{key} has two values on one path, in {first!r} and in {second!r}; give one of "
-        f'them a name, such as Named("l2", {second!r}): its {field} is then "l2.{field}" '
-        "in the groups"
+        f"{key} has two values on one path, in {first!r} and in {second!r}; give one "
+        f'of them a name, such as Named("l2", {second!r}): its {field} is then '
+        f'"l2.{field}" in the groups'
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from functional_optim._names import shown
+from functional_optim.facade._group_keys import OWN_KEYS
 
 if TYPE_CHECKING:
     from functional_optim.facade._groups import Groups
@@ -18,7 +19,6 @@ def checked_groups(
     data: Mapping[str, Any],
     groups: list[dict[str, Any]],
     exposed: Groups,
-    keys: list[str],
 ) -> list[dict[str, Any]]:
     """Return the groups of a state dict if they fit those of the optimizer.
 
@@ -26,7 +26,6 @@ def checked_groups(
         data: The state dict.
         groups: The groups of the optimizer.
         exposed: What they show.
-        keys: The keys of the state, for the message.
 
     Raises:
         ValueError: another number of groups or parameters, other names or structural
@@ -69,6 +68,21 @@ def checked_groups(
                 raise ValueError(msg)
         exposed.check_values(index, theirs)
     return saved
+
+
+def loaded_options(
+    saved: Mapping[str, Any], exposed: Groups, index: int, apart: set[str]
+) -> dict[str, Any]:
+    """Return what a group takes over from a saved one.
+
+    Args:
+        saved: The saved group, checked.
+        exposed: What the groups show.
+        index: Which group it is.
+        apart: Keys that are no options.
+    """
+    fixed = exposed.fixed_keys(index) | OWN_KEYS | apart
+    return {key: value for key, value in saved.items() if key not in fixed}
 
 
 def _check_names(place: str, theirs: Any, ours: Any) -> None:

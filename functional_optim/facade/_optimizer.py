@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from functional_optim._apply import apply_updates
 from functional_optim._chain import chain, checked_transform
 from functional_optim._context import Context
 from functional_optim._readings import readings
-from functional_optim.execution._executor import Executor, Scaling
-from functional_optim.execution._nodes import Node, nodes_of, rebuilt
-from functional_optim.execution._rewriting import joined
-from functional_optim.facade._checks import (
-    check_apart,
-    check_gradient,
+from functional_optim.facade._engine import Engine
+from functional_optim.facade._gradients import (
+    gradients_of,
+    scaling_of,
+    warn_of_no_gradient,
+)
+from functional_optim.facade._groups import Groups
+from functional_optim.facade._loading import checked_groups, loaded_options
+from functional_optim.facade._members import (
+    by_choices,
     check_group_parameters,
-    named_members,
+    members_of,
 )
-from functional_optim.facade._entries import (
-    entries_of,
-    keys_of,
-    loaded_nodes,
-    rest_of,
-)
-from functional_optim.facade._exposure import Choices, choices_of
-from functional_optim.facade._groups import OWN_KEYS, Groups
-from functional_optim.facade._loading import checked_groups
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
@@ -92,6 +86,10 @@ class TransformOptimizer(torch.optim.Optimizer):
     # GradScaler then hands over scale and flag instead of reading the flag itself.
     _step_supports_amp_scaling = True
 
+    _engine: Engine | None
+    _names: dict[Tensor, str]
+    _warned: bool
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -100,43 +98,26 @@ class TransformOptimizer(torch.optim.Optimizer):
         differentiable: bool = False,
     ) -> None:
         self._transform: Transform = chain(checked_transform("transform", transform))
-        self._executor: Executor | None = None
-        self._names: dict[Tensor, str] = {}
-        self._start(differentiable=differentiable)
+        self._differentiable = differentiable
+        self._start()
         if isinstance(params, Tensor):
             super().__init__(params, {})  # Says what is wrong.
         given = list(params)
         grouped = bool(given) and isinstance(given[0], Mapping)
         groups = [dict(group) for group in given] if grouped else [{"params": given}]
-        members = [named_members(group, self._differentiable) for group in groups]
+        members = [members_of(group, differentiable=differentiable) for group in groups]
         check_group_parameters(members)
-        labels = self._labels(members)
+        everyone = [member for some in members for member in some]
         self._groups = Groups(self._transform)
-        defaults = self._groups.defaults(list(dict.fromkeys(labels.values())))
-        super().__init__(
-            groups if given else [], {**defaults, "differentiable": differentiable}
-        )
-        self._build(None)
+        defaults = self._groups.defaults(list(by_choices(transform, everyone, 0)))
+        defaults["differentiable"] = differentiable
+        super().__init__(groups if given else [], defaults)
+        self._engine = self._built(None)
 
-    def _start(self, *, differentiable: bool) -> None:
-        self._differentiable = differentiable
-        self._warned = False
-        self._pointers: list[Any] = []
-        self._slots: list[int] = []
+    def _start(self) -> None:
+        self._engine, self._names, self._warned = None, {}, False
 
-    def _labels(
-        self, members: list[list[tuple[str | None, Tensor]]]
-    ) -> dict[Any, Choices]:
-        """Return the labels of parameters that are about to be added."""
-        taken = len(self._names)
-        found = {}
-        for group in members:
-            for name, param in group:
-                own = str(taken + len(found)) if name is None else name
-                found[own] = choices_of(self._transform, own, param)
-        return found
-
-    # -- groups --------------------------------------------------------------------
+    # -- groups ----------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with hyperparameters of their own where given.
@@ -150,157 +131,59 @@ class TransformOptimizer(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # Says what is wrong.
-        given = dict(param_group)
-        members = named_members(given, self._differentiable)
+        members = members_of(param_group, differentiable=self._differentiable)
         check_group_parameters([members], list(self._names.items()))
-        named = [
-            (str(len(self._names) + i) if name is None else name, param)
-            for i, (name, param) in enumerate(members)
-        ]
-        split: dict[Choices, list[tuple[str, Tensor]]] = {}
-        for name, param in named:
-            labels = choices_of(self._transform, name, param)
-            split.setdefault(labels, []).append((name, param))
-        options = {k: v for k, v in given.items() if k != "params"}
-        self._check_options(options, list(split))
-        prepared = []
-        for labels, some in (split or {(): []}).items():
-            group = {
-                **{k: v for k, v in options.items() if k != "param_names"},
-                **self._groups.own_values(labels, options),
-            }
-            has_names = bool(members) and members[0][0] is not None
-            group["params"] = some if has_names else [param for _, param in some]
-            prepared.append((labels, some, group))
-        if self._executor is not None:
-            state = self._grown(dict(named))
-        for labels, some, group in prepared:
+        split = by_choices(self._transform, members, len(self._names))
+        options = {
+            k: v for k, v in param_group.items() if k not in {"params", "param_names"}
+        }
+        place = f"param_groups[{len(self.param_groups)}]"
+        values = self._groups.values_of_new(list(split), options, self.defaults, place)
+        state = None
+        if self._engine is not None:
+            added = {n: p.detach() for some in split.values() for n, p in some}
+            state = self._engine.state_with(added)
+        named = any(name is not None for name, _ in members)
+        for (labels, some), own in zip(split.items(), values, strict=True):
+            params = some if named else [param for _, param in some]
+            group = {**options, **own, "params": params}
             super().add_param_group(group)
             self._groups.add(group, labels)
             self._names.update({param: name for name, param in some})
-        if self._executor is not None:
-            self._build(state)
+        if self._engine is not None:
+            self._engine = self._built(state)
 
-    def _check_options(self, options: dict[str, Any], labels: list[Choices]) -> None:
-        """Refuse options that no group of these parameters has."""
-        own: set[str] = set(self.defaults)
-        for choices in labels:
-            own |= set(self._groups.own_values(choices, {}))
-        place = f"param_groups[{len(self.param_groups)}]"
-        self._groups.check_unknown(options, own, place)
+    # -- the engine ------------------------------------------------------------------
 
-    def _grown(self, added: TensorMap) -> Any:
-        """Return the state with more parameters; what was there stays."""
-        params = {**self._named_params(), **{n: p.detach() for n, p in added.items()}}
-        fresh = self._transform.init(params)
-        old = self._built.nodes
-        nodes: list[Node] = []
-        for new, known in zip(nodes_of(fresh), old, strict=True):
-            if isinstance(new, dict) and isinstance(known, dict):
-                nodes.append({**new, **known})
-            else:
-                nodes.append(known)
-        return rebuilt(fresh, iter(nodes))
-
-    # -- the plan ------------------------------------------------------------------
-
-    @property
-    def _built(self) -> Executor:
-        if self._executor is None:
-            self._build(None)
-        assert self._executor is not None
-        return self._executor
-
-    def _named_params(self) -> TensorMap:
-        return {name: param.detach() for param, name in self._names.items()}
-
-    def _build(self, state: Any) -> None:
-        """Plan how to run, from a state or a fresh one."""
-        params = self._named_params()
-        check_apart(params)
-        if state is None:
-            state = self._initial(params)
+    def _built(self, state: Any) -> Engine:
+        """Return an engine for the parameters as they are, from a state or afresh."""
         group_of = {
             self._names[param]: index
             for index, group in enumerate(self.param_groups)
             for param in group["params"]
         }
-        transforms = self._groups.changed(self.param_groups)
-        if transforms is None:
-            transforms = self._transforms
-        self._transforms, self._group_of = transforms, group_of
-        self._executor = Executor(params, transforms, group_of, state)
-        self._groups.connect(self._executor.state, params)
-        self._groups.show_schedules(self.param_groups)
-        self._pointers = self._places()
-        self._show()
+        transforms = self._groups.transforms(self.param_groups)
+        engine = Engine(self._transform, self._names, group_of, transforms, state)
+        self._groups.connect(engine.state, engine.params())
+        self._groups.show_schedules()
+        engine.show(self.state)
+        return engine
 
-    def _initial(self, params: TensorMap) -> Any:
-        try:
-            return self._transform.init(params)
-        except ValueError as error:
-            if all(name.isdecimal() for name in params):
-                msg = (
-                    f"{error}. These parameters have no names: pass "
-                    "model.named_parameters() instead of model.parameters()"
-                )
-                raise ValueError(msg) from None
-            raise
-
-    def _places(self) -> list[Any]:
-        """Return where the parameters lie."""
-        return [p.data_ptr() for p in self._names]
-
-    def _show(self) -> None:
-        """Show the state by parameter, as torch does."""
-        executor = self._built
-        self._keys = keys_of(executor.nodes, executor.fields)
-        for param, name in self._names.items():
-            self.state[param] = entries_of(executor.nodes, self._keys, name)
-        self._slots = [id(v) for own in self.state.values() for v in own.values()]
-
-    def _follow(self) -> None:
-        """Take over what others did to parameters and state since the last step."""
-        if self._places() != self._pointers:
-            self._build(self._moved())
-        if [id(v) for own in self.state.values() for v in own.values()] != self._slots:
-            self._adopt()
+    def _followed(self) -> Engine:
+        """Return the engine after what others did to parameters, state and groups."""
+        engine = self._engine
+        if engine is None or engine.moved:
+            state = None if engine is None else engine.state_beside()
+            engine = self._engine = self._built(state)
+        engine.follow(self.state)
         transforms = self._groups.changed(self.param_groups)
         if transforms is not None:
-            self._transforms = transforms
-            self._built.set_transforms(transforms)
-        if self._built.take_replaced():
-            self._show()
+            engine.set_transforms(transforms)
+        return engine
 
-    def _moved(self) -> Any:
-        """Return the state on the devices where the parameters lie now."""
-        executor = self._built
-        device = next(iter(self._names)).device
-        nodes: list[Node] = []
-        for node in executor.nodes:
-            if isinstance(node, dict):
-                nodes.append({n: entry.to(device) for n, entry in node.items()})
-            else:
-                nodes.append(node.to(device) if isinstance(node, Tensor) else node)
-        return rebuilt(executor.state, iter(nodes))
+    # -- steps -----------------------------------------------------------------------
 
-    def _adopt(self) -> None:
-        """Take over entries of `state` that somebody replaced or removed."""
-        executor = self._built
-        fresh = nodes_of(self._transform.init(self._named_params()))
-        for param, name in self._names.items():
-            own = self.state.get(param, {})
-            first = entries_of(fresh, self._keys, name)
-            for node, key in zip(executor.nodes, self._keys, strict=True):
-                if isinstance(node, dict) and name in node:
-                    entry = own.get(key, first[key])
-                    if entry is not node[name]:
-                        node[name].copy_(entry)
-        self._build(executor.state)
-
-    # -- steps ---------------------------------------------------------------------
-
-    def step(  # type: ignore[override]
+    def step(
         self,
         closure: Callable[[], Any] | None = None,
         *,
@@ -335,75 +218,25 @@ class TransformOptimizer(torch.optim.Optimizer):
             differentiable=self._differentiable,
         )
         with torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()):
-            self._step(context)
+            engine = self._followed()
+            grads = gradients_of(self._names)
+            if not grads and not self._warned:
+                self._warned = True
+                warn_of_no_gradient()
+            if grads and self._differentiable:
+                engine.step_recorded(grads, context=context)
+            elif grads:
+                engine.step(grads, context=context, scaling=scaling_of(self))
+            if grads:
+                self._groups.show_schedules()
+                engine.follow(self.state)
         return loss
 
-    def _step(self, context: Context) -> None:
-        self._follow()
-        grads = self._gradients()
-        if not grads:
-            return
-        if self._differentiable:
-            self._step_whole(grads, context)
-        else:
-            self._built.step(grads, context=context, scaling=self._scaling())
-        self._groups.show_schedules(self.param_groups)
-        if self._built.take_replaced():
-            self._show()
-
-    def _gradients(self) -> TensorMap:
-        grads: TensorMap = {}
-        for param, name in self._names.items():
-            grad = param.grad
-            if grad is None:
-                continue
-            if grad.layout is not torch.strided:
-                check_gradient(name, grad)
-            grads[name] = grad
-        if not grads and not self._warned:
-            self._warned = True
-            warnings.warn(
-                "no parameter of this optimizer has a gradient, so step() did nothing; "
-                "if the model's parameters were replaced (load_state_dict(assign=True), "
-                "a new model), build the optimizer after that",
-                stacklevel=5,
-            )
-        return grads
-
-    def _scaling(self) -> Scaling | None:
-        """Return what a gradient scaler asks of this step."""
-        found_inf = getattr(self, "found_inf", None)
-        grad_scale = getattr(self, "grad_scale", None)
-        if found_inf is None and grad_scale is None:
-            return None
-        if self._built.holds:
-            msg = (
-                "a GradScaler cannot skip a micro-batch inside Accumulate; take it out "
-                "of the transform and accumulate in .grad: call backward for each "
-                "micro-batch, and step once"
-            )
-            raise ValueError(msg)
-        if found_inf is None:
-            found_inf = torch.zeros((), device=grad_scale.device)
-        return Scaling(grad_scale, found_inf)
-
-    def _step_whole(self, grads: TensorMap, context: Context) -> None:
-        """Step with a graph: everything at once, out of place."""
-        params: TensorMap = {name: param for param, name in self._names.items()}
-        transform = joined(self._transforms, self._group_of)
-        executor = self._built
-        moved, state = transform.update(grads, executor.state, params, context=context)
-        new = apply_updates(params, moved, differentiable=True)
-        for name in moved:
-            params[name].copy_(new[name])
-        executor.replace(state)
-        self._show()
-
-    # -- state ---------------------------------------------------------------------
+    # -- state -----------------------------------------------------------------------
 
     @property
     def transform(self) -> Transform:
-        """The transform, as a chain."""
+        """The transform, as a chain, with the numbers that it was built with."""
         return self._transform
 
     def transform_state(self) -> Any:
@@ -418,8 +251,8 @@ class TransformOptimizer(torch.optim.Optimizer):
             >>> optimizer.transform_state()[0].momentum_buffer
             {'0': tensor([0., 0.])}
         """
-        self._follow()
-        return self._built.state
+        with torch.no_grad():
+            return self._followed().state
 
     def readings(self) -> TensorMap:
         """Return what the transform has to tell, as `functional_optim.readings`.
@@ -431,9 +264,9 @@ class TransformOptimizer(torch.optim.Optimizer):
             >>> sorted(TransformOptimizer(params, clipped).readings())
             ['lr', 'norm']
         """
-        return readings(
-            joined(self._transforms, self._group_of), self.transform_state()
-        )
+        with torch.no_grad():
+            engine = self._followed()
+            return readings(engine.transform, engine.state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizers do; see `torch.optim.Optimizer`.
@@ -442,16 +275,15 @@ class TransformOptimizer(torch.optim.Optimizer):
         indices of parameters run through the groups.
         """
         with torch.no_grad():
-            self._follow()
-        executor = self._built
+            rest = self._followed().rest()
         first = self.param_groups[0]
-        first[_REST] = rest_of(executor.nodes, self._keys)
+        first[_REST] = rest
         try:
             return super().state_dict()
         finally:
             del first[_REST]
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
 
         Everything is checked first. Numbers keep their dtypes.
@@ -466,76 +298,47 @@ class TransformOptimizer(torch.optim.Optimizer):
         data = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, data)
-            if replaced is not None:
-                data = replaced
+            data = data if replaced is None else replaced
         with torch.no_grad():
-            self._follow()
             self._load(data)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def _load(self, data: Mapping[str, Any]) -> None:
-        saved = checked_groups(data, self.param_groups, self._groups, self._keys)
-        names = [self._names[p] for g in self.param_groups for p in g["params"]]
-        indices = [i for group in saved for i in group["params"]]
+        engine = self._followed()
+        saved = checked_groups(data, self.param_groups, self._groups)
+        params = [param for group in self.param_groups for param in group["params"]]
+        indices = [index for group in saved for index in group["params"]]
         per_name = {
-            name: data["state"].get(index, {})
-            for name, index in zip(names, indices, strict=True)
+            self._names[param]: data["state"].get(index, {})
+            for param, index in zip(params, indices, strict=True)
         }
-        executor = self._built
-        rest = saved[0].get(_REST, {})
-        nodes = loaded_nodes(executor.nodes, self._keys, per_name, rest)
-        executor.load(nodes)
-        scheduled = [
-            set(g) - set(k)
-            for g, k in zip(self.param_groups, self._groups.keys, strict=True)
-        ]
-        for group, loaded, fixed in zip(
-            self.param_groups, saved, scheduled, strict=True
-        ):
-            for key, value in loaded.items():
-                if (
-                    key in OWN_KEYS
-                    or key == _REST
-                    or (key in fixed and key in self.defaults)
-                ):
-                    continue
-                group[key] = value
-        self._groups.show_schedules(self.param_groups)
-        self._show()
+        engine.load(per_name, saved[0].get(_REST, {}))
+        for index, group in enumerate(self.param_groups):
+            group.update(loaded_options(saved[index], self._groups, index, {_REST}))
+        self._groups.show_schedules()
+        engine.follow(self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: no plan, and no memory of others."""
         with torch.no_grad():
-            self._follow()
-        executor = self._built
-        nodes: list[Any] = []
-        for node in executor.nodes:
-            if isinstance(node, dict):
-                nodes.append({name: entry.clone() for name, entry in node.items()})
-            else:
-                nodes.append(node.clone() if isinstance(node, Tensor) else node)
+            saved = self._followed().own_copy()
         return {
             "defaults": self.defaults,
             "param_groups": self.param_groups,
             "_transform": self._transform,
             "_differentiable": self._differentiable,
-            "_names": list(self._names.items()),
-            "_saved": rebuilt(executor.state, iter(nodes)),
+            "_saved": (list(self._names.items()), saved),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        saved = state.pop("_saved")
-        self._names = dict(state.pop("_names"))
-        self.state = torch.optim.Optimizer.__init__.__globals__["defaultdict"](dict)
-        super().__setstate__(state)
-        self._start(differentiable=self._differentiable)
+        self._start()
+        names, saved = state["_saved"]
+        self.state = defaultdict(dict)
+        super().__setstate__({k: v for k, v in state.items() if k != "_saved"})
+        self._names = dict(names)
         self._groups = Groups(self._transform)
         for group in self.param_groups:
-            labels = {
-                choices_of(self._transform, self._names[p], p) for p in group["params"]
-            }
-            self._groups.add(group, labels.pop() if labels else ())
-        self._executor = None
-        self._build(saved)
+            members = [(self._names[param], param) for param in group["params"]]
+            self._groups.add(group, next(iter(by_choices(self._transform, members, 0))))
+        self._engine = self._built(saved)

@@ -1,25 +1,44 @@
-"""What an optimizer refuses to take, by name and with the remedy."""
+"""The parameters of a group: their names, and which of them belong together."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from torch import Tensor
 
-from functional_optim._structure import check_parameters, check_updates
-from functional_optim.execution._memory import is_dense
+from functional_optim.facade._exposure import Choices, choices_of
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim._types import Transform
 
-Members: TypeAlias = "list[tuple[str | None, Tensor]]"
+Members: TypeAlias = Sequence[tuple[str | None, Tensor]]
 """Parameters with their names, None where there is none."""
 
 
-def named_members(group: Mapping[str, Any], differentiable: bool) -> Members:  # noqa: FBT001
+def by_choices(
+    transform: Transform, members: Members, start: int
+) -> dict[Choices, list[tuple[str, Tensor]]]:
+    """Return parameters by the labels that they have; one entry if there are none.
+
+    Args:
+        transform: The transform.
+        members: The parameters.
+        start: How many there are before them; those without a name are numbered.
+    """
+    found: dict[Choices, list[tuple[str, Tensor]]] = {} if members else {(): []}
+    for index, (given, param) in enumerate(members, start=start):
+        name = str(index) if given is None else given
+        found.setdefault(choices_of(transform, name, param), []).append((name, param))
+    return found
+
+
+def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
     """Return the parameters of a group, with names where given.
+
+    Args:
+        group: The group.
+        differentiable: Whether results of operations are welcome.
 
     Raises:
         TypeError: something that is no tensor, or a set.
@@ -37,7 +56,7 @@ def named_members(group: Mapping[str, Any], differentiable: bool) -> Members:  #
         )
         raise TypeError(msg)
     names = group.get("param_names")
-    members: Members = []
+    members: list[tuple[str | None, Tensor]] = []
     for index, entry in enumerate(list(params)):
         name, param = entry if isinstance(entry, tuple) else (None, entry)
         if name is None and names is not None:
@@ -90,45 +109,3 @@ def check_group_parameters(
                 raise ValueError(msg)
             seen[id(param)] = own
             names.add(own)
-
-
-def check_apart(params: TensorMap) -> None:
-    """Refuse parameters that lie in the same memory.
-
-    Raises:
-        ValueError: naming both.
-    """
-    check_parameters(params)
-    spans = sorted(_spans(params))
-    for (_, end, first), (start, _, second) in zip(spans, spans[1:], strict=False):
-        if start < end:
-            msg = (
-                f"parameters {first!r} and {second!r} lie in the same memory: an update "
-                "of one would change the other; pass one of them, or tie the modules "
-                "(a.weight = b.weight) instead of the memory"
-            )
-            raise ValueError(msg)
-
-
-def _spans(params: TensorMap) -> Iterable[tuple[int, int, str]]:
-    for name, param in params.items():
-        if param.numel() == 0 or param.is_meta:
-            continue
-        if torch._debug_has_internal_overlap(param) == 1:
-            msg = (
-                f"parameter {name!r} overlaps itself: several elements lie in one place "
-                "in memory (expand); pass param.clone()"
-            )
-            raise ValueError(msg)
-        if is_dense(param):
-            start = param.data_ptr()
-            yield start, start + param.numel() * param.itemsize, name
-
-
-def check_gradient(name: str, grad: Tensor) -> None:
-    """Refuse a gradient that is not dense, naming the parameter.
-
-    Raises:
-        TypeError: always for sparse gradients.
-    """
-    check_updates({name: grad}, {name: torch.empty(grad.shape, device=grad.device)})

@@ -1,0 +1,243 @@
+"""What stands between an optimizer's tensors and the executor: who is whose."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from functional_optim._apply import apply_updates
+from functional_optim.execution._executor import Executor
+from functional_optim.execution._nodes import nodes_of, rebuilt
+from functional_optim.execution._rewriting import joined
+from functional_optim.facade._apart import check_apart
+from functional_optim.facade._entries import entries_of, keys_of, loaded_nodes, rest_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, MutableMapping
+
+    from functional_optim._context import Context
+    from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._nodes import Node
+    from functional_optim.execution._runs import Scaling
+
+
+class Engine:
+    """Runs a transform on the tensors of an optimizer, and shows its state.
+
+    Args:
+        transform: The transform as the user gave it.
+        names: Names of the parameters.
+        group_of: The group of each.
+        transforms: The transform of each group, now.
+        state: The state to go on from; None makes a fresh one.
+    """
+
+    def __init__(
+        self,
+        transform: Transform,
+        names: Mapping[Tensor, str],
+        group_of: Mapping[str, int],
+        transforms: list[Transform],
+        state: Any,
+    ) -> None:
+        self._transform = transform
+        self.names = dict(names)
+        self._group_of = group_of
+        self._transforms = transforms
+        params = self.params()
+        check_apart(params)
+        if state is None:
+            state = initial(transform, params)
+        self._executor = Executor(params, transforms, group_of, state)
+        self._keys = keys_of(self._executor.nodes, self._executor.fields)
+        self._places = self._found_places()
+        self._shown: list[int] = []
+
+    def params(self) -> TensorMap:
+        """Return the parameters by name, as they are now."""
+        return {name: param.detach() for param, name in self.names.items()}
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the transform."""
+        return self._executor
+
+    @property
+    def state(self) -> Any:
+        """The whole state by name."""
+        return self._executor.state
+
+    @property
+    def transform(self) -> Transform:
+        """The transform with what the groups say, by name where they differ."""
+        return joined(self._transforms, self._group_of)
+
+    def set_transforms(self, transforms: list[Transform]) -> None:
+        """Go on with other numbers; see `Executor`."""
+        self._transforms = transforms
+        self._executor.set_transforms(transforms)
+
+    def _found_places(self) -> list[Any]:
+        return [param.data_ptr() for param in self.names]
+
+    @property
+    def moved(self) -> bool:
+        """Whether parameters lie elsewhere than when this was made."""
+        return self._found_places() != self._places
+
+    def state_beside(self) -> Any:
+        """Return the state on the device where the parameters lie now."""
+        device = next(iter(self.names)).device
+        nodes: list[Node] = []
+        for node in self._executor.nodes:
+            if isinstance(node, dict):
+                nodes.append({name: entry.to(device) for name, entry in node.items()})
+            else:
+                nodes.append(node.to(device) if isinstance(node, Tensor) else node)
+        return rebuilt(self.state, iter(nodes))
+
+    def state_with(self, added: TensorMap) -> Any:
+        """Return the state with more parameters; what was there stays.
+
+        Args:
+            added: The new parameters.
+        """
+        fresh = initial(self._transform, {**self.params(), **added})
+        nodes: list[Node] = [
+            {**new, **known}
+            if isinstance(new, dict) and isinstance(known, dict)
+            else known
+            for new, known in zip(nodes_of(fresh), self._executor.nodes, strict=True)
+        ]
+        return rebuilt(fresh, iter(nodes))
+
+    # -- the state by parameter ------------------------------------------------------
+
+    def show(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Write the state by parameter, as torch shows it; the tensors are ours."""
+        for param, name in self.names.items():
+            state[param] = entries_of(self._executor.nodes, self._keys, name)
+        self._shown = _identities(state)
+        self._executor.take_replaced()
+
+    def follow(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Take over what others did to what was shown since then.
+
+        Args:
+            state: What `show` wrote into.
+        """
+        if _identities(state) != self._shown:
+            self._adopt(state)
+        if self._executor.take_replaced():
+            self.show(state)
+
+    def _adopt(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Take over entries that somebody replaced; removed ones begin again.
+
+        Raises:
+            ValueError: an entry does not have the shape of what it replaces.
+        """
+        nodes = self._executor.nodes
+        fresh = nodes_of(self._transform.init(self.params()))
+        found: list[tuple[Tensor, Tensor]] = []
+        for param, name in self.names.items():
+            own = state.get(param, {})
+            first = entries_of(fresh, self._keys, name)
+            for key, entry in entries_of(nodes, self._keys, name).items():
+                new = own.get(key, first[key])
+                if not isinstance(new, Tensor) or new.shape != entry.shape:
+                    msg = (
+                        f"state of {name!r}: {key} must be a tensor of shape "
+                        f"{tuple(entry.shape)}, got {new!r}"
+                    )
+                    raise ValueError(msg)
+                if new is not entry:
+                    found.append((entry, new))
+        for entry, new in found:
+            entry.copy_(new)
+        self.show(state)
+
+    # -- checkpoints -----------------------------------------------------------------
+
+    def rest(self) -> dict[str, Any]:
+        """Return what belongs to the transform as a whole, as plain data."""
+        return rest_of(self._executor.nodes, self._keys)
+
+    def load(
+        self, per_name: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
+    ) -> None:
+        """Take over a saved state, after all of it was checked; see `loaded_nodes`."""
+        nodes = loaded_nodes(self._executor.nodes, self._keys, per_name, rest)
+        self._executor.load(nodes)
+
+    def own_copy(self) -> Any:
+        """Return the state in memory of its own, every tensor by itself."""
+        nodes: list[Any] = []
+        for node in self._executor.nodes:
+            if isinstance(node, dict):
+                nodes.append({name: entry.clone() for name, entry in node.items()})
+            else:
+                nodes.append(node.clone() if isinstance(node, Tensor) else node)
+        return rebuilt(self.state, iter(nodes))
+
+    # -- steps -----------------------------------------------------------------------
+
+    def step(
+        self, grads: TensorMap, *, context: Context, scaling: Scaling | None
+    ) -> None:
+        """Step in place.
+
+        Args:
+            grads: Gradients by name.
+            context: What the loop knows.
+            scaling: What a gradient scaler asks for.
+
+        Raises:
+            ValueError: a scaler, and a window that it could skip a part of.
+        """
+        if scaling is not None and self._executor.holds:
+            msg = (
+                "a GradScaler cannot skip a micro-batch inside Accumulate; take it out "
+                "of the transform and accumulate in .grad: call backward for each "
+                "micro-batch, and step once"
+            )
+            raise ValueError(msg)
+        self._executor.step(grads, context=context, scaling=scaling)
+
+    def step_recorded(self, grads: TensorMap, *, context: Context) -> None:
+        """Step with a graph: everything at once, out of place.
+
+        Args:
+            grads: Gradients by name.
+            context: What the loop knows.
+        """
+        params: TensorMap = {name: param for param, name in self.names.items()}
+        moved, state = self.transform.update(grads, self.state, params, context=context)
+        new = apply_updates(params, moved, differentiable=True)
+        for name in moved:
+            params[name].copy_(new[name])
+        self._executor.replace(state)
+
+
+def _identities(state: Mapping[Tensor, Any]) -> list[int]:
+    """Return which tensors are shown, cheaply: this is asked at every step."""
+    return [id(entry) for own in state.values() for entry in own.values()]
+
+
+def initial(transform: Transform, params: TensorMap) -> Any:
+    """Return a fresh state.
+
+    Raises:
+        ValueError: the transform does not fit the parameters.
+    """
+    try:
+        return transform.init(params)
+    except ValueError as error:
+        if all(name.isdecimal() for name in params):
+            msg = (
+                f"{error}. These parameters have no names: pass "
+                "model.named_parameters() instead of model.parameters()"
+            )
+            raise ValueError(msg) from None
+        raise

@@ -1,0 +1,58 @@
+"""What a step finds: gradients, and the wishes of a gradient scaler."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from functional_optim._structure import check_updates
+from functional_optim.execution._runs import Scaling
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from functional_optim._types import TensorMap
+
+
+def gradients_of(names: Mapping[Tensor, str]) -> TensorMap:
+    """Return the gradients that there are, by name.
+
+    Args:
+        names: The names of the parameters.
+
+    Raises:
+        TypeError: one is sparse.
+    """
+    grads: TensorMap = {}
+    for param, name in names.items():
+        grad = param.grad
+        if grad is None:
+            continue
+        if grad.layout is not torch.strided:
+            check_updates({name: grad}, {name: param.detach()})
+        grads[name] = grad
+    return grads
+
+
+def warn_of_no_gradient() -> None:
+    """Warn that a step did nothing."""
+    warnings.warn(
+        "no parameter of this optimizer has a gradient, so step() did nothing; if the "
+        "model's parameters were replaced after it was built, by "
+        "load_state_dict(assign=True) or a new model, build the optimizer anew",
+        stacklevel=4,
+    )
+
+
+def scaling_of(optimizer: object) -> Scaling | None:
+    """Return what a gradient scaler asks of this step; it sets two attributes."""
+    found_inf = getattr(optimizer, "found_inf", None)
+    grad_scale = getattr(optimizer, "grad_scale", None)
+    if found_inf is None:
+        if grad_scale is None:
+            return None
+        found_inf = torch.zeros_like(grad_scale)
+    return Scaling(grad_scale, found_inf)
