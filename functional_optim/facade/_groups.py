@@ -137,7 +137,7 @@ class Groups:
         self._choices.append(choices)
         self._options.append(options)
         self._structure.append(structure_of(self._transform, choices))
-        self._seen.append(())
+        self._seen.append((None,))  # Unlike any values, also unlike none.
         self._sizes.append(-1)
         self._scheduled.add(index, group, options)
 
