@@ -88,8 +88,8 @@ def test_a_clip_sees_unscaled_gradients() -> None:
     clipped = fo.TransformOptimizer(b.items(), CLIPPED)
     scales = _train(a, plain, unscale=True)
     assert _train(b, clipped, unscale=False) == scales
-    # torch clips by max_norm / (norm + 1e-6): a millionth, which Adam cannot see.
-    assert_same(values(a), values(b), "weights", rtol=1e-5)
+    # The norm in float32 there and in float64 here: roundings of 6e-8 in 10 steps.
+    assert_same(values(a), values(b), "weights", rtol=3e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
