@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,10 +29,11 @@ def parameters(
 def set_gradients(
     params: dict[str, torch.nn.Parameter], step: int, *, scale: float = 1.0
 ) -> None:
-    """Give every parameter the gradient of a step."""
-    grads = numbers({name: tuple(p.shape) for name, p in params.items()}, step)
+    """Give every parameter the gradient of a step, whichever others there are."""
     for name, param in params.items():
-        param.grad = (scale * grads[name]).to(param.dtype)
+        seed = zlib.crc32(f"{name} {step}".encode())
+        grad = numbers({name: tuple(param.shape)}, seed)[name]
+        param.grad = (scale * grad).to(param.dtype)
 
 
 def train(
