@@ -109,7 +109,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         check_group_parameters(members)
         everyone = [member for some in members for member in some]
         self._groups = Groups(self._transform)
-        defaults = self._groups.defaults(list(by_choices(transform, everyone, 0)))
+        defaults = self._groups.defaults(list(by_choices(self._transform, everyone, 0)))
         defaults["differentiable"] = differentiable
         super().__init__(groups if given else [], defaults)
         self._engine = self._built(None)
