@@ -103,7 +103,9 @@ class Engine:
         Args:
             added: The new parameters.
         """
-        fresh = initial(self._transform, {**self.params(), **added})
+        params = {**self.params(), **added}
+        check_apart(params)
+        fresh = initial(self._transform, params)
         nodes: list[Node] = [
             {**new, **known}
             if isinstance(new, dict) and isinstance(known, dict)
