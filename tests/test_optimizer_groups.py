@@ -90,7 +90,7 @@ def test_max_norm_is_no_key() -> None:
     clipped = fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(0.1))
     _, optimizer = make(clipped)
     assert "max_norm" not in optimizer.param_groups[0]
-    with pytest.raises(ValueError, match="'max_norm'.* set max_norm in the transform"):
+    with pytest.raises(ValueError, match="'max_norm'.* set it in the transform"):
         make(clipped, [(["scale"], {"max_norm": 2.0})])
 
 
