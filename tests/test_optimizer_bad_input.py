@@ -176,6 +176,20 @@ def test_notes_in_a_group_are_left_alone() -> None:
     assert optimizer.state_dict()["param_groups"][0]["name"] == "body"
 
 
+@pytest.mark.xfail(strict=True, reason="groups are not compared with what was built")
+@pytest.mark.parametrize("how", ["append", "replace"])
+def test_parameters_written_into_a_group_are_told(how: str) -> None:
+    """A list of parameters that changed is an error that says what to do."""
+    params, optimizer = _make()
+    new = torch.nn.Parameter(torch.ones(3, 4, dtype=torch.float64))
+    new.grad = torch.ones_like(new)
+    if how == "append":
+        optimizer.param_groups[0]["params"].append(new)
+    else:
+        optimizer.param_groups[0]["params"][0] = new
+    _refused(optimizer, params, "add_param_group")
+
+
 # -- gradients -----------------------------------------------------------------------
 
 

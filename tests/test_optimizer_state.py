@@ -207,3 +207,12 @@ def test_state_for_some_gradients(pair: str) -> None:
     own = before["state"].get("a.bias"), after["state"].get("a.bias")
     assert_same(*own, "without a gradient")
     assert not torch.equal(before["params"]["scale"], after["params"]["scale"])
+
+
+@pytest.mark.xfail(strict=True, reason="state[p] is made anew: other keys get lost")
+def test_notes_of_a_user_in_the_state_stay() -> None:
+    """Keys of a user's own in state[p] stay there, as with torch."""
+    params, optimizer = _make(fo.adamw(0.1))
+    optimizer.state[params["scale"]]["mine"] = torch.ones(1)
+    train(optimizer, params, range(2))
+    assert "mine" in optimizer.state[params["scale"]]

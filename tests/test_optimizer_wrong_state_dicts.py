@@ -258,3 +258,17 @@ def test_state_dict_indices_are_those_of_torch() -> None:
     saved = optimizer.state_dict()
     assert [group["params"] for group in saved["param_groups"]] == [[0], [1, 2, 3]]
     assert sorted(saved["state"]) == [0, 1, 2, 3]
+
+
+@pytest.mark.xfail(strict=True, reason="a loaded tensor is taken into the group itself")
+def test_optimizers_loaded_from_one_dict_share_nothing() -> None:
+    """A tensor rate that was loaded belongs to one optimizer, and not to the dict."""
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    _, first = _make(fo.adamw(rate))
+    saved = copy.deepcopy(first.state_dict())
+    loaded = [_make(fo.adamw(rate))[1] for _ in range(2)]
+    for optimizer in loaded:
+        optimizer.load_state_dict(saved)
+    loaded[0].param_groups[0]["lr"].fill_(0.7)
+    assert loaded[1].param_groups[0]["lr"].item() == 0.1
+    assert saved["param_groups"][0]["lr"].item() == 0.1
