@@ -1,8 +1,9 @@
-# make train   install and run the main job: a language model, trained in three ways
-# make test    install, then lint, types, doctests, tests and property tests
-# make mutants install, then break one formula at a time and see that the tests notice
-# make laws    write docs/laws.md from a run of every law on every transform
-# make bench   install and time one optimizer step against torch.optim and TorchOpt
+# make train      install and run the main job: a language model, trained in three ways
+# make test       install, then lint, types, doctests, tests and property tests
+# make test-hosts install, then train inside Accelerate, Lightning and transformers
+# make mutants    install, then break one formula at a time and see that the tests notice
+# make laws       write docs/laws.md from a run of every law on every transform
+# make bench      install and time one optimizer step against torch.optim and TorchOpt
 #
 # Each works on a fresh machine with Python 3.10 to 3.13 and nothing else.
 
@@ -13,13 +14,16 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: train test test-thorough mutants laws lint bench clean
+.PHONY: train test test-hosts test-thorough mutants laws lint bench clean
 
 train: $(VENV)/examples.installed
 	$(BIN)/python examples/train_language_model.py $(ARGS)
 
 test: lint
 	$(BIN)/python -m pytest --quiet -n auto --doctest-modules functional_optim tests property_tests
+
+test-hosts: $(VENV)/hosts.installed
+	$(BIN)/python -m pytest --quiet host_tests
 
 test-thorough: lint
 	HYPOTHESIS_PROFILE=thorough $(BIN)/python -m pytest --quiet -n auto property_tests
@@ -51,6 +55,10 @@ $(VENV)/dev.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/bench.installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) --editable '.[bench]'
+	touch $@
+
+$(VENV)/hosts.installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(INSTALL) --editable '.[test,hosts]'
 	touch $@
 
 clean:
