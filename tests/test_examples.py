@@ -1,11 +1,15 @@
-"""The example and the benchmark run, on the smallest settings."""
+"""The example and the benchmarks run, on the smallest settings."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import math
 import pathlib
 import subprocess
 import sys
+from types import ModuleType
+
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -44,19 +48,33 @@ def test_train_language_model(tmp_path: pathlib.Path) -> None:
     assert differences["torch.func"] < 1e-13
 
 
-def test_benchmark_measures_everyone() -> None:
+@pytest.fixture
+def benchmark_module(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> ModuleType:
+    """Import a benchmark as it is when it runs: beside its modules."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module(request.param)
+
+
+def numel(shapes: list[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("benchmark_module", ["parameter_shapes"], indirect=True)
+def test_benchmark_shapes_are_those_of_the_models(benchmark_module: ModuleType) -> None:
+    """The shapes have as many elements as the models are known to have parameters."""
+    shapes = benchmark_module
+    assert numel(shapes.resnet50_shapes()) == 25_557_032
+    assert numel(shapes.gpt2_shapes()) == 124_439_808
+    assert len(shapes.small_shapes()) == 1000
+    assert numel(shapes.tiny_shapes()) == 33 * 64 + 65 * 64 + 65 * 10
+
+
+@pytest.mark.parametrize("benchmark_module", ["update_step"], indirect=True)
+def test_benchmark_measures_everyone(benchmark_module: ModuleType) -> None:
     """Every candidate that is installed runs, interleaved, and has a ratio."""
-    path = ROOT / "benchmarks" / "update_step.py"
-    spec = importlib.util.spec_from_file_location("update_step", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (
-        sum(shape.numel() for shape in map(module.torch.Size, module.resnet50_shapes()))
-        == 25_557_032
-    )
-    assert len(module.small_shapes()) == 1000
+    module = benchmark_module
     rows = module.summary(module.measure([(3, 2), (3,)], rounds=3))
     names = [row["name"] for row in rows]
     assert {"torch foreach", "torch fused", "functional_optim pure"} <= set(names)
