@@ -2,7 +2,7 @@
 # make test    install, then lint, types, doctests, tests and property tests
 # make mutants install, then break one formula at a time and see that the tests notice
 # make laws    write docs/laws.md from a run of every law on every transform
-# make bench   install and time one optimizer step against torch.optim and TorchOpt
+# make bench   install and time one optimizer step, pure and in place, against torch.optim
 #
 # Each works on a fresh machine with Python 3.10 to 3.13 and nothing else.
 
@@ -37,6 +37,7 @@ lint: $(VENV)/dev.installed
 
 bench: $(VENV)/bench.installed
 	$(BIN)/python benchmarks/update_step.py --out benchmarks/results $(ARGS)
+	$(BIN)/python benchmarks/optimizer_step.py --out benchmarks/results $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
