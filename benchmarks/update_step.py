@@ -10,57 +10,27 @@ rounds. Gradients are given, nothing else is timed.
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import os
-import pathlib
-import platform
-import random
-import statistics
-import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from interleaved_timing import (
+    Step,
+    argument_parser,
+    interleaved,
+    quartiles,
+    ratio,
+    settings,
+    write_json,
+)
+from parameter_shapes import Shapes, resnet50_shapes, small_shapes, tensors
 
 import functional_optim as fo
 
-Step = Callable[[], object]
 LR, BETAS, EPS, WEIGHT_DECAY, MAX_NORM = 1e-3, (0.9, 0.999), 1e-8, 0.01, 1.0
 
 
-def resnet50_shapes() -> list[tuple[int, ...]]:
-    """Return the parameter shapes of torchvision's ResNet-50, in order."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            for shape in (
-                (width, inputs, 1, 1),
-                (width, width, 3, 3),
-                (4 * width, width, 1, 1),
-            ):
-                shapes += [shape, shape[:1], shape[:1]]
-            if block == 0:
-                downsample = (4 * width, inputs, 1, 1)
-                shapes += [downsample, downsample[:1], downsample[:1]]
-            inputs = 4 * width
-    return [*shapes, (1000, 2048), (1000,)]
-
-
-def small_shapes() -> list[tuple[int, ...]]:
-    """Return 1000 small parameters, 0.5 M elements: 500 layers Linear(31, 32)."""
-    return [(32, 31), (32,)] * 500
-
-
-def tensors(shapes: list[tuple[int, ...]], scale: float, seed: int) -> list[Tensor]:
-    """Return random tensors of the given shapes."""
-    generator = torch.Generator().manual_seed(seed)
-    return [scale * torch.randn(shape, generator=generator) for shape in shapes]
-
-
-def torch_step(shapes: list[tuple[int, ...]], implementation: str) -> Step:
+def torch_step(shapes: Shapes, implementation: str) -> Step:
     """Return clip_grad_norm_ followed by torch's AdamW."""
     params = [p.requires_grad_() for p in tensors(shapes, 0.05, 0)]
     grads = tensors(shapes, 0.01, 1)
@@ -78,7 +48,7 @@ def torch_step(shapes: list[tuple[int, ...]], implementation: str) -> Step:
     return step
 
 
-def pure_step(shapes: list[tuple[int, ...]]) -> Step:
+def pure_step(shapes: Shapes) -> Step:
     """Return this library's pure update and apply_updates."""
     params = {f"p{i}": p for i, p in enumerate(tensors(shapes, 0.05, 0))}
     grads = {f"p{i}": g for i, g in enumerate(tensors(shapes, 0.01, 1))}
@@ -96,7 +66,7 @@ def pure_step(shapes: list[tuple[int, ...]]) -> Step:
     return step
 
 
-def torchopt_step(shapes: list[tuple[int, ...]]) -> Step | None:
+def torchopt_step(shapes: Shapes) -> Step | None:
     """Return TorchOpt's functional AdamW, after its functional clip."""
     try:
         import torchopt  # noqa: PLC0415 - an optional competitor
@@ -121,7 +91,7 @@ def torchopt_step(shapes: list[tuple[int, ...]]) -> Step | None:
     return step
 
 
-CANDIDATES: dict[str, Callable[[list[tuple[int, ...]]], Step | None]] = {
+CANDIDATES: dict[str, Callable[[Shapes], Step | None]] = {
     "torch foreach": functools.partial(torch_step, implementation="foreach"),
     "torch fused": functools.partial(torch_step, implementation="fused"),
     "functional_optim pure": pure_step,
@@ -130,57 +100,30 @@ CANDIDATES: dict[str, Callable[[list[tuple[int, ...]]], Step | None]] = {
 MODELS = {"ResNet-50": resnet50_shapes, "1000 small": small_shapes}
 
 
-def timed(step: Step) -> float:
-    """Return the milliseconds one step takes."""
-    start = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def measure(shapes: list[tuple[int, ...]], rounds: int) -> dict[str, list[float]]:
+def measure(shapes: Shapes, rounds: int) -> dict[str, list[float]]:
     """Run all candidates in turns and return their times by round."""
     made = {name: make(shapes) for name, make in CANDIDATES.items()}
     steps = {name: step for name, step in made.items() if step is not None}
     for step in steps.values():
         for _ in range(3):
             step()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
-    for index in range(rounds):
-        # In random order: nobody always inherits the same cache.
-        for name in random.Random(index).sample(names, len(names)):
-            times[name].append(timed(steps[name]))
-    return times
+    return interleaved(steps, rounds)
 
 
 def summary(times: dict[str, list[float]]) -> list[dict[str, object]]:
     """Return medians, quartiles, and the median ratio to torch foreach by round."""
     base = times["torch foreach"]
-    rows = []
-    for name, values in times.items():
-        low, middle, high = statistics.quantiles(values, n=4)
-        ratio = statistics.median(v / b for v, b in zip(values, base, strict=True))
-        rows.append(
-            {"name": name, "ms": middle, "q25": low, "q75": high, "ratio": ratio}
-        )
-    return rows
+    return [
+        {"name": name, **quartiles(values), "ratio": ratio(values, base)}
+        for name, values in times.items()
+    ]
 
 
 def main() -> None:
     """Measure, print the tables, and write them as JSON if asked to."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--out", type=pathlib.Path, help="folder for the JSON result")
-    options = parser.parse_args()
+    options = argument_parser(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(options.threads)
-    results: dict[str, object] = {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
-        "rounds": options.rounds,
-    }
+    results = settings(options.rounds)
     for model, shapes in MODELS.items():
         rows = summary(measure(shapes(), options.rounds))
         results[model] = rows
@@ -191,11 +134,7 @@ def main() -> None:
                 f"{row['name']:24}{row['ms']:9.2f}{row['q25']:9.2f}{row['q75']:9.2f}"
                 f"{row['ratio']:8.2f}"
             )
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        path = options.out / "update_step.json"
-        path.write_text(json.dumps(results, indent=2) + "\n")
-        print(f"\nwritten to {path}")
+    write_json(results, options.out, "update_step")
 
 
 if __name__ == "__main__":

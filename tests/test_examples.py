@@ -1,11 +1,17 @@
-"""The example and the benchmark run, on the smallest settings."""
+"""The example and the benchmarks run, on the smallest settings."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import json
+import math
 import pathlib
 import subprocess
 import sys
+from types import ModuleType
+
+import pytest
+import torch
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -44,20 +50,92 @@ def test_train_language_model(tmp_path: pathlib.Path) -> None:
     assert differences["torch.func"] < 1e-13
 
 
-def test_benchmark_measures_everyone() -> None:
+@pytest.fixture
+def benchmark_module(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> ModuleType:
+    """Import a benchmark as it is when it runs: beside its modules."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module(request.param)
+
+
+def numel(shapes: list[tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("benchmark_module", ["parameter_shapes"], indirect=True)
+def test_benchmark_shapes_are_those_of_the_models(benchmark_module: ModuleType) -> None:
+    """The shapes have as many elements as the models are known to have parameters."""
+    shapes = benchmark_module
+    assert numel(shapes.resnet50_shapes()) == 25_557_032
+    assert numel(shapes.gpt2_shapes()) == 124_439_808
+    assert len(shapes.small_shapes()) == 1000
+    assert numel(shapes.tiny_shapes()) == 33 * 64 + 65 * 64 + 65 * 10
+
+
+@pytest.mark.parametrize("benchmark_module", ["update_step"], indirect=True)
+def test_benchmark_measures_everyone(benchmark_module: ModuleType) -> None:
     """Every candidate that is installed runs, interleaved, and has a ratio."""
-    path = ROOT / "benchmarks" / "update_step.py"
-    spec = importlib.util.spec_from_file_location("update_step", path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert (
-        sum(shape.numel() for shape in map(module.torch.Size, module.resnet50_shapes()))
-        == 25_557_032
-    )
-    assert len(module.small_shapes()) == 1000
+    module = benchmark_module
     rows = module.summary(module.measure([(3, 2), (3,)], rounds=3))
     names = [row["name"] for row in rows]
     assert {"torch foreach", "torch fused", "functional_optim pure"} <= set(names)
     assert rows[0]["ratio"] == 1.0
+
+
+def test_optimizer_step_benchmark(tmp_path: pathlib.Path) -> None:
+    """The script prints a table for each case, and writes the numbers as JSON."""
+    flags = "--cases tiny tiny-unclipped --rounds 2"
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / "optimizer_step.py"),
+            *flags.split(),
+            "--out",
+            str(tmp_path),
+        ],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n| TransformOptimizer | ") == 2
+    results = json.loads((tmp_path / "optimizer_step.json").read_text())
+    assert list(results["cases"]) == ["tiny", "tiny-unclipped"]
+    rows = {row["name"]: row for row in results["cases"]["tiny-unclipped"]["rows"]}
+    assert rows["torch foreach"]["torch_over_this"] == 1.0
+    # Two moments of 6922 float32, and a few numbers.
+    state = 2 * 4 * 6922 / 2**20
+    assert rows["torch for-loop"]["held_mib"] == pytest.approx(state, rel=0.01)
+    assert rows["TransformOptimizer"]["held_mib"] >= state
+
+
+@pytest.mark.parametrize("benchmark_module", ["allocations"], indirect=True)
+def test_allocations_are_counted(benchmark_module: ModuleType) -> None:
+    """The peak is what lives at once; kept is what lives on."""
+    kept = []
+
+    def call() -> None:
+        torch.zeros(2**20)
+        torch.zeros(2**19)
+        kept.append(torch.zeros(2**18))
+
+    assert benchmark_module.allocations(call) == (4 * 2**20, 4 * 2**18)
+
+
+@pytest.mark.parametrize("benchmark_module", ["optimizer_step"], indirect=True)
+def test_optimizer_step_benchmark_compares(benchmark_module: ModuleType) -> None:
+    """A contestant that computes something else is not timed."""
+    module = benchmark_module
+
+    def forgetful(params: list[torch.nn.Parameter], *, clip: bool) -> object:
+        return torch.optim.Adam(params, lr=2e-3).step
+
+    def make(made: object) -> object:
+        return module.contestant(made, [(3, 2), (3,)], clip=False)
+
+    base = make(module.CONTESTANTS[module.BASE])
+    good = {module.BASE: base, "ours": make(module.our_step)}
+    assert module.check_agreement(good)[module.BASE] == 0.0
+    with pytest.raises(RuntimeError, match="ours is .* away from torch foreach"):
+        module.check_agreement({module.BASE: base, "ours": make(forgetful)})
