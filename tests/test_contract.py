@@ -19,6 +19,7 @@ import functional_optim as fo
 from functional_optim import schedules
 from functional_optim.testing import laws
 from functional_optim.testing._compare import tensors
+from functional_optim.testing._shared_totals import part_of
 
 # The names that a repr is written with.
 WRITTEN = types.SimpleNamespace(
@@ -79,13 +80,16 @@ def test_value_semantics(case: Case) -> None:
 
 
 def test_resolved_is_the_same_rule(case: Case) -> None:
-    """What a transform resolves to for one name updates that name the same way."""
+    """What it resolves to for one name updates the state of that name the same way."""
     data = example(contexts=case.contexts, full=True)
     whole_state = case.transform.init(data.params)
     resolved = {
         name: fo.resolve(case.transform, name, p) for name, p in data.params.items()
     }
-    states = {name: resolved[name].init({name: p}) for name, p in data.params.items()}
+    states = {
+        name: part_of(whole_state, [(name, slice(None))], data.params)
+        for name in data.params
+    }
     for updates, context in data.steps:
         whole, whole_state = case.transform.update(
             updates, whole_state, data.params, context=context

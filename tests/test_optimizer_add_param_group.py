@@ -98,7 +98,7 @@ def test_a_window_that_is_open_takes_new_parameters() -> None:
 
 
 @pytest.mark.xfail(
-    strict=True, reason="Accumulate.unseen does not have the names that were added"
+    strict=True, reason="Accumulate.seen does not have the names that were added"
 )
 def test_added_parameters_without_a_gradient_stay_out_of_an_open_window() -> None:
     """A parameter that no micro-batch of the window saw keeps value and state."""

@@ -130,7 +130,7 @@ KINDS: dict[str, dict[str, bool]] = {
     "offloaded": {"full_state_dict": True, "cpu_offload": True},
 }
 _FLAT = "the flat form keeps the keys that groups have: transform_state gets lost"
-_FULL = "an empty list gets lost in the full form: Accumulate.unseen"
+_FULL = "an empty list gets lost in the full form: Accumulate.seen"
 BROKEN = {
     **{("flat", name): _FLAT for name in ("clipped", "window", "skipping", "schedule")},
     ("full", "window"): _FULL,

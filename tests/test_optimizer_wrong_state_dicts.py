@@ -163,8 +163,8 @@ DAMAGES: dict[str, tuple[Callable[[Any], None], str]] = {
         r"Accumulate\.position.*-7",
     ),
     "an unknown name": (
-        _with(["param_groups", 0, "transform_state", "Accumulate.unseen"], ["q"]),
-        r"Accumulate\.unseen.*'q'",
+        _with(["param_groups", 0, "transform_state", "Accumulate.seen"], ["q"]),
+        r"Accumulate\.seen.*'q'",
     ),
     "a moment too many": (
         _with(["state", 1, "other"], torch.ones(3)),

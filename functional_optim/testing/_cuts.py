@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import torch
 
 from functional_optim._chain import Chain
-from functional_optim._types import Scope, TensorMap, Transform, inner_transforms
+from functional_optim._types import (
+    Scope,
+    Static,
+    TensorMap,
+    Transform,
+    inner_transforms,
+)
 from functional_optim.testing._broken import require
 from functional_optim.testing._compare import close, difference, same_bits, tensors
 from functional_optim.testing._examples import Example
@@ -185,9 +191,11 @@ def _compare_parts(
         else:
             for some in got:
                 compare("state", some, {n: entries[n] for n in some})
-    rest, rest_before = _global_part(whole[1]), _global_part(before)
-    for _, _, new in parts:
-        scalars = _global_part(new)
+    for part, _, new in parts:
+        others = params.keys() - {name for name, _ in part}
+        rest, rest_before, scalars = (
+            _global_part(state, others) for state in (whole[1], before, new)
+        )
         gap = difference(scalars, rest, _ROUNDING)
         # A part without any name of a branch leaves the branch as it was.
         allowed = not strict and _is_mixture(scalars, rest, rest_before)
@@ -232,9 +240,17 @@ def _is_mixture(got: Any, new: Any, old: Any) -> bool:
     )
 
 
-def _global_part(state: Any) -> Any:
-    """Return a state without its fields by name: its scalars and what is Static."""
-    return map_fields(lambda _: (), state)
+def _global_part(state: Any, others: Set[str]) -> Any:
+    """Return a state without its fields by name: its scalars and what is Static.
+
+    A part may not know which of the other names were seen.
+    """
+    if isinstance(state, Static) and isinstance(state.value, tuple):
+        return Static(tuple(told for told in state.value if told not in others))
+    if isinstance(state, tuple):
+        parts = [_global_part(part, others) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return () if isinstance(state, dict) else state
 
 
 def _commutes_with_permutation(transform: Transform, example: Example) -> None:

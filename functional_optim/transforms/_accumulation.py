@@ -24,7 +24,7 @@ class AccumulateState(NamedTuple):
             names that were seen in the open window.
         weight: Sum of the weights in the open window. Tensor, shape (), float64.
         position: How many micro-batches the open window has, on the host.
-        unseen: Names without an update in the open window, on the host.
+        seen: Names with an update in the open window, on the host.
 
     Example:
         >>> Accumulate(4).init({"w": torch.ones(2)}).position
@@ -34,7 +34,7 @@ class AccumulateState(NamedTuple):
     sum: TensorMap
     weight: Tensor
     position: Static[int]
-    unseen: Static[tuple[str, ...]]
+    seen: Static[tuple[str, ...]]
 
 
 @final
@@ -64,7 +64,7 @@ class Accumulate:
     State:
         sum: Tensors like the parameters, in `dtype`.
         weight: Sum of the weights so far. Tensor, shape (), float64.
-        position, unseen: `Static`: micro-batches so far, names not seen so far.
+        position, seen: `Static`: micro-batches so far, names seen in them.
 
     Shapes:
         Every update keeps its shape, device and name, and takes the dtype of the sums.
@@ -127,18 +127,28 @@ class Accumulate:
         check_state(self, state, AccumulateState)
         if not updates:
             return {}, state
-        opening = state.position.value == 0
-        unseen = set(params if opening else state.unseen.value)
-        sums = self._added(updates, state.sum, unseen, context.weight)
-        weight = _weight_sum(state.weight, context.weight, opening=opening)
-        unseen -= updates.keys()
-        position = state.position.value + 1
-        if position < self.every and not context.last:
-            still = tuple(name for name in params if name in unseen)
-            return {}, AccumulateState(sums, weight, Static(position), Static(still))
-        seen = subset(sums, [name for name in params if name not in unseen])
-        total = over(seen).div(weight).to_map() if self.mean else over(seen).to_map()
+        position = self._position(state)
+        before = set(state.seen.value) if position else set()
+        sums = self._added(updates, state.sum, before, context.weight)
+        weight = _weight_sum(state.weight, context.weight, opening=position == 0)
+        seen = [name for name in params if name in before or name in updates]
+        if position + 1 < self.every and not context.last:
+            open_now = Static(position + 1), Static(tuple(seen))
+            return {}, AccumulateState(sums, weight, *open_now)
+        whole = over(subset(sums, seen))
+        total = (whole.div(weight) if self.mean else whole).to_map()
         return total, AccumulateState(sums, weight, Static(0), Static(()))
+
+    def _position(self, state: AccumulateState) -> int:
+        """Return how many micro-batches the open window has."""
+        position = state.position.value
+        if not 0 <= position < self.every:
+            msg = (
+                f"position must be from 0 to {self.every - 1} in Accumulate("
+                f"{self.every}), got {position}; the state is of another window"
+            )
+            raise ValueError(msg)
+        return position
 
     def _sum_dtype(self, param: Tensor) -> torch.dtype:
         if self.dtype is not None:
@@ -149,7 +159,7 @@ class Accumulate:
         self,
         updates: TensorMap,
         sums: TensorMap,
-        fresh: set[str],
+        before: set[str],
         weight: float | Tensor | None,
     ) -> TensorMap:
         """Return the sums with one more micro-batch.
@@ -163,8 +173,8 @@ class Accumulate:
             factor = torch.as_tensor(weight, dtype=torch.float64, device=device)
             weighted = over(updates, at=subset(sums, updates)).mul(factor).to_map()
             updates = {n: torch.where(factor > 0, u, 0.0) for n, u in weighted.items()}
-        first = {name: u for name, u in updates.items() if name in fresh}
-        later = {name: u for name, u in updates.items() if name not in fresh}
+        first = {name: u for name, u in updates.items() if name not in before}
+        later = {name: u for name, u in updates.items() if name in before}
         new = over(first).to_map(like=sums)
         return sums | new | over(sums, at=later).add(later).to_map(like=sums)
 
