@@ -97,9 +97,6 @@ def test_a_window_that_is_open_takes_new_parameters() -> None:
         torch.testing.assert_close(param.detach(), expected, rtol=1e-15, atol=4e-16)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Accumulate.seen does not have the names that were added"
-)
 def test_added_parameters_without_a_gradient_stay_out_of_an_open_window() -> None:
     """A parameter that no micro-batch of the window saw keeps value and state."""
     params, late, optimizer = _grown(fo.chain(fo.Accumulate(2), fo.adamw(0.1)))

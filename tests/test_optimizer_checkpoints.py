@@ -129,30 +129,20 @@ KINDS: dict[str, dict[str, bool]] = {
     "full": {"full_state_dict": True},
     "offloaded": {"full_state_dict": True, "cpu_offload": True},
 }
-_FLAT = "the flat form keeps the keys that groups have: transform_state gets lost"
-_FULL = "an empty list gets lost in the full form: Accumulate.seen"
-BROKEN = {
-    **{("flat", name): _FLAT for name in ("clipped", "window", "skipping", "schedule")},
-    ("full", "window"): _FULL,
-    ("offloaded", "window"): _FULL,
-}
-_IN_PLACE = "dcp.load writes into the tensors that state_dict gave: two owners of lr"
 
 
-def _cases(broken: dict[tuple[str, str], str]) -> list[Any]:
+def _cases() -> list[Any]:
     """Return every kind of state dict with every transform that torch can do."""
-    cases = []
-    for kind, options in KINDS.items():
-        for name in TRANSFORMS:
-            if "full_state_dict" in options and name == "sgd":
-                continue  # torch: "Expected device to be set", with its own SGD too.
-            reason = broken.get((kind, name))
-            marks = [pytest.mark.xfail(strict=True, reason=reason)] if reason else []
-            cases.append(pytest.param(kind, name, marks=marks))
-    return cases
+    return [
+        (kind, name)
+        for kind, options in KINDS.items()
+        for name in TRANSFORMS
+        # torch: "Expected device to be set", with its own SGD too.
+        if not ("full_state_dict" in options and name == "sgd")
+    ]
 
 
-@pytest.mark.parametrize(("kind", "name"), _cases(BROKEN))
+@pytest.mark.parametrize(("kind", "name"), _cases())
 def test_distributed_state_dicts_resume_training(kind: str, name: str) -> None:
     """What get_optimizer_state_dict returns, set_optimizer_state_dict takes."""
     options = dsd.StateDictOptions(**KINDS[kind])
@@ -169,10 +159,7 @@ alone = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWar
 
 
 @alone
-@pytest.mark.parametrize(
-    ("kind", "name"),
-    _cases({**BROKEN, **{(kind, "schedule"): _IN_PLACE for kind in KINDS}}),
-)
+@pytest.mark.parametrize(("kind", "name"), _cases())
 @pytest.mark.parametrize("stepped", [False, True], ids=["fresh", "stepped"])
 def test_distributed_checkpoints_resume_training(
     kind: str, name: str, stepped: bool, tmp_path: pathlib.Path

@@ -59,9 +59,15 @@ def _train(params: Any, optimizer: Any, *, unscale: bool) -> list[float]:
     return scales
 
 
+handing = pytest.mark.parametrize("handed", [False, True], ids=["", "flag handed over"])
+
+
+@handing
 @pytest.mark.parametrize("unscale", [False, True], ids=["whole", "unscaled before"])
 @pytest.mark.parametrize("kind", ["plain", "fused", "tensor lr"])
-def test_overflows_are_skipped_as_torch_does(unscale: bool, kind: str) -> None:
+def test_overflows_are_skipped_as_torch_does(
+    unscale: bool, kind: str, handed: bool
+) -> None:
     """Weights, scale and step counts are those of torch.optim.AdamW."""
 
     def rate() -> Any:
@@ -70,7 +76,8 @@ def test_overflows_are_skipped_as_torch_does(unscale: bool, kind: str) -> None:
     fused = kind == "fused"
     a, b = parameters(torch.float32), parameters(torch.float32)
     theirs = torch.optim.AdamW(a.values(), rate(), weight_decay=0.1, fused=fused)
-    ours = fo.TransformOptimizer(b.items(), fo.adamw(rate(), weight_decay=0.1))
+    adamw = fo.adamw(rate(), weight_decay=0.1)
+    ours = fo.TransformOptimizer(b.items(), adamw, amp_scaling=handed)
     expected = _train(a, theirs, unscale=unscale)
     assert _train(b, ours, unscale=unscale) == expected
     assert min(expected) < 1024.0, "nothing was skipped"
@@ -85,19 +92,20 @@ def test_a_clip_sees_unscaled_gradients() -> None:
     """A clip in the transform is the clip by hand between unscale_ and step."""
     a, b = parameters(torch.float32), parameters(torch.float32)
     plain = fo.TransformOptimizer(a.items(), KINDS["adamw"])
-    clipped = fo.TransformOptimizer(b.items(), CLIPPED)
+    clipped = fo.TransformOptimizer(b.items(), CLIPPED, amp_scaling=True)
     scales = _train(a, plain, unscale=True)
     assert _train(b, clipped, unscale=False) == scales
     # The norm in float32 there and in float64 here: roundings of 6e-8 in 10 steps.
     assert_same(values(a), values(b), "weights", rtol=3e-6)
 
 
+@handing
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unscale", [False, True], ids=["whole", "unscaled before"])
-def test_a_skipped_step_changes_nothing(kind: str, unscale: bool) -> None:
+def test_a_skipped_step_changes_nothing(kind: str, unscale: bool, handed: bool) -> None:
     """Parameters, state and groups are the same bits after an overflow."""
     params = parameters(torch.float32)
-    optimizer = fo.TransformOptimizer(params.items(), KINDS[kind])
+    optimizer = fo.TransformOptimizer(params.items(), KINDS[kind], amp_scaling=handed)
     scaler = _scaler()
     scaler.scale(torch.zeros(()))
     moved = 0
@@ -121,13 +129,16 @@ def test_a_skipped_step_changes_nothing(kind: str, unscale: bool) -> None:
     assert moved == STEPS - len(OVERFLOWS)
 
 
+@handing
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_scaler_without_overflow_is_no_scaler(kind: str) -> None:
+def test_a_scaler_without_overflow_is_no_scaler(kind: str, handed: bool) -> None:
     """A scale that is a power of two changes no bit."""
     ends = []
     for enabled in (False, True):
         params = parameters(torch.float32)
-        optimizer = fo.TransformOptimizer(params.items(), KINDS[kind])
+        optimizer = fo.TransformOptimizer(
+            params.items(), KINDS[kind], amp_scaling=handed
+        )
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=enabled)
         scaler.scale(torch.zeros(()))
         for step in range(5):
@@ -141,7 +152,7 @@ def test_a_scaler_without_overflow_is_no_scaler(kind: str) -> None:
 def test_gradients_are_left_as_they_are() -> None:
     """A step under a scaler does not write into .grad, and leaves no attribute."""
     params = parameters(torch.float32)
-    optimizer = fo.TransformOptimizer(params.items(), CLIPPED)
+    optimizer = fo.TransformOptimizer(params.items(), CLIPPED, amp_scaling=True)
     scaler = _scaler()
     scaler.scale(torch.zeros(()))
     _scaled_gradients(params, 1, scaler)
@@ -156,7 +167,7 @@ def test_accumulation_is_refused_under_a_scaler() -> None:
     """Accumulate under a scaler says how to accumulate instead, and changes nothing."""
     params = parameters(torch.float32)
     transform = fo.chain(fo.Accumulate(2), fo.adamw(0.1))
-    optimizer = fo.TransformOptimizer(params.items(), transform)
+    optimizer = fo.TransformOptimizer(params.items(), transform, amp_scaling=True)
     scaler = _scaler()
     scaler.scale(torch.zeros(()))
     _scaled_gradients(params, 1, scaler)
@@ -164,6 +175,23 @@ def test_accumulation_is_refused_under_a_scaler() -> None:
     with pytest.raises(ValueError, match=r"Accumulate; .*accumulate in \.grad"):
         scaler.step(optimizer)
     assert_same(before, everything(optimizer, params), "after the error")
+
+
+def test_a_window_leaves_out_a_micro_batch_that_overflowed() -> None:
+    """Without the flag handed over, a scaler skips the micro-batch, not the window."""
+    ends = []
+    for overflows in (False, True):
+        params = parameters(torch.float32)
+        transform = fo.chain(fo.Accumulate(2), fo.adamw(0.1))
+        optimizer = fo.TransformOptimizer(params.items(), transform)
+        scaler = _scaler()
+        scaler.scale(torch.zeros(()))
+        for step in (1, 3, 2) if overflows else (1, 2):
+            _scaled_gradients(params, step, scaler)
+            scaler.step(optimizer)
+            scaler.update()
+        ends.append(values(params))
+    assert_same(ends[0], ends[1], "weights")
 
 
 def test_autocast_trains_as_with_torch() -> None:

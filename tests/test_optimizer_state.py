@@ -209,7 +209,6 @@ def test_state_for_some_gradients(pair: str) -> None:
     assert not torch.equal(before["params"]["scale"], after["params"]["scale"])
 
 
-@pytest.mark.xfail(strict=True, reason="state[p] is made anew: other keys get lost")
 def test_notes_of_a_user_in_the_state_stay() -> None:
     """Keys of a user's own in state[p] stay there, as with torch."""
     params, optimizer = _make(fo.adamw(0.1))

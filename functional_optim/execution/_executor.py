@@ -105,6 +105,16 @@ class Executor:
         ]
         self._template = rebuilt(state, iter(self._nodes))
 
+    def check(self, nodes: list[Node]) -> None:
+        """Refuse what the transform cannot go on from, such as a window too long.
+
+        Raises:
+            ValueError: from the transform.
+        """
+        if self._windows is not None:
+            given = {name: param.dtype for name, param in self._params.items()}
+            self._windows.structure(given, nodes, context=Context())
+
     def load(self, nodes: list[Node]) -> None:
         """Take over the numbers of other nodes; the tensors stay the same."""
         for index, (old, new) in enumerate(zip(self._nodes, nodes, strict=True)):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from functional_optim._apply import apply_updates
+from functional_optim._types import Static
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._nodes import nodes_of, rebuilt
 from functional_optim.execution._rewriting import joined
@@ -14,7 +15,7 @@ from functional_optim.facade._apart import check_apart
 from functional_optim.facade._entries import entries_of, keys_of, loaded_nodes, rest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
+    from collections.abc import Mapping, MutableMapping, Set
 
     from functional_optim._context import Context
     from functional_optim._types import TensorMap, Transform
@@ -52,7 +53,11 @@ class Engine:
         self._executor = Executor(params, transforms, group_of, state)
         self._keys = keys_of(self._executor.nodes, self._executor.fields)
         self._places = self._found_places()
+        self._shapes = {name: param.shape for name, param in params.items()}
         self._shown: list[int] = []
+        self.rest_shown: dict[str, Any] = {}
+        """What belongs to the transform as a whole, as it is now."""
+        self._show_rest()
 
     def params(self) -> TensorMap:
         """Return the parameters by name, as they are now."""
@@ -79,7 +84,9 @@ class Engine:
         self._executor.set_transforms(transforms)
 
     def _found_places(self) -> list[Any]:
-        return [param.data_ptr() for param in self.names]
+        # At every step, for every parameter: by functions in C.
+        asked = Tensor.data_ptr, Tensor.stride, Tensor.numel
+        return [list(map(function, self.names)) for function in asked]
 
     @property
     def moved(self) -> bool:
@@ -87,7 +94,19 @@ class Engine:
         return self._found_places() != self._places
 
     def state_beside(self) -> Any:
-        """Return the state on the device where the parameters lie now."""
+        """Return the state on the device where the parameters lie now.
+
+        Raises:
+            ValueError: a parameter has another shape than its state.
+        """
+        for param, name in self.names.items():
+            if param.shape != self._shapes[name]:
+                msg = (
+                    f"parameter {name!r} has the shape {tuple(param.shape)} now, and "
+                    f"had {tuple(self._shapes[name])} when its state was made; build "
+                    "the optimizer anew"
+                )
+                raise ValueError(msg)
         device = next(iter(self.names)).device
         nodes: list[Node] = []
         for node in self._executor.nodes:
@@ -97,19 +116,18 @@ class Engine:
                 nodes.append(node.to(device) if isinstance(node, Tensor) else node)
         return rebuilt(self.state, iter(nodes))
 
-    def state_with(self, added: TensorMap) -> Any:
-        """Return the state with more parameters; what was there stays.
+    def state_for(self, names: Mapping[Tensor, str]) -> Any:
+        """Return the state for other parameters; those that were here keep theirs.
 
         Args:
-            added: The new parameters.
+            names: Names of all parameters, old and new ones.
         """
-        params = {**self.params(), **added}
+        params = {name: param.detach() for param, name in names.items()}
         check_apart(params)
         fresh = initial(self._transform, params)
-        nodes: list[Node] = [
-            {**new, **known}
-            if isinstance(new, dict) and isinstance(known, dict)
-            else known
+        gone = {n for p, n in self.names.items() if names.get(p) != n}
+        nodes = [
+            _continued(known, new, gone)
             for new, known in zip(nodes_of(fresh), self._executor.nodes, strict=True)
         ]
         return rebuilt(fresh, iter(nodes))
@@ -119,9 +137,13 @@ class Engine:
     def show(self, state: MutableMapping[Tensor, Any]) -> None:
         """Write the state by parameter, as torch shows it; the tensors are ours."""
         for param, name in self.names.items():
-            state[param] = entries_of(self._executor.nodes, self._keys, name)
+            state.setdefault(param, {}).update(self.entries(name))
         self._shown = _identities(state)
         self._executor.take_replaced()
+
+    def entries(self, name: str) -> dict[str, Tensor]:
+        """Return the state of one parameter, by the keys that are shown."""
+        return entries_of(self._executor.nodes, self._keys, name)
 
     def follow(self, state: MutableMapping[Tensor, Any]) -> None:
         """Take over what others did to what was shown since then.
@@ -140,13 +162,12 @@ class Engine:
         Raises:
             ValueError: an entry does not have the shape of what it replaces.
         """
-        nodes = self._executor.nodes
         fresh = nodes_of(self._transform.init(self.params()))
         found: list[tuple[Tensor, Tensor]] = []
         for param, name in self.names.items():
             own = state.get(param, {})
             first = entries_of(fresh, self._keys, name)
-            for key, entry in entries_of(nodes, self._keys, name).items():
+            for key, entry in self.entries(name).items():
                 new = own.get(key, first[key])
                 if not isinstance(new, Tensor) or new.shape != entry.shape:
                     msg = (
@@ -162,16 +183,17 @@ class Engine:
 
     # -- checkpoints -----------------------------------------------------------------
 
-    def rest(self) -> dict[str, Any]:
-        """Return what belongs to the transform as a whole, as plain data."""
-        return rest_of(self._executor.nodes, self._keys)
+    def _show_rest(self) -> None:
+        self.rest_shown.update(rest_of(self._executor.nodes, self._keys))
 
     def load(
         self, per_name: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
     ) -> None:
         """Take over a saved state, after all of it was checked; see `loaded_nodes`."""
         nodes = loaded_nodes(self._executor.nodes, self._keys, per_name, rest)
+        self._executor.check(nodes)
         self._executor.load(nodes)
+        self._show_rest()
 
     def own_copy(self) -> Any:
         """Return the state in memory of its own, every tensor by itself."""
@@ -206,6 +228,8 @@ class Engine:
             )
             raise ValueError(msg)
         self._executor.step(grads, context=context, scaling=scaling)
+        if self._executor.holds:
+            self._show_rest()
 
     def step_recorded(self, grads: TensorMap, *, context: Context) -> None:
         """Step with a graph: everything at once, out of place.
@@ -220,6 +244,16 @@ class Engine:
         for name in moved:
             params[name].copy_(new[name])
         self._executor.replace(state)
+        self._show_rest()
+
+
+def _continued(known: Node, fresh: Node, gone: Set[str]) -> Node:
+    """Return a node for other parameters; what the names in `gone` had is dropped."""
+    if isinstance(known, dict) and isinstance(fresh, dict):
+        return {**fresh, **{n: old for n, old in known.items() if n not in gone}}
+    if isinstance(known, Static) and isinstance(known.value, tuple):
+        return Static(tuple(told for told in known.value if told not in gone))
+    return known
 
 
 def _identities(state: Mapping[Tensor, Any]) -> list[int]:

@@ -6,14 +6,16 @@ them; what belongs to the transform as a whole is plain data beside.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from functional_optim._names import shown
 from functional_optim._types import Static
+from functional_optim.facade._members import bare
 
 if TYPE_CHECKING:
     from functional_optim.execution._nodes import Field, Node
@@ -65,18 +67,29 @@ def entries_of(nodes: list[Node], keys: list[str], name: str) -> dict[str, Tenso
 
 
 def rest_of(nodes: list[Node], keys: list[str]) -> dict[str, Any]:
-    """Return what belongs to the transform as a whole, as plain data."""
+    """Return what belongs to the transform as a whole; tensors are not copied."""
     plain: dict[str, Any] = {}
     for node, key in zip(nodes, keys, strict=True):
         if isinstance(node, Static):
-            plain[key] = _lists(node.value)
+            plain[key] = _written(node.value)
         elif isinstance(node, Tensor):
-            plain[key] = node.detach().clone()
+            plain[key] = node.detach()
     return plain
 
 
-def _lists(value: Any) -> Any:
-    return [_lists(part) for part in value] if isinstance(value, tuple) else value
+def _written(value: Any) -> Any:
+    """Return a value for a checkpoint: torch.distributed wants no lists that grow."""
+    return json.dumps(value) if isinstance(value, tuple) else value
+
+
+def _read(value: Any, like: Any) -> Any:
+    """Return the value that was written, as far as it can be read."""
+    if not (isinstance(like, tuple) and isinstance(value, str)):
+        return value
+    try:
+        return _tuples(json.loads(value))
+    except json.JSONDecodeError:
+        return value
 
 
 def _tuples(value: Any) -> Any:
@@ -108,14 +121,7 @@ def loaded_nodes(
     loaded: list[Node] = []
     for node, key in zip(nodes, keys, strict=True):
         if isinstance(node, Static):
-            value = _tuples(rest[key])
-            if type(value) is not type(node.value):
-                msg = (
-                    f"transform_state[{key!r}] must be a {type(node.value).__name__}, "
-                    f"got {value!r}; the checkpoint is damaged"
-                )
-                raise ValueError(msg)
-            loaded.append(Static(value))
+            loaded.append(_fitting_static(key, rest[key], node, per_name))
         elif isinstance(node, Tensor):
             loaded.append(_fitting(f"transform_state[{key!r}]", rest[key], node))
         else:
@@ -126,6 +132,29 @@ def loaded_nodes(
                 }
             )
     return loaded
+
+
+def _fitting_static(
+    key: str, value: Any, like: Static[Any], names: Iterable[str]
+) -> Static[Any]:
+    value = _read(value, like.value)
+    if type(value) is not type(like.value):
+        msg = (
+            f"transform_state[{key!r}] must be a {type(like.value).__name__}, got "
+            f"{value!r}; the checkpoint is damaged"
+        )
+        raise ValueError(msg)
+    if not isinstance(value, tuple):
+        return Static(value)
+    own = {bare(name): name for name in names}
+    told = [own.get(bare(t)) if isinstance(t, str) else t for t in value]
+    if None in told:
+        msg = (
+            f"transform_state[{key!r}] must be names of parameters, got {value!r}; the "
+            "checkpoint is of another model"
+        )
+        raise ValueError(msg)
+    return Static(tuple(told))
 
 
 def _check_keys(place: str, saved: Any, own: Mapping[str, Any]) -> None:

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from functional_optim._names import shown
 
-OWN_KEYS = {"params", "param_names", "differentiable"}
+TRANSFORM_STATE = "transform_state"
+"""The key of the first group that has what belongs to the transform as a whole."""
+
+OWN_KEYS = {"params", "param_names", "differentiable", TRANSFORM_STATE}
 """What every group has beside hyperparameters."""
 
 _WRITTEN_BY_SCHEDULERS = ("initial_", "base_", "max_", "min_", "swa_")
@@ -27,13 +30,16 @@ _MEANINGFUL = {
     "maximize",
 }
 
+_NOTHING_AT_ZERO = _MEANINGFUL - {"lr", "betas", "eps", "max_norm"}
+
 
 def check_keys(
     group: Mapping[str, Any], own: set[str], elsewhere: Iterable[str], place: str
-) -> None:
+) -> bool:
     """Refuse a key that looks as if it meant something, and does not.
 
-    Schedulers and users may keep their own things in a group.
+    Schedulers and users may keep their own things in a group. A decay of zero asks for
+    nothing, so a transform without one is right; it may not become another number.
 
     Args:
         group: The group.
@@ -41,12 +47,19 @@ def check_keys(
         elsewhere: Those that mean something in other groups.
         place: How to call the group in an error.
 
+    Returns:
+        Whether the answer may become another one with the same keys.
+
     Raises:
         ValueError: naming the key, and what was probably meant.
     """
     inert = {*own, *OWN_KEYS, *elsewhere}
-    for key in group:
+    changeable = False
+    for key, value in group.items():
         if key in inert or not isinstance(key, str):
+            continue
+        if key in _NOTHING_AT_ZERO and isinstance(value, (int, float)) and value == 0:
+            changeable = True
             continue
         if key in _MEANINGFUL:
             remedy = "leave it out, or add a transform that has it"
@@ -63,6 +76,7 @@ def check_keys(
         if near:
             msg = f"{place} has {key!r}; did you mean {near[0]!r}?"
             raise ValueError(msg)
+    return changeable
 
 
 def same(a: Any, b: Any) -> bool:
@@ -105,4 +119,12 @@ def fixed(key: str, value: object) -> str:
         f"{key} is {value} in the transform and cannot be changed in a group, because "
         "it decides the structure of the state; build an optimizer with another "
         "transform"
+    )
+
+
+def lacking(place: str, keys: Iterable[str]) -> str:
+    """Say that a group has no value for what it must have one for."""
+    return (
+        f"{place} lacks {shown(sorted(keys), most=20)}; every group must have a value "
+        "for what its transform has one for"
     )

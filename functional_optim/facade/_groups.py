@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +17,19 @@ from functional_optim.facade._exposure import (
     with_values,
 )
 from functional_optim.facade._group_keys import (
+    TRANSFORM_STATE,
     check_keys,
     fixed,
     key_of,
+    lacking,
     same,
     two_owners,
 )
 from functional_optim.facade._scheduled import Scheduled
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from functional_optim._types import TensorMap, Transform
 
 
@@ -41,6 +47,7 @@ class Groups:
         self._choices: list[Choices] = []
         self._seen: list[tuple[Any, ...]] = []
         self._sizes: list[int] = []
+        self._params: list[list[Tensor]] = []
         self._scheduled = Scheduled(transform)
         self._known: list[Transform] = []
 
@@ -139,7 +146,20 @@ class Groups:
         self._structure.append(structure_of(self._transform, choices))
         self._seen.append((None,))  # Unlike any values, also unlike none.
         self._sizes.append(-1)
+        self._params.append(list(group["params"]))
         self._scheduled.add(index, group, options)
+
+    def have_moved(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether groups have other parameters than when they were added.
+
+        Args:
+            groups: The groups.
+        """
+        return len(groups) != len(self._params) or not all(
+            len(group["params"]) == len(known)
+            and all(map(operator.is_, group["params"], known))
+            for group, known in zip(groups, self._params, strict=True)
+        )
 
     def connect(self, state: Any, params: TensorMap) -> None:
         """Find the counts of the schedules in a state; see `Scheduled`."""
@@ -167,12 +187,18 @@ class Groups:
         ):
             if len(group) != self._sizes[index]:
                 own = {option.key for option in options} | set(self._structure[index])
-                check_keys(group, own, self._everywhere(), f"param_groups[{index}]")
-                self._sizes[index] = len(group)
-            for key, value in self._structure[index].items():
-                if group[key] is not value:
-                    raise ValueError(fixed(key, value))
-            seen.append(tuple([group[option.key] for option in options]))
+                again = check_keys(
+                    group, own, self._everywhere(), f"param_groups[{index}]"
+                )
+                self._sizes[index] = -1 if again else len(group)
+            try:
+                for key, value in self._structure[index].items():
+                    if group[key] is not value:
+                        raise ValueError(fixed(key, value))
+                seen.append(tuple([_value(option, group) for option in options]))
+            except KeyError as error:
+                message = lacking(f"param_groups[{index}]", error.args)
+                raise ValueError(message) from None
         self._scheduled.check(groups)
         if all(map(_all_same, seen, self._seen)):
             return None
@@ -222,6 +248,19 @@ class Groups:
             for options in self._options
         ]
 
+    def owned(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return copies of what a step writes into a group.
+
+        Args:
+            index: Which group it is.
+            group: The group.
+        """
+        shown = [option.key for option in self._options[index] if option.scheduled]
+        found = {key: group_value(group[key]) for key in shown if key in group}
+        if TRANSFORM_STATE in group:
+            found[TRANSFORM_STATE] = copy.deepcopy(group[TRANSFORM_STATE])
+        return found
+
     def fixed_keys(self, index: int) -> set[str]:
         """Return the keys of a group that only the transform decides."""
         keys = {option.key for option in self._options[index] if option.scheduled}
@@ -241,10 +280,17 @@ class Groups:
         self._with_values(
             index,
             tuple(
-                option.value if option.scheduled else values[option.key]
+                option.value if option.scheduled else _value(option, values)
                 for option in self._options[index]
             ),
         )
+
+
+def _value(option: Option, group: Mapping[str, Any]) -> Any:
+    """Return the value of an option; a list for a pair may be written into later."""
+    value = group[option.key]
+    pair = type(value) is list and isinstance(option.value, tuple)
+    return tuple(value) if pair else value
 
 
 def _all_same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:

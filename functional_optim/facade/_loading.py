@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from functional_optim._names import shown
-from functional_optim.facade._group_keys import OWN_KEYS
+from functional_optim.facade._group_keys import OWN_KEYS, lacking
+from functional_optim.facade._members import bare
 
 if TYPE_CHECKING:
     from functional_optim.facade._groups import Groups
 
-_PREFIXES = ("module.", "_orig_mod.")
-"""What wrappers such as DistributedDataParallel and torch.compile put before names."""
-
 
 def checked_groups(
-    data: Mapping[str, Any],
+    data: Any,
     groups: list[dict[str, Any]],
     exposed: Groups,
 ) -> list[dict[str, Any]]:
@@ -31,8 +30,9 @@ def checked_groups(
         ValueError: another number of groups or parameters, other names or structural
             options, a missing key, a value that is not legal.
     """
-    if not {"state", "param_groups"} <= set(data):
-        msg = f"a state dict has 'state' and 'param_groups', got {shown(data)}"
+    if not isinstance(data, Mapping) or not {"state", "param_groups"} <= set(data):
+        got = shown(data) if isinstance(data, Mapping) else repr(data)
+        msg = f"a state dict has 'state' and 'param_groups', got {got}"
         raise ValueError(msg)
     saved: list[dict[str, Any]] = list(data["param_groups"])
     if len(saved) != len(groups):
@@ -43,6 +43,8 @@ def checked_groups(
         raise ValueError(msg)
     for index, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
         place = f"param_groups[{index}]"
+        if "params" not in theirs:
+            raise ValueError(lacking(f"{place} of the state dict", ["params"]))
         if len(theirs["params"]) != len(ours["params"]):
             msg = (
                 f"{place} has {len(theirs['params'])} parameters in the state dict, "
@@ -71,34 +73,27 @@ def checked_groups(
 
 
 def loaded_options(
-    saved: Mapping[str, Any], exposed: Groups, index: int, apart: set[str]
+    saved: Mapping[str, Any], exposed: Groups, index: int
 ) -> dict[str, Any]:
-    """Return what a group takes over from a saved one.
+    """Return what a group takes over from a saved one; nothing is shared.
 
     Args:
         saved: The saved group, checked.
         exposed: What the groups show.
         index: Which group it is.
-        apart: Keys that are no options.
     """
-    fixed = exposed.fixed_keys(index) | OWN_KEYS | apart
-    return {key: value for key, value in saved.items() if key not in fixed}
+    fixed = exposed.fixed_keys(index) | OWN_KEYS
+    return {k: copy.deepcopy(v) for k, v in saved.items() if k not in fixed}
 
 
 def _check_names(place: str, theirs: Any, ours: Any) -> None:
     if theirs is None or ours is None:
         return
     for a, b in zip(theirs, ours, strict=True):
-        if _bare(a) != _bare(b):
+        if bare(a) != bare(b):
             msg = (
                 f"{place} has the parameter {a!r} in the state dict where {b!r} stands "
                 "here; the state dict is of another model, or of parameters in another "
                 "order"
             )
             raise ValueError(msg)
-
-
-def _bare(name: str) -> str:
-    for prefix in _PREFIXES:
-        name = name.replace(prefix, "")
-    return name

@@ -15,6 +15,16 @@ if TYPE_CHECKING:
 Members: TypeAlias = Sequence[tuple[str | None, Tensor]]
 """Parameters with their names, None where there is none."""
 
+_PREFIXES = ("module.", "_orig_mod.")
+"""What wrappers such as DistributedDataParallel and torch.compile put before names."""
+
+
+def bare(name: str) -> str:
+    """Return the name of a parameter without what wrappers of its model put there."""
+    for prefix in _PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
 
 def by_choices(
     transform: Transform, members: Members, start: int
@@ -76,6 +86,37 @@ def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
                 "differentiable=True"
             )
             raise ValueError(msg)
+    return members
+
+
+def named_members(
+    group: Mapping[str, Any], place: str, known: Mapping[Tensor, str], count: int
+) -> list[tuple[str, Tensor]]:
+    """Return the parameters that stand in a group now, with their names.
+
+    Args:
+        group: The group.
+        place: How to call it in an error.
+        known: The names of the parameters that were there before.
+        count: How many parameters stand in the groups before it.
+
+    Raises:
+        ValueError: a new parameter has no name where the others have one.
+    """
+    params = list(group["params"])
+    given = group.get("param_names")
+    if given is not None and len(given) == len(params):
+        return list(zip(given, params, strict=True))
+    members = []
+    for index, param in enumerate(params):
+        name = known.get(param)
+        if name is None and given is not None:
+            msg = (
+                f"{place} has a new parameter at position {index}, and no name for it "
+                "in param_names; add it with add_param_group"
+            )
+            raise ValueError(msg)
+        members.append((str(count + index) if name is None else name, param))
     return members
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,27 +11,24 @@ from torch import Tensor
 from functional_optim._chain import chain, checked_transform
 from functional_optim._context import Context
 from functional_optim._readings import readings
-from functional_optim.facade._engine import Engine
 from functional_optim.facade._gradients import (
     gradients_of,
     scaling_of,
     warn_of_no_gradient,
 )
 from functional_optim.facade._groups import Groups
-from functional_optim.facade._loading import checked_groups, loaded_options
 from functional_optim.facade._members import (
     by_choices,
     check_group_parameters,
     members_of,
 )
+from functional_optim.facade._tracking import Tracking
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
 
-_REST = "transform_state"
 
-
-class TransformOptimizer(torch.optim.Optimizer):
+class TransformOptimizer(Tracking):
     """A transform that updates parameters in place, as a `torch.optim.Optimizer`.
 
         p <- p + u,    (u, state) <- transform.update(p.grad, state, p)
@@ -55,6 +51,10 @@ class TransformOptimizer(torch.optim.Optimizer):
         transform: The transform, such as `adamw(1e-3)` or a `chain(...)` of yours.
         differentiable: Whether autograd records the steps, for parameters that are
             themselves results. Whole tensors are then updated out of place.
+        amp_scaling: Whether a `torch.amp.GradScaler` hands over its scale and its flag
+            of overflow instead of reading the flag on the host, as for torch's fused
+            optimizers: a step then needs no sync. Lightning refuses to clip for such
+            an optimizer, and Accelerate cannot tell that a step was skipped.
 
     State:
         `state[p]`: the transform's state of this parameter, under torch's keys where
@@ -83,22 +83,17 @@ class TransformOptimizer(torch.optim.Optimizer):
         torch.optim.Optimizer.
     """
 
-    # GradScaler then hands over scale and flag instead of reading the flag itself.
-    _step_supports_amp_scaling = True
-
-    _engine: Engine | None
-    _names: dict[Tensor, str]
-    _warned: bool
-
     def __init__(
         self,
         params: Iterable[Any],
         transform: Transform,
         *,
         differentiable: bool = False,
+        amp_scaling: bool = False,
     ) -> None:
         self._transform: Transform = chain(checked_transform("transform", transform))
         self._differentiable = differentiable
+        self._step_supports_amp_scaling = amp_scaling
         self._start()
         if isinstance(params, Tensor):
             super().__init__(params, {})  # Says what is wrong.
@@ -113,73 +108,6 @@ class TransformOptimizer(torch.optim.Optimizer):
         defaults["differentiable"] = differentiable
         super().__init__(groups if given else [], defaults)
         self._engine = self._built(None)
-
-    def _start(self) -> None:
-        self._engine, self._names, self._warned = None, {}, False
-
-    # -- groups ----------------------------------------------------------------------
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with hyperparameters of their own where given.
-
-        Args:
-            param_group: `{"params": ..., "lr": 0.1, ...}`. Parameters with different
-                labels of a `Partition` become several groups.
-
-        Raises:
-            ValueError, TypeError: as at construction; nothing is changed then.
-        """
-        if not isinstance(param_group, dict):
-            super().add_param_group(param_group)  # Says what is wrong.
-        members = members_of(param_group, differentiable=self._differentiable)
-        check_group_parameters([members], list(self._names.items()))
-        split = by_choices(self._transform, members, len(self._names))
-        options = {
-            k: v for k, v in param_group.items() if k not in {"params", "param_names"}
-        }
-        place = f"param_groups[{len(self.param_groups)}]"
-        values = self._groups.values_of_new(list(split), options, self.defaults, place)
-        state = None
-        if self._engine is not None:
-            added = {n: p.detach() for some in split.values() for n, p in some}
-            state = self._engine.state_with(added)
-        named = any(name is not None for name, _ in members)
-        for (labels, some), own in zip(split.items(), values, strict=True):
-            params = some if named else [param for _, param in some]
-            group = {**options, **own, "params": params}
-            super().add_param_group(group)
-            self._groups.add(group, labels)
-            self._names.update({param: name for name, param in some})
-        if self._engine is not None:
-            self._engine = self._built(state)
-
-    # -- the engine ------------------------------------------------------------------
-
-    def _built(self, state: Any) -> Engine:
-        """Return an engine for the parameters as they are, from a state or afresh."""
-        group_of = {
-            self._names[param]: index
-            for index, group in enumerate(self.param_groups)
-            for param in group["params"]
-        }
-        transforms = self._groups.transforms(self.param_groups)
-        engine = Engine(self._transform, self._names, group_of, transforms, state)
-        self._groups.connect(engine.state, engine.params())
-        self._groups.show_schedules()
-        engine.show(self.state)
-        return engine
-
-    def _followed(self) -> Engine:
-        """Return the engine after what others did to parameters, state and groups."""
-        engine = self._engine
-        if engine is None or engine.moved:
-            state = None if engine is None else engine.state_beside()
-            engine = self._engine = self._built(state)
-        engine.follow(self.state)
-        transforms = self._groups.changed(self.param_groups)
-        if transforms is not None:
-            engine.set_transforms(transforms)
-        return engine
 
     # -- steps -----------------------------------------------------------------------
 
@@ -204,9 +132,12 @@ class TransformOptimizer(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
-            TypeError: a gradient is sparse.
+            TypeError: a gradient is sparse, or `closure` is no function.
             ValueError: a key of a group is not legal, or has two owners.
         """
+        if closure is not None and not callable(closure):
+            msg = f"closure must be a function that returns the loss, got {closure!r}"
+            raise TypeError(msg)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -275,13 +206,12 @@ class TransformOptimizer(torch.optim.Optimizer):
         indices of parameters run through the groups.
         """
         with torch.no_grad():
-            rest = self._followed().rest()
-        first = self.param_groups[0]
-        first[_REST] = rest
-        try:
-            return super().state_dict()
-        finally:
-            del first[_REST]
+            self._followed()
+            saved = super().state_dict()
+            # Groups show what the next step changes: loading must not write into it.
+            for index, group in enumerate(saved["param_groups"]):
+                group.update(self._groups.owned(index, group))
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
@@ -295,7 +225,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: something does not fit; then nothing is changed.
         """
-        data = dict(state_dict)
+        data = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, data)
             data = data if replaced is None else replaced
@@ -303,42 +233,3 @@ class TransformOptimizer(torch.optim.Optimizer):
             self._load(data)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    def _load(self, data: Mapping[str, Any]) -> None:
-        engine = self._followed()
-        saved = checked_groups(data, self.param_groups, self._groups)
-        params = [param for group in self.param_groups for param in group["params"]]
-        indices = [index for group in saved for index in group["params"]]
-        per_name = {
-            self._names[param]: data["state"].get(index, {})
-            for param, index in zip(params, indices, strict=True)
-        }
-        engine.load(per_name, saved[0].get(_REST, {}))
-        for index, group in enumerate(self.param_groups):
-            group.update(loaded_options(saved[index], self._groups, index, {_REST}))
-        self._groups.show_schedules()
-        engine.follow(self.state)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: no plan, and no memory of others."""
-        with torch.no_grad():
-            saved = self._followed().own_copy()
-        return {
-            "defaults": self.defaults,
-            "param_groups": self.param_groups,
-            "_transform": self._transform,
-            "_differentiable": self._differentiable,
-            "_saved": (list(self._names.items()), saved),
-        }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._start()
-        names, saved = state["_saved"]
-        self.state = defaultdict(dict)
-        super().__setstate__({k: v for k, v in state.items() if k != "_saved"})
-        self._names = dict(names)
-        self._groups = Groups(self._transform)
-        for group in self.param_groups:
-            members = [(self._names[param], param) for param in group["params"]]
-            self._groups.add(group, next(iter(by_choices(self._transform, members, 0))))
-        self._engine = self._built(saved)

@@ -144,8 +144,8 @@ class Accumulate:
         position = state.position.value
         if not 0 <= position < self.every:
             msg = (
-                f"position must be from 0 to {self.every - 1} in Accumulate("
-                f"{self.every}), got {position}; the state is of another window"
+                f"Accumulate.position must be from 0 to {self.every - 1}, got "
+                f"{position}; the state is of another window"
             )
             raise ValueError(msg)
         return position
