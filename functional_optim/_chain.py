@@ -16,7 +16,7 @@ from functional_optim._structure import (
     check_updates,
     shown_state,
 )
-from functional_optim._tensor_map import copied
+from functional_optim._tensors import copied
 from functional_optim._types import Scope, Transform
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from functional_optim._context import Context, ReduceOp, local_total
 from functional_optim._parts import Stage, walk
-from functional_optim._tensor_map import copied
+from functional_optim._tensors import copied
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from functional_optim._tensor_map import foreach_applies
+from functional_optim._tensors import foreach_applies
 
 if TYPE_CHECKING:
     from torch import Tensor

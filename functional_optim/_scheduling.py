@@ -15,7 +15,7 @@ from torch import Tensor
 
 from functional_optim._names import check_same_names
 from functional_optim._structure import check_parameters
-from functional_optim._tensor_map import device_of
+from functional_optim._tensors import device_of
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap

@@ -18,18 +18,15 @@ from torch import Tensor
 
 from functional_optim._memory import Donated, current
 from functional_optim._names import lookup
+from functional_optim._tensors import foreach_applies, is_sixteen_bit
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from functional_optim._types import TensorMap
 
 Factor: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
 """What a map can be multiplied by: one number for all, or one for each name."""
-
-
-_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
-_SIXTEEN_BIT = {torch.float16, torch.bfloat16}
 
 
 def over(values: TensorMap, at: TensorMap | None = None) -> Expression:
@@ -293,43 +290,5 @@ def _lerp(x: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
     if not isinstance(weight, Tensor):
         return torch.lerp(x, end, weight)
     # torch.lerp wants one dtype; a 16-bit weight would round 1 - beta to 3 digits.
-    wide = torch.float32 if x.dtype in _SIXTEEN_BIT else x.dtype
+    wide = torch.float32 if is_sixteen_bit(x) else x.dtype
     return torch.lerp(x.to(wide), end.to(wide), weight.to(wide)).to(x.dtype)
-
-
-def foreach_applies(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether `torch._foreach_*` may run: plain tensors, nobody watching.
-
-    foreach has no vmap rule, fails inside `torch.func.grad`, and lacks DTensor rules;
-    the compiler fuses ordinary operations as well. In place is safe only where no
-    graph is recorded.
-    """
-    return (
-        not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and set(map(type, tensors)) <= _PLAIN_TYPES
-        and not (tensors and tensors[0].is_meta)  # There foreach reads a 0-dim operand.
-    )
-
-
-def copied(tensors: TensorMap) -> TensorMap:
-    """Return a map of new tensors with the same numbers."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}
-
-
-def zeros_like(params: TensorMap, dtype: torch.dtype | None = None) -> TensorMap:
-    """Return a map of zeros, strided like the parameters, without a graph."""
-    return {name: torch.zeros_like(p, dtype=dtype) for name, p in params.items()}
-
-
-def device_of(tensors: TensorMap) -> torch.device | None:
-    """Return the device of a map; None for an empty one means torch's default."""
-    for tensor in tensors.values():
-        return tensor.device
-    return None
-
-
-def is_sixteen_bit(tensor: Tensor) -> bool:
-    """Whether sums in this dtype lose more than the numbers carry."""
-    return tensor.dtype in _SIXTEEN_BIT

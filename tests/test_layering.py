@@ -18,18 +18,18 @@ each_file = pytest.mark.parametrize(
 
 # From the ground up; a module imports only from floors below its own.
 FLOORS = [
-    {"_context", "_names", "_types", "_value"},
+    {"_context", "_memory", "_names", "_tensors", "_types", "_value"},
     {"_tensor_map"},
     {"_factors", "_hyperparameters", "_norms", "_scheduling", "_structure"},
     {"_apply", "_order", "_parts", "_selection", "_state", "schedules"},
-    {"_chain", "_cost", "_readings"},
+    {"_chain", "_cost", "_guarding", "_readings"},
     {"_explain"},
     {"transforms"},
     {"optimizers"},
     {"execution"},
     {"facade", "integrations", "testing"},
 ]
-IN_PLACE_ALLOWED = {"_tensor_map", "execution", "facade"}
+IN_PLACE_ALLOWED = {"_memory", "_tensor_map", "execution", "facade"}
 
 
 def _room(path: pathlib.Path) -> str:
@@ -119,7 +119,8 @@ def test_recording_stands_in_two_places() -> None:
     places = [
         path.name
         for path in FILES
-        if _room(path) != "testing"  # It looks on from outside.
+        # Laws look on from outside; the facade steps where nothing is recorded.
+        if _room(path) not in {"testing", "facade"}
         for line in path.read_text().splitlines()
         if re.search(r"with recording\(|no_grad|enable_grad|\.detach\(", line)
         and "def " not in line

@@ -95,12 +95,13 @@ def _chosen(
 ) -> Iterator[tuple[Path, str]]:
     if isinstance(transform, Masked) and not picks(transform.mask, name, param):
         return
-    label = None
+    chosen = None
     if isinstance(transform, Partition):
         label = transform.label_of(name, param)
+        chosen = list(transform.inner).index(label)
         yield path, label
     for index, inner in enumerate(inner_transforms(transform)):
-        if label is None or label == list(transform.inner)[index]:  # type: ignore[attr-defined]
+        if chosen in {None, index}:
             yield from _chosen(inner, name, param, (*path, index))
 
 
@@ -179,10 +180,11 @@ def structure_of(transform: Transform, choices: Choices) -> dict[str, bool]:
     found: dict[str, bool] = {}
     places = _on_path(transform, choices)
     for place in places:
-        if _exposed(place.transform):
-            for field in dataclasses.fields(place.transform):  # type: ignore[arg-type]
+        own: Any = place.transform
+        if _exposed(own):
+            for field in dataclasses.fields(own):
                 if field.metadata.get("flag"):
-                    found.setdefault(field.name, getattr(place.transform, field.name))
+                    found.setdefault(field.name, getattr(own, field.name))
     leaves = [p.transform for p in places if not inner_transforms(p.transform)]
     found["maximize"] = bool(leaves) and is_maximize(leaves[0])
     return found
@@ -220,10 +222,11 @@ def with_values(
             for index, part in enumerate(inner_transforms(transform))
         ]
     )
-    transform = with_inner(transform, lambda _: next(inner))
+    result: Any = with_inner(transform, lambda _: next(inner))
     if path in changes:
-        return dataclasses.replace(transform, **changes[path])  # type: ignore[type-var]
-    return transform
+        result = dataclasses.replace(result, **changes[path])
+    changed: Transform = result
+    return changed
 
 
 def group_value(value: Any) -> Any:

@@ -12,7 +12,8 @@ from functional_optim._context import Context
 from functional_optim._hyperparameters import flag, value_class
 from functional_optim._names import subset
 from functional_optim._structure import check_parameters, check_state
-from functional_optim._tensor_map import device_of, is_sixteen_bit, over
+from functional_optim._tensor_map import over
+from functional_optim._tensors import device_of, is_sixteen_bit
 from functional_optim._types import Role, Scope, Static, TensorMap
 
 

@@ -22,7 +22,8 @@ from functional_optim._hyperparameters import (
 )
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._structure import check_made_for, check_state
-from functional_optim._tensor_map import over, zeros_like
+from functional_optim._tensor_map import over
+from functional_optim._tensors import zeros_like
 from functional_optim._types import Role, Scope, TensorMap
 
 

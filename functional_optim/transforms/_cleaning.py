@@ -10,7 +10,7 @@ from torch import Tensor
 from functional_optim._context import Context
 from functional_optim._hyperparameters import value_class
 from functional_optim._structure import check_parameters, check_state
-from functional_optim._tensor_map import device_of
+from functional_optim._tensors import device_of
 from functional_optim._types import Scope
 
 if TYPE_CHECKING:

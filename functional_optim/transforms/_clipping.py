@@ -21,7 +21,8 @@ from functional_optim._hyperparameters import (
 from functional_optim._norms import norms
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._structure import check_state
-from functional_optim._tensor_map import device_of, is_sixteen_bit, over
+from functional_optim._tensor_map import over
+from functional_optim._tensors import device_of, is_sixteen_bit
 from functional_optim._types import Role, Scope
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._norms import all_finite
 from functional_optim._parts import Part
 from functional_optim._structure import check_parameters, check_state
-from functional_optim._tensor_map import device_of
+from functional_optim._tensors import device_of
 from functional_optim._types import Role, Scope, Transform, inner_transforms
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, final
 from functional_optim._context import Context
 from functional_optim._hyperparameters import value_class
 from functional_optim._structure import check_parameters
-from functional_optim._tensor_map import copied
+from functional_optim._tensors import copied
 from functional_optim._types import Scope
 
 if TYPE_CHECKING:

@@ -74,9 +74,8 @@ class Masked:
     def resolved(self, name: str, param: Tensor) -> Masked:
         """Return what this is for one parameter: inside the mask, or outside."""
         inside = picks(self.mask, name, param)
-        return Masked(
-            resolve(self.inner, name, param) if inside else self.inner, inside
-        )
+        inner = resolve(self.inner, name, param) if inside else self.inner
+        return Masked(inner, inside)
 
     @property
     def scope(self) -> Scope:

@@ -15,7 +15,7 @@ from functional_optim._hyperparameters import checked, value_class
 from functional_optim._names import checked_name
 from functional_optim._norms import norms
 from functional_optim._structure import check_parameters, check_state
-from functional_optim._tensor_map import copied, device_of
+from functional_optim._tensors import copied, device_of
 from functional_optim._types import Scope
 
 if TYPE_CHECKING:

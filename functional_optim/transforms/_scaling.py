@@ -14,7 +14,8 @@ from functional_optim._hyperparameters import (
     value_class,
 )
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
-from functional_optim._tensor_map import device_of, over
+from functional_optim._tensor_map import over
+from functional_optim._tensors import device_of
 from functional_optim._types import Role, Scope
 
 if TYPE_CHECKING:
