@@ -9,14 +9,13 @@ from functional_optim._apply import (
 )
 from functional_optim._chain import Chain, chain
 from functional_optim._context import Context, Norm, ReduceOp, Reducer
-from functional_optim._explain import explain
 from functional_optim._hyperparameters import Hyperparameter, Schedule, resolve
 from functional_optim._parts import Part
 from functional_optim._readings import fetch, readings, state_of
 from functional_optim._selection import Rules, Selection, exclude
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, Scope, Static, TensorMap, Transform
-from functional_optim.facade import TransformOptimizer
+from functional_optim.facade import TransformOptimizer, explain
 from functional_optim.optimizers import adam, adamw, sgd
 from functional_optim.transforms import (
     Accumulate,

@@ -26,52 +26,15 @@ _COUNTED = [
 ]
 
 
-def explain(tx: Transform, params: TensorMap) -> str:
-    """Say what a transform does to these parameters, as a table to print.
-
-    A line for each stage: the transform as written, its scope, the bytes of its state.
-    Below, what a step costs: the bytes of all state, the passes over memory (one for
-    each call of `context.reduce`, and the update), and the bytes that they move where
-    they run in place. Below, what every mask, rule and label selects, and what is left:
-    a rule that fits nothing, or an earlier rule that takes everything, shows here.
-
-    Nothing is computed and no memory is taken: `init` and `update` run on the meta
-    device. A transform of your own that cannot run there is tried on the parameters as
-    they are, and the table says so. It tells what it selects by a method
-    `selections(params)` that returns (rule as text, list of names) pairs.
+def table(tx: Transform, params: TensorMap) -> list[list[str]]:
+    """Return what `functional_optim.explain` says of a transform, in blocks of lines.
 
     Args:
-        tx: Any transform.
-        params: Parameters by name; only names, shapes and dtypes are looked at.
-
-    Returns:
-        Some lines of text, about as many for a large model as for a small one.
+        tx: The transform.
+        params: Parameters by name.
 
     Raises:
-        TypeError: `tx` is no transform, `params` no map from name to tensor.
-        ValueError: `tx` does not fit the parameters: a rule matches nothing.
-
-    Example:
-        >>> import torch
-        >>> import functional_optim as fo
-        >>> params = {"weight": torch.zeros(256, 256), "bias": torch.zeros(256)}
-        >>> print(explain(fo.adamw(mask=fo.exclude("bias")), params))
-        stage                                          scope            state
-        ScaleByAdam()                                  elementwise  514.0 KiB
-        AddDecayedWeights(0.01, mask=exclude('bias'))  elementwise          -
-        ScaleByLearningRate(0.001)                     elementwise          -
-        <BLANKLINE>
-        parameters  2 tensors, 65,792 numbers, 257.0 KiB
-        state       514.0 KiB, 2.00 x the parameters
-        step        1 pass over memory, 1.8 MiB moved
-          pass 1    reads 1.0 MiB, writes 771.0 KiB: the update
-          counted   in place, in a step that emits, elementwise tensors: a total reads
-                    gradients and the state in front of it, the update reads gradients,
-                    parameters and state, and writes the last two
-        <BLANKLINE>
-        AddDecayedWeights(0.01, mask=exclude('bias'))
-          exclude('bias') -> 1 of 2 tensors, 65,536 numbers: weight
-          the rest        -> 1 of 2 tensors,    256 numbers: bias
+        TypeError, ValueError: as `explain`.
     """
     checked_transform("tx", tx)
     check_parameters(params)
@@ -79,7 +42,7 @@ def explain(tx: Transform, params: TensorMap) -> str:
     blocks = [_stages(found), _summary(found, params), *_all_selections(found)]
     if found.remarks:
         blocks.append([f"remark: {remark}" for remark in found.remarks])
-    return "\n\n".join("\n".join(line.rstrip() for line in b) for b in blocks if b)
+    return blocks
 
 
 # -- text --------------------------------------------------------------------------
@@ -89,7 +52,8 @@ def _short(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
-def _bytes(count: int) -> str:
+def shown_bytes(count: int) -> str:
+    """Return bytes as text, such as "1.5 MiB"."""
     value, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -98,7 +62,8 @@ def _bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:,.1f} {unit}"
 
 
-def _count(number: int, what: str) -> str:
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun, such as "2 passes"."""
     plural = "" if number == 1 else "es" if what.endswith("s") else "s"
     return f"{number:,} {what}{plural}"
 
@@ -150,7 +115,7 @@ def _stages(found: Cost) -> list[str]:
             (
                 "  " * depth + _short(text, _MOST_STAGE - 2 * depth),
                 stage.transform.scope.name.lower().replace("_", " "),
-                _bytes(own) if own else "-",
+                shown_bytes(own) if own else "-",
             )
         )
     return _columns(rows, "<<>")
@@ -166,18 +131,18 @@ def _label_of(stage: Stage) -> str:
 def _summary(found: Cost, params: TensorMap) -> list[str]:
     own, state = size(params.values()), sum(found.own)
     times = f", {state / own:.2f} x the parameters" if own else ""
-    tensors = _count(len(params), "tensor")
-    numbers = _count(sum(p.numel() for p in params.values()), "number")
+    tensors = counted(len(params), "tensor")
+    numbers = counted(sum(p.numel() for p in params.values()), "number")
     lines = [
-        f"parameters  {tensors}, {numbers}, {_bytes(own)}",
-        f"state       {_bytes(state)}{times}",
+        f"parameters  {tensors}, {numbers}, {shown_bytes(own)}",
+        f"state       {shown_bytes(state)}{times}",
     ]
     if found.passes is None:
         return lines
     count = len(found.passes)
     moved = sum(step.reads + step.writes for step in found.passes)
-    over = f"{_count(count, 'pass')} over memory"
-    lines.append(f"step        {over}, {_bytes(moved)} moved")
+    over = f"{counted(count, 'pass')} over memory"
+    lines.append(f"step        {over}, {shown_bytes(moved)} moved")
     by_path = {stage.path: stage.transform for stage in found.stages}
     for number, step in enumerate(found.passes, start=1):
         if number <= _MOST_LINES or number == count:
@@ -186,9 +151,9 @@ def _summary(found: Cost, params: TensorMap) -> list[str]:
 
 
 def _pass(step: Pass, by_path: dict[tuple[int | str, ...], Transform]) -> str:
-    reads = f"reads {_bytes(step.reads)}"
+    reads = f"reads {shown_bytes(step.reads)}"
     if step.path is None:
-        return f"{reads}, writes {_bytes(step.writes)}: the update"
+        return f"{reads}, writes {shown_bytes(step.writes)}: the update"
     path = step.path
     while path not in by_path:
         path = path[:-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pathlib
 import re
 
 import pytest
@@ -11,6 +13,8 @@ from transform_cases import CASES
 
 import functional_optim as fo
 from functional_optim import schedules
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 def small_gpt(layers: int = 2, width: int = 64, device: str = "meta") -> fo.TensorMap:
@@ -293,3 +297,68 @@ def test_parameters_stay_as_they_are() -> None:
     params = {"w": torch.zeros(2)}
     fo.explain(Impure(), params)
     assert params["w"].tolist() == [0.0, 0.0]
+
+
+# -- of an optimizer -----------------------------------------------------------------
+
+
+def _optimizer(transform: fo.Transform) -> fo.TransformOptimizer:
+    params = {
+        "wide": torch.nn.Parameter(torch.zeros(1024, 1024)),
+        "small": torch.nn.Parameter(torch.zeros(100)),
+        "bias": torch.nn.Parameter(torch.zeros(28)),
+        "half": torch.nn.Parameter(torch.zeros(64, dtype=torch.bfloat16)),
+    }
+    return fo.TransformOptimizer(params.items(), transform)
+
+
+def test_the_plan_of_an_optimizer() -> None:
+    """The table of its transform, and what is updated together in how many units."""
+    clipped = fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(1e-3))
+    optimizer = _optimizer(clipped)
+    text = fo.explain(optimizer)
+    plan = text[text.index("plan") :]
+    assert plan.splitlines()[:3] == PLAN
+    params = {n: p for p, n in optimizer._names.items()}
+    assert text.startswith(fo.explain(clipped, params))
+
+
+PLAN = """\
+plan        4 units of at most 2.0 MiB
+  bucket 1  3 tensors, 1,048,704 numbers, float32 on cpu: 2 slices, 1 pool
+  bucket 2  1 tensor, 64 numbers, bfloat16 on cpu: 1 slice\
+""".splitlines()
+
+
+def test_whole_tensors_are_told() -> None:
+    """A transform that looks at whole tensors is not cut."""
+    text = fo.explain(_optimizer(fo.chain(fo.Centralize(), fo.sgd(0.1))))
+    assert "float32 on cpu: 2 groups" in text
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_temporary_memory_is_what_a_step_takes(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the plan tells is what the profiler sees, whatever the model."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    allocations = importlib.import_module("allocations").allocations
+    params = {str(i): torch.nn.Parameter(torch.zeros(2**20)) for i in range(count)}
+    params |= {f"small {i}": torch.nn.Parameter(torch.zeros(64)) for i in range(9)}
+    clipped = fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(1e-3))
+    optimizer = fo.TransformOptimizer(params.items(), clipped)
+    for param in params.values():
+        param.grad = torch.ones_like(param)
+    told = re.search(r"temporary +([\d.]+) MiB", fo.explain(optimizer))
+    assert told is not None
+    seen = allocations(optimizer.step).peak / 2**20
+    # Numbers of a few bytes, and one decimal place.
+    assert abs(float(told[1]) - seen) < 0.1
+
+
+def test_an_optimizer_has_its_own_parameters() -> None:
+    """Parameters beside an optimizer, and a transform without, are told apart."""
+    with pytest.raises(TypeError, match="params must be left out for an optimizer"):
+        fo.explain(_optimizer(fo.sgd(0.1)), {"w": torch.zeros(1)})
+    with pytest.raises(TypeError, match=r"explain\(tx, params\)"):
+        fo.explain(fo.sgd(0.1))

@@ -133,6 +133,11 @@ class Executor:
         """The plan."""
         return self._buckets
 
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that are kept to gather small tensors."""
+        return self._scratch.taken
+
     def _plan(self) -> None:
         """Decide again what is updated together; the numbers stay as they are."""
         self._replaced = True
@@ -147,6 +152,7 @@ class Executor:
             self._unit_bytes,
         )
         self._buckets = layout.buckets()
+        self._scratch = layout.scratch
         self._units = [
             (bucket, unit) for bucket in self._buckets for unit in bucket.units
         ]

@@ -68,10 +68,13 @@ class Scratch:
 
     Args:
         budget: Bytes that may be given away for good.
+
+    Attributes:
+        taken: Bytes that there are.
     """
 
     def __init__(self, budget: int) -> None:
-        self._left = budget
+        self._left, self.taken = budget, 0
         self._shared: dict[tuple[torch.dtype, torch.device, str], Tensor] = {}
 
     def take(
@@ -88,10 +91,14 @@ class Scratch:
         size = numel * dtype.itemsize
         if size <= self._left:
             self._left -= size
+            self.taken += size
             return torch.empty(numel, dtype=dtype, device=like.device), True
         key = dtype, like.device, use
         known = self._shared.get(key)
         if known is None or known.numel() < numel:
+            self.taken += size - (
+                0 if known is None else known.numel() * dtype.itemsize
+            )
             known = torch.empty(numel, dtype=dtype, device=like.device)
             self._shared[key] = known
         return known[:numel], False

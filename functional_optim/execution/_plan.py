@@ -45,6 +45,7 @@ class Bucket:
 
     Args:
         transform: The transform for these parameters, now.
+        params: Its parameters.
         members: For each group of parameters one of its members here.
         whole: Whether it has all parameters, under their names, because the transform
             may not be cut.
@@ -53,6 +54,7 @@ class Bucket:
     """
 
     transform: Transform
+    params: TensorMap
     members: dict[int, str]
     whole: bool = False
     units: list[Unit] = dataclasses.field(default_factory=list)
@@ -72,6 +74,7 @@ class Layout:
         nodes: Its nodes.
         fields: What is known about them.
         unit_bytes: Size of a unit; None chooses by device.
+        scratch: Where small tensors are gathered.
     """
 
     params: TensorMap
@@ -82,23 +85,24 @@ class Layout:
     nodes: list[Node]
     fields: list[Field]
     unit_bytes: int | None
+    scratch: Scratch = dataclasses.field(default_factory=lambda: Scratch(SCRATCH_BYTES))
 
     def buckets(self) -> list[Bucket]:
         """Return the buckets with their units, in the order of the parameters."""
         scope = max(transform.scope for transform in self.transforms)
         if scope is Scope.GLOBAL:
             everything = joined(self.transforms, self.group_of)
-            bucket = Bucket(everything, {}, whole=True)
+            bucket = Bucket(everything, self.params, {}, whole=True)
             bucket.units.append(self._shaped(list(self.params)))
             return [bucket]
         elementwise = scope is Scope.ELEMENTWISE
-        scratch = Scratch(SCRATCH_BYTES)
         buckets = []
         for transform, names in self._alike(elementwise=elementwise):
             members = {self.group_of[name]: name for name in reversed(names)}
-            bucket = Bucket(transform, members)
+            params = {name: self.params[name] for name in names}
+            bucket = Bucket(transform, params, members)
             if elementwise and not self._has_scalars(names):
-                bucket.units = self._flat_units(names, scratch)
+                bucket.units = self._flat_units(names)
             else:
                 bucket.units = self._shaped_units(names)
             buckets.append(bucket)
@@ -188,7 +192,7 @@ class Layout:
             count += numel
         return [*units, self._shaped(taken)]
 
-    def _flat_units(self, names: list[str], scratch: Scratch) -> list[Unit]:
+    def _flat_units(self, names: list[str]) -> list[Unit]:
         units: list[Unit] = []
         pool: TensorMap = {}
         count = 0
@@ -199,19 +203,20 @@ class Layout:
                 units.extend(self._pieces(name, size))
                 continue
             if pool and count + param.numel() > size:
-                units.append(self._pooled(pool, scratch))
+                units.append(self._pooled(pool))
                 pool, count = {}, 0
             pool[name] = param
             count += param.numel()
         if pool:
-            units.append(self._pooled(pool, scratch))
+            units.append(self._pooled(pool))
         return units
 
-    def _pooled(self, params: TensorMap, scratch: Scratch) -> Unit:
+    def _pooled(self, params: TensorMap) -> Unit:
         name = next(iter(params))
         if len(params) == 1 and is_dense(params[name]):
             return self._pieces(name, max(1, params[name].numel()))[0]
-        return Pooled(params, self.nodes, self.template, self.fields, scratch)
+        rest = self.nodes, self.template, self.fields
+        return Pooled(params, *rest, self.scratch)
 
     def _pieces(self, name: str, size: int) -> list[Unit]:
         param = self.params[name]

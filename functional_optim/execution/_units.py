@@ -40,6 +40,8 @@ class Unit:
 
     pooled: ClassVar[bool] = False
     """Whether all its parameters must take the same steps."""
+    kind: ClassVar[str] = ""
+    """What it is, for people."""
     shares: ClassVar[bool] = True
     """Whether other units may have a part of the same parameter."""
 
@@ -124,6 +126,7 @@ class Shaped(Unit):
         fields: What is known about the nodes.
     """
 
+    kind: ClassVar[str] = "group"
     shares: ClassVar[bool] = False
 
     def __init__(
@@ -154,6 +157,8 @@ class Piece(Unit):
         template: The whole state.
         fields: What is known about the nodes.
     """
+
+    kind: ClassVar[str] = "slice"
 
     def __init__(
         self,
@@ -199,6 +204,7 @@ class Pooled(Unit):
         scratch: Where to gather.
     """
 
+    kind: ClassVar[str] = "pool"
     pooled: ClassVar[bool] = True
 
     def __init__(

@@ -1,0 +1,134 @@
+"""What a transform does to a model, and what an optimizer makes of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from functional_optim._cost import size
+from functional_optim._explain import counted, shown_bytes, table
+from functional_optim.execution._dry import temporary_bytes
+from functional_optim.facade._tracking import Tracking
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._executor import Executor
+    from functional_optim.execution._plan import Bucket
+
+_MOST_BUCKETS = 12
+
+
+def explain(tx: Transform | Tracking, params: TensorMap | None = None) -> str:
+    """Say what a transform does to these parameters, as a table to print.
+
+    A line for each stage: the transform as written, its scope, the bytes of its state.
+    Below, what a step costs: the bytes of all state, the passes over memory (one for
+    each call of `context.reduce`, and the update), and the bytes that they move where
+    they run in place. Below, what every mask, rule and label selects, and what is left:
+    a rule that fits nothing, or an earlier rule that takes everything, shows here.
+
+    Nothing is computed and no memory is taken: `init` and `update` run on the meta
+    device. A transform of your own that cannot run there is tried on the parameters as
+    they are, and the table says so. It tells what it selects by a method
+    `selections(params)` that returns (rule as text, list of names) pairs.
+
+    Of an optimizer it also tells the plan: which tensors are updated together
+    (a bucket), cut into how many units (slices of one tensor, pools of small tensors,
+    groups of whole tensors), and the temporary memory of a step, which is found by
+    trying the largest unit of each bucket on zeros.
+
+    Args:
+        tx: Any transform, or a `TransformOptimizer`.
+        params: Parameters by name; only names, shapes and dtypes are looked at. None
+            for an optimizer, which has its own.
+
+    Returns:
+        Some lines of text, about as many for a large model as for a small one.
+
+    Raises:
+        TypeError: `tx` is no transform, `params` no map from name to tensor, or one of
+            them too many.
+        ValueError: `tx` does not fit the parameters: a rule matches nothing.
+
+    Example:
+        >>> import torch
+        >>> import functional_optim as fo
+        >>> params = {"weight": torch.zeros(256, 256), "bias": torch.zeros(256)}
+        >>> print(explain(fo.adamw(mask=fo.exclude("bias")), params))
+        stage                                          scope            state
+        ScaleByAdam()                                  elementwise  514.0 KiB
+        AddDecayedWeights(0.01, mask=exclude('bias'))  elementwise          -
+        ScaleByLearningRate(0.001)                     elementwise          -
+        <BLANKLINE>
+        parameters  2 tensors, 65,792 numbers, 257.0 KiB
+        state       514.0 KiB, 2.00 x the parameters
+        step        1 pass over memory, 1.8 MiB moved
+          pass 1    reads 1.0 MiB, writes 771.0 KiB: the update
+          counted   in place, in a step that emits, elementwise tensors: a total reads
+                    gradients and the state in front of it, the update reads gradients,
+                    parameters and state, and writes the last two
+        <BLANKLINE>
+        AddDecayedWeights(0.01, mask=exclude('bias'))
+          exclude('bias') -> 1 of 2 tensors, 65,536 numbers: weight
+          the rest        -> 1 of 2 tensors,    256 numbers: bias
+    """
+    blocks: list[list[str]]
+    if isinstance(tx, Tracking):
+        if params is not None:
+            msg = "params must be left out for an optimizer: it has its own"
+            raise TypeError(msg)
+        with torch.no_grad():
+            engine = tx._followed()
+            blocks = table(engine.transform, engine.params())
+            blocks.insert(2, _plan(engine.executor))
+    elif params is None:
+        msg = "params must be given with a transform: explain(tx, params)"
+        raise TypeError(msg)
+    else:
+        blocks = table(tx, params)
+    return "\n\n".join("\n".join(line.rstrip() for line in b) for b in blocks if b)
+
+
+def _plan(executor: Executor) -> list[str]:
+    """Return what is updated together, and the memory that it takes."""
+    buckets = executor.buckets
+    units = [unit for bucket in buckets for unit in bucket.units]
+    most = max(size(unit.params.values()) for unit in units)
+    lines = [
+        f"plan        {counted(len(units), 'unit')} of at most {shown_bytes(most)}"
+    ]
+    lines.extend(
+        f"  bucket {number:<3}{_bucket(bucket)}"
+        for number, bucket in enumerate(buckets[:_MOST_BUCKETS], start=1)
+    )
+    if len(buckets) > _MOST_BUCKETS:
+        lines.append(f"  ... and {len(buckets) - _MOST_BUCKETS:,} more")
+    found = [temporary_bytes(bucket, executor.fields) for bucket in buckets]
+    known = [count for count in found if count is not None]
+    if len(known) < len(found):
+        return [
+            *lines,
+            "temporary   unknown: the transform cannot be tried out on zeros",
+        ]
+    kept = executor.scratch_bytes
+    total = shown_bytes(max(known) + kept)
+    lines.append(f"temporary   {total} beside parameters, gradients and state")
+    if kept:
+        lines.append(f"            {shown_bytes(kept)} of it to gather small tensors")
+    return lines
+
+
+def _bucket(bucket: Bucket) -> str:
+    """Return one line: what is in it, and how it is cut."""
+    params = bucket.params
+    first = next(iter(params.values()))
+    numbers = sum(param.numel() for param in params.values())
+    kinds: dict[str, int] = {}
+    for unit in bucket.units:
+        kinds[unit.kind] = kinds.get(unit.kind, 0) + 1
+    cut = ", ".join(counted(count, kind) for kind, count in kinds.items())
+    return (
+        f"{counted(len(params), 'tensor')}, {counted(numbers, 'number')}, "
+        f"{str(first.dtype).removeprefix('torch.')} on {first.device}: {cut}"
+    )
