@@ -245,10 +245,10 @@ class Executor:
         runs = []
         for bucket, unit in self._units:
             given = any(name in grads for name in unit.names)
-            emits = structure is not None and any(
-                name in structure.emitted for name in unit.names
+            touched = structure is not None and any(
+                name in structure.touched for name in unit.names
             )
-            if given or emits:
+            if given or touched:
                 transform = transforms[id(bucket)]
                 run = Run(bucket, unit, transform, self._workspace)
                 run.grads, run.context, run.scaling = grads, context, scaling
