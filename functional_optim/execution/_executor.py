@@ -14,6 +14,7 @@ from torch import Tensor
 from functional_optim._context import Context
 from functional_optim._hyperparameters import resolve
 from functional_optim._memory import Workspace
+from functional_optim._parts import walk
 from functional_optim.execution._guard import scaled
 from functional_optim.execution._nodes import Kind, fields_of, nodes_of, rebuilt
 from functional_optim.execution._passes import (
@@ -21,6 +22,7 @@ from functional_optim.execution._passes import (
     Totals,
     collected,
     next_call,
+    through,
 )
 from functional_optim.execution._plan import Bucket, Layout
 from functional_optim.execution._rewriting import joined
@@ -67,6 +69,10 @@ class Executor:
         self._template = rebuilt(state, iter(self._nodes))
         self._fields = fields_of(transforms[0], self._template, params)
         self._has_whole = any(field.kind is Kind.WHOLE for field in self._fields)
+        self._refuses = any(
+            getattr(stage.transform, "error_if_nonfinite", False)
+            for stage in walk(transforms[0], self._template, params)
+        )
         self._replaced = True
         self._windows: Windows | None = None
         if any(field.kind is Kind.STATIC for field in self._fields):
@@ -231,6 +237,10 @@ class Executor:
             structure = self._windows.structure(given, self._nodes, context=context)
         runs = self._runs(grads, structure, context, scaling)
         totals = self._totals(runs)
+        if self._refuses:
+            # An error over a total comes before anything is overwritten.
+            for run in {(id(run.bucket), run.key): run for run in runs}.values():
+                through(run, totals)
         later: Later = {}
         for run in runs:
             moved, state = run.finish(totals)
@@ -261,10 +271,10 @@ class Executor:
         runs = []
         for bucket, unit in self._units:
             given = any(name in grads for name in unit.names)
-            emits = structure is not None and any(
-                name in structure.emitted for name in unit.names
+            touched = structure is not None and any(
+                name in structure.touched for name in unit.names
             )
-            if given or emits:
+            if given or touched:
                 transform = transforms[id(bucket)]
                 run = Run(bucket, unit, transform, self._workspace)
                 run.grads, run.context, run.scaling = grads, context, scaling

@@ -8,7 +8,7 @@ out; the answer depends on nothing but what is known on the host, and is remembe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -28,11 +28,12 @@ class Structure(NamedTuple):
 
     Attributes:
         statics: The `Static` values after it, by index of the node.
-        emitted: The names that come out.
+        touched: The names that come out, or whose state changes: a window that closes
+            in front of one that stays open changes that one.
     """
 
     statics: dict[int, Static[Any]]
-    emitted: frozenset[str]
+    touched: frozenset[str]
 
 
 class Windows:
@@ -46,7 +47,7 @@ class Windows:
 
     def __init__(self, transform: Transform, template: Any, params: TensorMap) -> None:
         self._transform, self._template = transform, template
-        self._params = {n: p.to("meta") for n, p in params.items()}
+        self._params = params
         self._known: dict[Hashable, Structure] = {}
 
     def structure(
@@ -71,20 +72,35 @@ class Windows:
     def _tried(
         self, given: dict[str, torch.dtype], nodes: list[Node], context: Context
     ) -> Structure:
-        stand_ins = [_stand_in(node) for node in nodes]
-        updates = {
-            name: torch.empty_like(self._params[name], dtype=dtype)
-            for name, dtype in given.items()
-        }
+        context = dataclasses.replace(context, loss=None, weight=None)
+        try:
+            return self._tried_on(_without_memory, given, nodes, context)
+        except RuntimeError:
+            # Something reads a number on the host, such as error_if_nonfinite: zeros
+            # have one, at the price of results as large as the parameters.
+            return self._tried_on(_of_zeros, given, nodes, context)
+
+    def _tried_on(
+        self,
+        stand_in: Callable[[Tensor], Tensor],
+        given: dict[str, torch.dtype],
+        nodes: list[Node],
+        context: Context,
+    ) -> Structure:
+        before = [_replaced(node, stand_in) for node in nodes]
+        params = {name: stand_in(param) for name, param in self._params.items()}
+        updates = {name: params[name].to(dtype) for name, dtype in given.items()}
         moved, state = self._transform.update(
-            updates,
-            rebuilt(self._template, iter(stand_ins)),
-            self._params,
-            context=dataclasses.replace(context, loss=None, weight=None),
+            updates, rebuilt(self._template, iter(before)), params, context=context
         )
-        after = enumerate(nodes_of(state))
-        statics = {i: node for i, node in after if isinstance(node, Static)}
-        return Structure(statics, frozenset(moved))
+        touched = set(moved)
+        statics = {}
+        for index, (old, new) in enumerate(zip(before, nodes_of(state), strict=True)):
+            if isinstance(new, Static):
+                statics[index] = new
+            elif isinstance(old, dict) and isinstance(new, dict):
+                touched |= {name for name in old if new[name] is not old[name]}
+        return Structure(statics, frozenset(touched))
 
 
 def statics_of(nodes: list[Node]) -> Hashable:
@@ -92,9 +108,17 @@ def statics_of(nodes: list[Node]) -> Hashable:
     return tuple(node.value for node in nodes if isinstance(node, Static))
 
 
-def _stand_in(node: Node) -> Node:
+def _without_memory(tensor: Tensor) -> Tensor:
+    return tensor.to("meta")
+
+
+def _of_zeros(tensor: Tensor) -> Tensor:
+    return tensor.new_zeros(()).expand(tensor.shape)
+
+
+def _replaced(node: Node, stand_in: Callable[[Tensor], Tensor]) -> Node:
     if isinstance(node, Static):
         return node
     if isinstance(node, Tensor):
-        return node.to("meta")
-    return {name: entry.to("meta") for name, entry in node.items()}
+        return stand_in(node)
+    return {name: stand_in(entry) for name, entry in node.items()}

@@ -14,7 +14,12 @@ from functional_optim._hyperparameters import (
     value_class,
 )
 from functional_optim._names import subset
-from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
+from functional_optim._scheduling import (
+    ScheduleState,
+    evaluate,
+    init_hyperparameters,
+    is_schedule,
+)
 from functional_optim._selection import (
     Selection,
     check_selection,
@@ -81,7 +86,9 @@ class AddDecayedWeights:
     def resolved(self, name: str, param: Tensor) -> AddDecayedWeights:
         """Return what this is for one parameter: its rate, or no decay."""
         if self.mask is not None and not picks(self.mask, name, param):
-            return AddDecayedWeights(0.0, mask=False)
+            # A schedule counts the updates of all names, also of those outside.
+            rate = self.weight_decay if is_schedule(self.weight_decay) else 0.0
+            return AddDecayedWeights(rate, mask=False)
         rate = resolved_number(self.weight_decay, name, param)
         return AddDecayedWeights(rate, mask=None if self.mask is None else True)
 
