@@ -17,13 +17,7 @@ from functional_optim._memory import Workspace
 from functional_optim._parts import walk
 from functional_optim.execution._guard import scaled
 from functional_optim.execution._nodes import Kind, fields_of, nodes_of, rebuilt
-from functional_optim.execution._passes import (
-    Call,
-    Totals,
-    collected,
-    next_call,
-    through,
-)
+from functional_optim.execution._passes import through, totals_of
 from functional_optim.execution._plan import Bucket, Layout
 from functional_optim.execution._rewriting import joined
 from functional_optim.execution._runs import Run, Scaling
@@ -236,7 +230,7 @@ class Executor:
             given = {name: grad.dtype for name, grad in grads.items()}
             structure = self._windows.structure(given, self._nodes, context=context)
         runs = self._runs(grads, structure, context, scaling)
-        totals = self._totals(runs)
+        totals = totals_of(runs)
         if self._refuses:
             # An error over a total comes before anything is overwritten.
             for run in {(id(run.bucket), run.key): run for run in runs}.values():
@@ -281,27 +275,6 @@ class Executor:
                 run.key, run.alone = (key, given), not given
                 runs.append(run)
         return runs
-
-    def _totals(self, runs: list[Run]) -> Totals:
-        """Return the totals that the updates ask for, a pass for each."""
-        left: dict[tuple[int, Hashable], tuple[list[Call], list[Run]]] = {}
-        for run in runs:
-            kind = id(run.bucket), run.key
-            calls = run.calls()
-            left.setdefault(kind, (list(calls), []))[1].append(run)
-        totals: Totals = {}
-        while True:
-            waiting = [entry for entry in left.values() if entry[0]]
-            if not waiting:
-                return totals
-            call = next_call([calls for calls, _ in waiting])
-            taking = [entry for entry in waiting if entry[0][0] == call]
-            chosen = {id(run) for _, some in taking for run in some}
-            totals[call] = collected(
-                [run for run in runs if id(run) in chosen], call, totals
-            )
-            for calls, _ in taking:
-                del calls[0]
 
     def _collect(self, unit: Unit, state: Any, later: Later) -> None:
         """Take what belongs to the transform as a whole from a unit that it served."""

@@ -7,7 +7,7 @@ pass runs through.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from functional_optim._context import Reducer
+    from functional_optim.execution._runs import Run
 
 Call: TypeAlias = tuple[tuple[int | str, ...], int]
 """A call of `reduce`: the path of the context, and how many came before it there."""
@@ -146,3 +147,29 @@ def collected(
         partials.append(stop.partial)
         op = stop.op
     return local_total(torch.cat(partials), op)
+
+
+def totals_of(runs: Sequence[Run]) -> Totals:
+    """Return the totals that updates ask for, with a pass for each.
+
+    Args:
+        runs: What runs in a step.
+    """
+    left: dict[tuple[int, Hashable], tuple[list[Call], list[Run]]] = {}
+    for run in runs:
+        kind = id(run.bucket), run.key
+        calls = run.calls()
+        left.setdefault(kind, (list(calls), []))[1].append(run)
+    totals: Totals = {}
+    while True:
+        waiting = [entry for entry in left.values() if entry[0]]
+        if not waiting:
+            return totals
+        call = next_call([calls for calls, _ in waiting])
+        taking = [entry for entry in waiting if entry[0][0] == call]
+        chosen = {id(run) for _, some in taking for run in some}
+        totals[call] = collected(
+            [run for run in runs if id(run) in chosen], call, totals
+        )
+        for calls, _ in taking:
+            del calls[0]
