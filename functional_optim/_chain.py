@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from functional_optim._apply import recording
 from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, resolve, value_class
+from functional_optim._memory import Donated, current
 from functional_optim._names import shown
 from functional_optim._order import check_order
 from functional_optim._parts import Part
@@ -17,7 +18,7 @@ from functional_optim._structure import (
     shown_state,
 )
 from functional_optim._tensors import copied
-from functional_optim._types import Scope, Transform
+from functional_optim._types import Scope, Transform, inner_transforms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,6 +142,8 @@ class Chain:
             for index, member in enumerate(self.members):
                 if not updates:
                     break
+                if index and current.memory is not None:
+                    updates = _given_up(updates, self.members[index - 1], member)
                 result = member.update(
                     updates, state[index], params, context=context.at(index)
                 )
@@ -156,6 +159,19 @@ class Chain:
                 zip(self.members, state, strict=True)
             )
         ]
+
+
+def _given_up(updates: TensorMap, maker: Transform, taker: Transform) -> TensorMap:
+    """Return updates that the next member may overwrite, if they are nobody else's.
+
+    Only where an executor lends memory: results live no longer than the update there.
+    """
+    new = getattr(type(maker), "consumes_updates", False) or (
+        getattr(type(maker), "consumes_state", False) and not inner_transforms(maker)
+    )
+    if new and getattr(type(taker), "consumes_updates", False):
+        return Donated(updates)
+    return updates
 
 
 def chain(*transforms: Transform) -> Chain:

@@ -108,6 +108,7 @@ class ClipByGlobalNorm:
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.CLIP
+    consumes_updates: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> ClipByGlobalNormState:
         """Return a norm of zero."""
@@ -190,6 +191,7 @@ class ClipByNorm:
 
     scope: ClassVar[Scope] = Scope.PER_TENSOR
     role: ClassVar[Role] = Role.CLIP
+    consumes_updates: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
         """Return the state of the schedules; check maps by name."""
@@ -266,6 +268,7 @@ class ClipByValue:
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.CLIP
+    consumes_updates: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
         """Return the state of the schedules; check maps by name."""

@@ -64,6 +64,7 @@ class MultiplyParamwise:
     )
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    consumes_updates: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> tuple[()]:
         """Return the empty state, after a look whether every rule matches."""

@@ -54,6 +54,7 @@ class Scale:
     factor: Hyperparameter = hyperparameter()
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    consumes_updates: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
         """Return the state of the schedules; check maps by name."""
@@ -103,6 +104,7 @@ class ScaleByLearningRate:
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.LEARNING_RATE
+    consumes_updates: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
         """Return the state of the schedules; check maps by name."""
@@ -161,6 +163,7 @@ class Unscale:
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     role: ClassVar[Role] = Role.UNSCALE
+    consumes_updates: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
         """Return the state of the schedules; check maps by name."""

@@ -82,6 +82,7 @@ class AddDecayedWeights:
     mask: Selection | None = checked(check=_checked_mask, default=None)
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
+    consumes_updates: ClassVar[bool] = True
 
     def resolved(self, name: str, param: Tensor) -> AddDecayedWeights:
         """Return what this is for one parameter: its rate, or no decay."""
@@ -109,12 +110,10 @@ class AddDecayedWeights:
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return u + weight_decay * p."""
         now, state = evaluate(self, state, updates)
-        names = list(updates)
+        chosen = updates
         if self.mask is not None:
-            names = picked(self.mask, params, names)
-        decayed = (
-            over(subset(updates, names)).add(params, alpha=now.weight_decay).to_map()
-        )
+            chosen = subset(updates, picked(self.mask, params, list(updates)))
+        decayed = over(chosen).add(params, alpha=now.weight_decay).to_map()
         if len(decayed) == len(updates):
             return decayed, state
         return {
