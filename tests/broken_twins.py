@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 import functional_optim as fo
+from functional_optim._tensor_map import over
 
 
 class Buffer(NamedTuple):
@@ -260,6 +261,35 @@ def counted(params: fo.TensorMap) -> Count:
     return Count(torch.zeros((), dtype=torch.float64))
 
 
+# -- in place ----------------------------------------------------------------------
+
+
+def knows_names(u, s, p, c):
+    return {n: x * (0.5 if n.endswith("bias") else 2.0) for n, x in u.items()}, s
+
+
+def knows_shapes(u, s, p, c):
+    return {n: x * (2.0 if p[n].ndim > 1 else 0.5) for n, x in u.items()}, s
+
+
+class ReadsWhatItGaveUp:
+    """Says that it reads each entry of its state once, and reads it twice."""
+
+    scope: ClassVar[fo.Scope] = fo.Scope.ELEMENTWISE
+    consumes_state: ClassVar[bool] = True
+
+    def init(self, params: fo.TensorMap) -> Buffer:
+        """Return a buffer like the parameters."""
+        return zeros(params)
+
+    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+        """Return how the buffer moved."""
+        before = {name: state.buffer[name] for name in updates}
+        now = over(state.buffer, at=updates).mul(0.5).add(updates).to_map()
+        moved = {name: now[name] - before[name] for name in updates}
+        return moved, Buffer(state.buffer | now)
+
+
 # -- torch -------------------------------------------------------------------------
 
 
@@ -363,6 +393,9 @@ TWINS: list[tuple[str, Any]] = [
     ("scope", Twin("joint norm, per tensor", joint_norm, scope=PER_TENSOR)),
     ("scope", Twin("counts on one part", counts_on_one_part, counted)),
     ("scope", Twin("sums without reduce", sums_without_reduce, counted)),
+    ("in_place", Twin("knows names", knows_names)),
+    ("in_place", Twin("knows shapes", knows_shapes)),
+    ("in_place", ReadsWhatItGaveUp()),
     ("vmapped", Twin("branches on a value", each(branches), scope=PER_TENSOR)),
     (
         "vmapped",
@@ -390,6 +423,7 @@ ONLY = {
     "hold": "ticks on nothing",
     "omitted_names": "takes nothing for zero",
     "scope": "subtracts the mean",
+    "in_place": "ReadsWhatItGaveUp",
     "vmapped": "no batching rule",
     "plain_data": "an enum",
     "chaining": "grad mode",

@@ -7,6 +7,7 @@ Only `init`, `update` and `scope` are used.
 from functional_optim.testing._composition import chaining, plain_data
 from functional_optim.testing._cuts import scope
 from functional_optim.testing._form import structure
+from functional_optim.testing._in_place import in_place
 from functional_optim.testing._memory import determinism, purity
 from functional_optim.testing._omission import hold, omitted_names
 from functional_optim.testing._torch import compiled, differentiable, no_graph, vmapped
@@ -18,6 +19,7 @@ __all__ = [
     "determinism",
     "differentiable",
     "hold",
+    "in_place",
     "no_graph",
     "omitted_names",
     "plain_data",
@@ -34,6 +36,7 @@ ALL = (
     omitted_names,
     hold,
     scope,
+    in_place,
     vmapped,
     plain_data,
     chaining,
