@@ -15,7 +15,12 @@ from functional_optim._readings import fetch, readings, state_of
 from functional_optim._selection import Rules, Selection, exclude
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, Scope, Static, TensorMap, Transform
-from functional_optim.facade import TransformOptimizer, explain
+from functional_optim.facade import (
+    TransformOptimizer,
+    explain,
+    from_torch_state_dict,
+    to_torch_state_dict,
+)
 from functional_optim.optimizers import adam, adamw, sgd
 from functional_optim.transforms import (
     Accumulate,
@@ -86,6 +91,7 @@ __all__ = [
     "exclude",
     "explain",
     "fetch",
+    "from_torch_state_dict",
     "gradients",
     "load_parameters",
     "load_state_dict",
@@ -96,5 +102,6 @@ __all__ = [
     "sgd",
     "state_dict",
     "state_of",
+    "to_torch_state_dict",
     "transforms",
 ]

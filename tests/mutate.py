@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mutations import MUTATIONS, PACKAGE, ROOT, Mutation
 
-COPIED = [PACKAGE, "tests", "property_tests", "docs", "pyproject.toml"]
+COPIED = [PACKAGE, "tests", "property_tests", "benchmarks", "docs", "pyproject.toml"]
 
 # Many kills in few seconds, by themselves: then the rest need not be collected.
 FIRST = [
@@ -74,6 +74,7 @@ def pytest_collection_modifyitems(items):
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch._dynamo"])
 OUTPUT = "output.txt"
+_VENV = pathlib.Path(sys.prefix).resolve()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,8 +155,9 @@ def _pytest(
 def _run_pytest(folder: pathlib.Path, files: list[str], names: list[str]) -> None:
     """Be the process that imports the copy and tests it."""
     os.chdir(folder)
-    # The checkout goes, and the copy comes before an installed package.
-    sys.path[:] = [str(folder), *(p for p in sys.path if ROOT not in _inside(p))]
+    # The checkout goes, but for installed packages, and the copy comes before those.
+    kept = [p for p in sys.path if ROOT not in _inside(p) or _VENV in _inside(p)]
+    sys.path[:] = [str(folder), *kept]
     sys.dont_write_bytecode = True
     os.environ |= {
         "PYTHONPATH": str(folder),  # For tests that start a process.

@@ -145,6 +145,11 @@ class Engine:
         """Return the state of one parameter, by the keys that are shown."""
         return entries_of(self._executor.nodes, self._keys, name)
 
+    def first_entries(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state of every parameter before its first step, in new tensors."""
+        fresh = nodes_of(self._transform.init(self.params()))
+        return {n: entries_of(fresh, self._keys, n) for n in self.names.values()}
+
     def follow(self, state: MutableMapping[Tensor, Any]) -> None:
         """Take over what others did to what was shown since then.
 
@@ -162,13 +167,12 @@ class Engine:
         Raises:
             ValueError: an entry does not have the shape of what it replaces.
         """
-        fresh = nodes_of(self._transform.init(self.params()))
+        first = self.first_entries()
         found: list[tuple[Tensor, Tensor]] = []
         for param, name in self.names.items():
             own = state.get(param, {})
-            first = entries_of(fresh, self._keys, name)
             for key, entry in self.entries(name).items():
-                new = own.get(key, first[key])
+                new = own.get(key, first[name][key])
                 if not isinstance(new, Tensor) or new.shape != entry.shape:
                     msg = (
                         f"state of {name!r}: {key} must be a tensor of shape "

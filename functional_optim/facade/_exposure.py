@@ -7,14 +7,14 @@ transform that the group's parameters pass through.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
 from functional_optim._scheduling import is_schedule
 from functional_optim._selection import picks
-from functional_optim._types import Transform, inner_transforms, with_inner
+from functional_optim._types import Role, Transform, inner_transforms, with_inner
 from functional_optim._value import same_value
 from functional_optim.transforms import Masked, Named, Partition, Scale
 
@@ -23,6 +23,9 @@ Path: TypeAlias = tuple[int, ...]
 
 Choices: TypeAlias = tuple[tuple[Path, str], ...]
 """The labels that the parameters of a group have, by the path of the `Partition`."""
+
+
+_DESCENDS = {Role.MOMENT, Role.LEARNING_RATE}
 
 
 class Option(NamedTuple):
@@ -46,7 +49,16 @@ class Option(NamedTuple):
         return any(map(is_schedule, _parts(self.value)))
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
+    """A transform inside another.
+
+    Attributes:
+        path: Where it stands.
+        transform: What stands there.
+        names: The names around it, the outermost first.
+        choices: The labels that lead there.
+    """
+
     path: Path
     transform: Transform
     names: tuple[str, ...]
@@ -62,9 +74,9 @@ def _places(
     path: Path = (),
     names: tuple[str, ...] = (),
     choices: Choices = (),
-) -> Iterator[_Place]:
+) -> Iterator[Place]:
     """Yield a transform and all that is visible inside it."""
-    yield _Place(path, transform, names, choices)
+    yield Place(path, transform, names, choices)
     labels = list(transform.inner) if isinstance(transform, Partition) else []
     if isinstance(transform, Named):
         names = (*names, transform.name)
@@ -73,8 +85,13 @@ def _places(
         yield from _places(inner, (*path, index), names, chosen)
 
 
-def _on_path(transform: Transform, choices: Choices) -> list[_Place]:
-    """Return what the parameters with these labels pass."""
+def on_path(transform: Transform, choices: Choices) -> list[Place]:
+    """Return what the parameters with these labels pass, in order.
+
+    Args:
+        transform: The transform.
+        choices: The labels.
+    """
     wanted = set(choices)
     return [p for p in _places(transform) if set(p.choices) <= wanted]
 
@@ -115,8 +132,8 @@ def options_of(transform: Transform, choices: Choices) -> list[Option]:
     Raises:
         ValueError: two transforms have a field of one name with different values.
     """
-    owners: dict[str, list[_Place]] = {}
-    for place in _on_path(transform, choices):
+    owners: dict[str, list[Place]] = {}
+    for place in on_path(transform, choices):
         for field in _exposed(place.transform):
             owners.setdefault(field, []).append(place)
     options: dict[str, Option] = {}
@@ -150,7 +167,7 @@ def _exposed(transform: Transform) -> list[str]:
     ]
 
 
-def _two_values(key: str, field: str, places: list[_Place]) -> str:
+def _two_values(key: str, field: str, places: list[Place]) -> str:
     alike = [p for p in places if ".".join([*p.names, field]).endswith(key)]
     first = alike[0].transform
     second = next(
@@ -178,7 +195,7 @@ def structure_of(transform: Transform, choices: Choices) -> dict[str, bool]:
         choices: The labels of the group's parameters.
     """
     found: dict[str, bool] = {}
-    places = _on_path(transform, choices)
+    places = on_path(transform, choices)
     for place in places:
         own: Any = place.transform
         if _exposed(own):
@@ -186,8 +203,15 @@ def structure_of(transform: Transform, choices: Choices) -> dict[str, bool]:
                 if field.metadata.get("flag"):
                     found.setdefault(field.name, getattr(own, field.name))
     leaves = [p.transform for p in places if not inner_transforms(p.transform)]
-    found["maximize"] = bool(leaves) and is_maximize(leaves[0])
+    found["maximize"] = _climbs(leaves)
     return found
+
+
+def _climbs(leaves: Sequence[Transform]) -> bool:
+    """Whether gradients change their sign before a rule that descends gets them."""
+    roles = [getattr(leaf, "role", None) for leaf in leaves]
+    first = next((i for i, role in enumerate(roles) if role in _DESCENDS), 0)
+    return Role.LEARNING_RATE in roles and any(map(is_maximize, leaves[:first]))
 
 
 def scheduled_places(transform: Transform) -> dict[Path, Transform]:

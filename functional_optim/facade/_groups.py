@@ -241,6 +241,11 @@ class Groups:
             raise type(error)(msg) from None
 
     @property
+    def choices(self) -> list[Choices]:
+        """The labels of the parameters of each group."""
+        return self._choices
+
+    @property
     def keys(self) -> list[list[str]]:
         """The keys of each group that a checkpoint sets."""
         return [

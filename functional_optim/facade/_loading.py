@@ -14,21 +14,15 @@ if TYPE_CHECKING:
     from functional_optim.facade._groups import Groups
 
 
-def checked_groups(
-    data: Any,
-    groups: list[dict[str, Any]],
-    exposed: Groups,
-) -> list[dict[str, Any]]:
-    """Return the groups of a state dict if they fit those of the optimizer.
+def saved_groups(data: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups of a state dict if there are as many, of as many parameters.
 
     Args:
         data: The state dict.
         groups: The groups of the optimizer.
-        exposed: What they show.
 
     Raises:
-        ValueError: another number of groups or parameters, other names or structural
-            options, a missing key, a value that is not legal.
+        ValueError: no state dict, or one of other groups.
     """
     if not isinstance(data, Mapping) or not {"state", "param_groups"} <= set(data):
         got = shown(data) if isinstance(data, Mapping) else repr(data)
@@ -52,6 +46,28 @@ def checked_groups(
                 "another layout of groups"
             )
             raise ValueError(msg)
+    return saved
+
+
+def checked_groups(
+    data: Any,
+    groups: list[dict[str, Any]],
+    exposed: Groups,
+) -> list[dict[str, Any]]:
+    """Return the groups of a state dict if they fit those of the optimizer.
+
+    Args:
+        data: The state dict.
+        groups: The groups of the optimizer.
+        exposed: What they show.
+
+    Raises:
+        ValueError: another number of groups or parameters, other names or structural
+            options, a missing key, a value that is not legal.
+    """
+    saved = saved_groups(data, groups)
+    for index, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
+        place = f"param_groups[{index}]"
         _check_names(place, theirs.get("param_names"), ours.get("param_names"))
         wanted = [*exposed.keys[index], *exposed.structure[index]]
         missing = [key for key in wanted if key not in theirs]

@@ -1,0 +1,260 @@
+"""State dicts of torch's optimizers, and for them: what goes along, what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from training import parameters, train
+
+import functional_optim as fo
+from functional_optim import schedules
+
+
+def _ours(transform: fo.Transform, *, groups: bool = False) -> fo.TransformOptimizer:
+    params = list(parameters().items())
+    if groups:
+        return fo.TransformOptimizer(
+            [{"params": params[:2]}, {"params": params[2:], "lr": 0.5}], transform
+        )
+    return fo.TransformOptimizer(params, transform)
+
+
+def _theirs(kind: Callable[..., Any], **options: Any) -> Any:
+    params = parameters()
+    optimizer = kind(params.values(), **options)
+    train(optimizer, params, range(2))
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [
+        (fo.sgd, torch.optim.SGD),
+        (fo.adam, torch.optim.Adam),
+        (fo.adamw, torch.optim.AdamW),
+    ],
+)
+def test_groups_have_the_keys_of_torch(preset: Any, kind: Any) -> None:
+    """A group for torch has the keys of the installed version, and the values here."""
+    ours = _ours(preset(0.1, weight_decay=0.2), groups=True)
+    saved = fo.to_torch_state_dict(ours)
+    expected = kind([torch.zeros(1)]).state_dict()["param_groups"][0]
+    assert [set(group) - {"param_names"} for group in saved["param_groups"]] == [
+        set(expected)
+    ] * 2
+    assert [group["lr"] for group in saved["param_groups"]] == [0.1, 0.5]
+    assert [group["weight_decay"] for group in saved["param_groups"]] == [0.2, 0.2]
+    assert [group["params"] for group in saved["param_groups"]] == [[0, 1], [2, 3]]
+
+
+def test_nothing_is_shared() -> None:
+    """What is handed to torch and what is taken from it lies in memory of its own."""
+    params = parameters()
+    ours = fo.TransformOptimizer(params.items(), fo.adamw(0.1))
+    theirs = torch.optim.AdamW(params.values())
+    train(ours, params, range(2))
+    theirs.load_state_dict(fo.to_torch_state_dict(ours))
+    before = copy.deepcopy(ours.state_dict())
+    train(theirs, params, range(2))
+    assert str(ours.state_dict()) == str(before)
+    ours.load_state_dict(fo.from_torch_state_dict(ours, theirs.state_dict()))
+    before = copy.deepcopy(theirs.state_dict())
+    train(ours, params, range(2))
+    assert str(theirs.state_dict()) == str(before)
+
+
+def test_schedulers_go_along() -> None:
+    """What a scheduler keeps in a group is there after a switch, in both directions."""
+    theirs = _theirs(torch.optim.AdamW, lr=0.1)
+    torch.optim.lr_scheduler.StepLR(theirs, 1)
+    theirs.param_groups[0]["note"] = "mine"
+    ours = _ours(fo.adamw(0.2))
+    ours.load_state_dict(fo.from_torch_state_dict(ours, theirs.state_dict()))
+    group = ours.param_groups[0]
+    assert (group["lr"], group["initial_lr"], group["note"]) == (0.1, 0.1, "mine")
+    assert "capturable" not in group
+    back = fo.to_torch_state_dict(ours)["param_groups"][0]
+    assert (back["lr"], back["initial_lr"], back["note"]) == (0.1, 0.1, "mine")
+
+
+def test_a_preset_for_each_label() -> None:
+    """A Partition into presets of one kind is torch's optimizer with groups."""
+    transform = fo.chain(
+        fo.ClipByGlobalNorm(1.0),
+        fo.SkipNonfinite(
+            fo.Partition(
+                {"m": fo.adamw(0.1, weight_decay=0.3), "o": fo.adamw(0.1, eps=1e-6)},
+                {"*.weight": "m", "*": "o"},
+            )
+        ),
+    )
+    groups = fo.to_torch_state_dict(_ours(transform))["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.01]
+    assert [group["eps"] for group in groups] == [1e-8, 1e-6]
+
+
+def test_no_decay_is_no_decay() -> None:
+    """What is left out of a chain is off in torch, whatever torch's default is."""
+    group = fo.to_torch_state_dict(_ours(fo.adamw(0.1, weight_decay=0.0)))
+    assert group["param_groups"][0]["weight_decay"] == 0.0
+    climbing = fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(0.1, maximize=True))
+    group = fo.to_torch_state_dict(_ours(climbing))["param_groups"][0]
+    assert (group["momentum"], group["maximize"]) == (0.0, True)
+
+
+def test_without_decay_adam_is_adamw() -> None:
+    """Both kinds of state dict fit a rule that does not decay."""
+    for kind in (torch.optim.Adam, torch.optim.AdamW):
+        ours = _ours(fo.adam(0.1))
+        theirs = _theirs(kind, weight_decay=0.0)
+        ours.load_state_dict(fo.from_torch_state_dict(ours, theirs.state_dict()))
+    mixed = fo.Partition(
+        {"m": fo.adam(0.1, weight_decay=0.3), "o": fo.adam(0.1)},
+        {"*.weight": "m", "*": "o"},
+    )
+    groups = fo.to_torch_state_dict(_ours(mixed))["param_groups"]
+    assert [group.get("decoupled_weight_decay", False) for group in groups] == [
+        False,
+        False,
+    ]
+
+
+def test_moments_are_widened_and_never_narrowed() -> None:
+    """A moment keeps its bits, or is refused."""
+    single = parameters(torch.float32)
+    theirs = torch.optim.AdamW(single.values())
+    train(theirs, single, range(2))
+    ours = _ours(fo.adamw(0.1))
+    found = fo.from_torch_state_dict(ours, theirs.state_dict())
+    ours.load_state_dict(found)
+    entry = ours.state[ours.param_groups[0]["params"][0]]["exp_avg"]
+    assert entry.dtype == torch.float64
+    assert torch.equal(entry, theirs.state_dict()["state"][0]["exp_avg"].double())
+    small = fo.TransformOptimizer(parameters(torch.bfloat16).items(), fo.adamw(0.1))
+    with pytest.raises(ValueError, match="exp_avg of 'a.weight' is torch.float32 in"):
+        fo.from_torch_state_dict(small, theirs.state_dict())
+
+
+REFUSED: dict[str, tuple[fo.Transform, str]] = {
+    "another rule": (fo.chain(fo.Scale(0.1)), "none of sgd, adam and adamw, but Scale"),
+    "a clip after the moments": (
+        fo.chain(fo.ScaleByAdam(), fo.ClipByValue(1.0), fo.ScaleByLearningRate(0.1)),
+        "but ScaleByAdam -> ClipByValue -> ScaleByLearningRate",
+    ),
+    "nothing": (fo.chain(), "no counterpart in torch.optim: it is none of"),
+    "a mask": (fo.adamw(0.1, mask="*.weight"), "use two groups, or a Partition"),
+    "a schedule": (fo.adamw(schedules.linear(0.1, 0.0, 5)), "lr is a schedule"),
+    "a map by name": (
+        fo.adamw(0.1, weight_decay=dict.fromkeys(parameters(), 0.1)),
+        "weight_decay differs by parameter",
+    ),
+    "eps_root": (
+        fo.chain(fo.ScaleByAdam(eps_root=1e-8), fo.ScaleByLearningRate(0.1)),
+        "torch has no eps_root",
+    ),
+    "a window": (fo.chain(fo.Accumulate(2), fo.sgd(0.1)), "the open window of an"),
+    "some parameters only": (fo.Masked(fo.sgd(0.1), "*.weight"), "acts on some of"),
+    "two kinds": (
+        fo.Partition({"a": fo.sgd(0.1), "b": fo.adam(0.1)}, {"a.*": "a", "*": "b"}),
+        "they are those of AdamW and SGD",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_rules_without_a_counterpart(case: str) -> None:
+    """A transform that no optimizer of torch is like is refused, with the reason."""
+    transform, message = REFUSED[case]
+    ours = _ours(transform)
+    with pytest.raises(ValueError, match=message):
+        fo.to_torch_state_dict(ours)
+    with pytest.raises(ValueError, match=message):
+        fo.from_torch_state_dict(ours, {"state": {}, "param_groups": []})
+
+
+UNLIKE: dict[str, tuple[fo.Transform, Callable[[], Any], str]] = {
+    "another class": (
+        fo.adamw(0.1),
+        lambda: _theirs(torch.optim.SGD, lr=0.1),
+        "lacks \\['betas', 'eps'\\], which torch.optim.AdamW has",
+    ),
+    "amsgrad": (
+        fo.adamw(0.1),
+        lambda: _theirs(torch.optim.AdamW, amsgrad=True),
+        "amsgrad=True in the state dict, False here",
+    ),
+    "maximize": (
+        fo.sgd(0.1, maximize=True),
+        lambda: _theirs(torch.optim.SGD, lr=0.1),
+        "maximize=False in the state dict, True here",
+    ),
+    "nesterov": (
+        fo.sgd(0.1, 0.9),
+        lambda: _theirs(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True),
+        "nesterov=True in the state dict, False here",
+    ),
+    "dampening": (
+        fo.sgd(0.1, 0.9),
+        lambda: _theirs(torch.optim.SGD, lr=0.1, momentum=0.9, dampening=0.5),
+        "dampening=0.5 in the state dict, 0.0 here",
+    ),
+    "no momentum here": (
+        fo.sgd(0.1),
+        lambda: _theirs(torch.optim.SGD, lr=0.1, momentum=0.9),
+        "momentum=0.9 in the state dict, and the transform here has none",
+    ),
+    "no decay here": (
+        fo.adamw(0.1, weight_decay=0.0),
+        lambda: _theirs(torch.optim.AdamW),
+        "weight_decay=0.01 in the state dict, and the transform here has none",
+    ),
+    "decay elsewhere": (
+        fo.adam(0.1, weight_decay=0.1),
+        lambda: _theirs(torch.optim.AdamW),
+        "decoupled_weight_decay=True in the state dict, False here",
+    ),
+    "other groups": (
+        fo.adamw(0.1),
+        lambda: torch.optim.AdamW([{"params": [p]} for p in parameters().values()]),
+        "the state dict has 4 groups, the optimizer 1",
+    ),
+    "another model": (
+        fo.adamw(0.1),
+        lambda: torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]),
+        "has 1 parameters in the state dict, 4 here",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_state_dicts_that_do_not_fit(case: str) -> None:
+    """A state dict that means something else is refused, and nothing is changed."""
+    transform, make, message = UNLIKE[case]
+    ours = _ours(transform)
+    before = str(ours.state_dict())
+    with pytest.raises(ValueError, match=message):
+        fo.from_torch_state_dict(ours, make().state_dict())
+    assert str(ours.state_dict()) == before
+
+
+def test_other_shapes_are_refused_when_loaded() -> None:
+    """A moment of another shape is refused by name when the result is loaded."""
+    theirs = _theirs(torch.optim.AdamW)
+    saved = theirs.state_dict()
+    saved["state"][0] = {**saved["state"][0], "exp_avg": torch.ones(7).double()}
+    ours = _ours(fo.adamw(0.1))
+    with pytest.raises(ValueError, match="exp_avg of 'a.weight' has shape"):
+        ours.load_state_dict(fo.from_torch_state_dict(ours, saved))
+
+
+def test_wrong_arguments() -> None:
+    """An optimizer of torch's and a dict of something else are refused."""
+    theirs = _theirs(torch.optim.AdamW)
+    with pytest.raises(TypeError, match="optimizer must be a TransformOptimizer"):
+        fo.to_torch_state_dict(theirs)
+    with pytest.raises(ValueError, match="a state dict has 'state' and"):
+        fo.from_torch_state_dict(_ours(fo.adamw(0.1)), {})
