@@ -32,7 +32,8 @@ mutants: $(VENV)/dev.installed
 	$(BIN)/python tests/mutate.py $(ARGS)
 
 laws: $(VENV)/dev.installed
-	$(BIN)/python -m pytest --quiet property_tests/test_laws.py --write-laws-table
+	$(BIN)/python -m pytest --quiet property_tests/test_laws.py --write-laws-table \
+		--deselect property_tests/test_laws.py::test_table_is_current
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .

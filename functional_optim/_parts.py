@@ -47,6 +47,7 @@ class Stage(NamedTuple):
 
     Attributes:
         path: Where: the path of its context.
+        place: The same by numbers: which part, at each depth.
         labels: The users' names on the way, its own included, outermost first.
         label: Its own name among the parts it stands with, "" if there is none.
         transform: The transform.
@@ -56,6 +57,7 @@ class Stage(NamedTuple):
     """
 
     path: tuple[int | str, ...]
+    place: tuple[int, ...]
     labels: tuple[str, ...]
     label: str
     transform: Transform
@@ -71,6 +73,7 @@ def walk(
     path: tuple[int | str, ...] = (),
     labels: tuple[str, ...] = (),
     *,
+    place: tuple[int, ...] = (),
     label: str = "",
 ) -> Iterator[Stage]:
     """Yield a transform and all that it is made of, in the order in which they run.
@@ -81,6 +84,7 @@ def walk(
         params: Its parameters; an empty map if only states are asked for.
         path: Where it stands.
         labels: The users' names on the way to it.
+        place: Where it stands, by numbers.
         label: Its own name among them.
 
     Raises:
@@ -94,13 +98,14 @@ def walk(
     """
     tell = getattr(transform, "parts", None)
     parts = [] if tell is None else [Part(*part) for part in tell(state, params)]
-    yield Stage(path, labels, label, transform, state, params, parts)
-    for part in parts:
+    yield Stage(path, place, labels, label, transform, state, params, parts)
+    for index, part in enumerate(parts):
         yield from walk(
             part.transform,
             part.state,
             part.params,
             (*path, part.at),
             (*labels, part.label) if part.label else labels,
+            place=(*place, index),
             label=part.label,
         )

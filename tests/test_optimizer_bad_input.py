@@ -46,7 +46,7 @@ BAD: dict[str, tuple[Any, str]] = {
         [("a", W), ("b", torch.ones(2, device="meta"))],
         "several devices: 'a' on cpu, 'b' on meta; move them",
     ),
-    "no tensor": ([("a", 3.0)], "must be tensors, got 3.0"),
+    "no tensor": ([("a", 3.0)], r"must be tensors, or .* got a float at position 0"),
     "a set": ([{"params": {W}}], "got a set; pass a list"),
     "some names": ([("a", W), torch.ones(2)], "some have a name|have a name and some"),
     "no params": ([{"lr": 0.1}], "must have 'params'"),
@@ -54,7 +54,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "misspelt": ([{"params": [W], "weight_deacy": 0.9}], "mean 'weight_decay'"),
     "negative": ([{"params": [W], "lr": -1.0}], "lr must be finite and >= 0, got -1"),
     "a string": ([{"params": [W], "lr": "1e-3"}], "lr must be a number.* got '1e-3'"),
-    "a mapping": ({"a": W}, "must be tensors, got 'a'"),
+    "a mapping": (
+        {"a": W},
+        r"must be tensors, or .*model.named_parameters\(\), got a str",
+    ),
 }
 
 

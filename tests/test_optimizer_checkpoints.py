@@ -110,6 +110,33 @@ def test_a_state_dict_resumes_training(name: str) -> None:
     assert_same(uninterrupted(name), whole(other, again), "resumed")
 
 
+def test_moments_that_are_wider_than_parameters_resume() -> None:
+    """Moments of what was moved to bfloat16 stay float32, also in a fresh optimizer."""
+    model = torch.nn.Linear(3, 2)
+
+    def step(optimizer: torch.optim.Optimizer, model: torch.nn.Module) -> None:
+        for param in model.parameters():
+            grad = torch.linspace(0.1, 0.7, param.numel()).view_as(param)
+            param.grad = grad.to(param.dtype)
+        optimizer.step()
+
+    optimizer = fo.TransformOptimizer(model.named_parameters(), fo.adamw(0.1))
+    step(optimizer, model)
+    model.to(torch.bfloat16)
+    step(optimizer, model)
+    other = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    other.load_state_dict(model.state_dict())
+    fresh = fo.TransformOptimizer(other.named_parameters(), fo.adamw(0.1))
+    fresh.load_state_dict(optimizer.state_dict())
+    assert fresh.state[other.weight]["exp_avg"].dtype == torch.float32
+    for _ in range(3):
+        step(optimizer, model)
+        step(fresh, other)
+    assert_same(dict(other.state_dict()), dict(model.state_dict()), "weights")
+    for key, entry in optimizer.state[model.weight].items():
+        assert torch.equal(fresh.state[other.weight][key], entry)
+
+
 @each_transform
 def test_a_run_that_is_saved_goes_on(name: str) -> None:
     """To save, and to load what was saved into the same optimizer, changes nothing."""

@@ -124,7 +124,7 @@ def test_without_decay_adam_is_adamw() -> None:
 
 
 def test_moments_are_widened_and_never_narrowed() -> None:
-    """A moment keeps its bits, or is refused."""
+    """A moment keeps its bits, in the wider dtype of both sides."""
     single = parameters(torch.float32)
     theirs = torch.optim.AdamW(single.values())
     train(theirs, single, range(2))
@@ -135,8 +135,9 @@ def test_moments_are_widened_and_never_narrowed() -> None:
     assert entry.dtype == torch.float64
     assert torch.equal(entry, theirs.state_dict()["state"][0]["exp_avg"].double())
     small = fo.TransformOptimizer(parameters(torch.bfloat16).items(), fo.adamw(0.1))
-    with pytest.raises(ValueError, match="exp_avg of 'a.weight' is torch.float32 in"):
-        fo.from_torch_state_dict(small, theirs.state_dict())
+    small.load_state_dict(fo.from_torch_state_dict(small, theirs.state_dict()))
+    entry = small.state[small.param_groups[0]["params"][0]]["exp_avg"]
+    assert torch.equal(entry, theirs.state_dict()["state"][0]["exp_avg"])
 
 
 REFUSED: dict[str, tuple[fo.Transform, str]] = {
@@ -154,13 +155,15 @@ REFUSED: dict[str, tuple[fo.Transform, str]] = {
     ),
     "eps_root": (
         fo.chain(fo.ScaleByAdam(eps_root=1e-8), fo.ScaleByLearningRate(0.1)),
-        "torch has no eps_root",
+        "eps_root=1e-08, and torch has none",
     ),
+    "a factor": (fo.chain(fo.Scale(2.0), fo.sgd(0.1)), "no Scale.2.0. before its"),
+    "frozen": (fo.chain(fo.SetToZero(), fo.sgd(0.1)), "no SetToZero.. before its"),
     "a window": (fo.chain(fo.Accumulate(2), fo.sgd(0.1)), "the open window of an"),
     "some parameters only": (fo.Masked(fo.sgd(0.1), "*.weight"), "acts on some of"),
     "two kinds": (
         fo.Partition({"a": fo.sgd(0.1), "b": fo.adam(0.1)}, {"a.*": "a", "*": "b"}),
-        "they are those of AdamW and SGD",
+        "they are those of Adam and SGD",
     ),
 }
 
@@ -173,14 +176,14 @@ def test_rules_without_a_counterpart(case: str) -> None:
     with pytest.raises(ValueError, match=message):
         fo.to_torch_state_dict(ours)
     with pytest.raises(ValueError, match=message):
-        fo.from_torch_state_dict(ours, {"state": {}, "param_groups": []})
+        fo.from_torch_state_dict(ours, torch.optim.AdamW([torch.ones(1)]).state_dict())
 
 
 UNLIKE: dict[str, tuple[fo.Transform, Callable[[], Any], str]] = {
     "another class": (
         fo.adamw(0.1),
         lambda: _theirs(torch.optim.SGD, lr=0.1),
-        "lacks \\['betas', 'eps'\\], which torch.optim.AdamW has",
+        r"lacks \['amsgrad', 'betas', 'eps'\], which torch.optim.AdamW has",
     ),
     "amsgrad": (
         fo.adamw(0.1),
@@ -222,6 +225,11 @@ UNLIKE: dict[str, tuple[fo.Transform, Callable[[], Any], str]] = {
         lambda: torch.optim.AdamW([{"params": [p]} for p in parameters().values()]),
         "the state dict has 4 groups, the optimizer 1",
     ),
+    "a cousin": (
+        fo.adamw(0.1),
+        lambda: _theirs(torch.optim.RAdam),
+        r"lacks \['amsgrad'\], which torch.optim.AdamW has",
+    ),
     "another model": (
         fo.adamw(0.1),
         lambda: torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))]),
@@ -249,6 +257,29 @@ def test_other_shapes_are_refused_when_loaded() -> None:
     ours = _ours(fo.adamw(0.1))
     with pytest.raises(ValueError, match="exp_avg of 'a.weight' has shape"):
         ours.load_state_dict(fo.from_torch_state_dict(ours, saved))
+
+
+def test_what_a_group_says_counts() -> None:
+    """An option that was written into a group is looked at, not the transform's."""
+    ours = _ours(fo.adamw(0.1))
+    ours.param_groups[0]["eps_root"] = 1.0
+    with pytest.raises(ValueError, match="eps_root=1.0, and torch has none"):
+        fo.to_torch_state_dict(ours)
+
+
+def test_schedulers_on_both_sides() -> None:
+    """What a scheduler had kept there counts, not what one keeps here."""
+    theirs, ours = _theirs(torch.optim.AdamW, lr=0.1), _ours(fo.adamw(0.2))
+    for optimizer in (theirs, ours):
+        torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    ours.load_state_dict(fo.from_torch_state_dict(ours, theirs.state_dict()))
+    assert ours.param_groups[0]["initial_lr"] == 0.1
+
+
+def test_twice_against_the_gradient() -> None:
+    """Two changes of sign are none."""
+    ours = _ours(fo.chain(fo.Scale(-1.0), fo.Scale(-1.0), fo.sgd(0.1)))
+    assert not fo.to_torch_state_dict(ours)["param_groups"][0]["maximize"]
 
 
 def test_wrong_arguments() -> None:

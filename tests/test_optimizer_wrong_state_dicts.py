@@ -79,10 +79,6 @@ OTHERS: dict[str, tuple[Callable[[], Any], str]] = {
         "3 parameters in the state dict, 4 here",
     ),
     "more groups": (lambda: _make(cut=2), "has 2 groups, the optimizer 1"),
-    "another dtype": (
-        lambda: _make(dtype=torch.float32),
-        "dtype torch.float32.*float64",
-    ),
     "another preset": (lambda: _make(fo.sgd(0.1, 0.9)), "lacks .*'betas'"),
     "amsgrad": (
         lambda: _make(fo.adamw(0.1, amsgrad=True, betas=(0.5, 0.9))),

@@ -6,7 +6,7 @@ who learns which total. Temporary memory is that of one unit, not of the model.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,12 +15,13 @@ from functional_optim._context import Context
 from functional_optim._hyperparameters import resolve
 from functional_optim._memory import Workspace
 from functional_optim._parts import walk
+from functional_optim.execution._cohorts import Cohorts
 from functional_optim.execution._guard import scaled
 from functional_optim.execution._nodes import Kind, fields_of, nodes_of, rebuilt
 from functional_optim.execution._passes import through, totals_of
 from functional_optim.execution._plan import Bucket, Layout
 from functional_optim.execution._rewriting import joined
-from functional_optim.execution._runs import Run, Scaling
+from functional_optim.execution._runs import Given, Run, Scaling
 from functional_optim.execution._windows import Structure, Windows, statics_of
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class Executor:
         self._transforms = transforms
         self._group_of = group_of
         self._unit_bytes = unit_bytes
-        self._cohorts: dict[str, tuple[Hashable, ...]] = {}
-        self._keys: dict[Hashable, int] = {}
+        self._cohorts = Cohorts()
         self._workspace = Workspace()
         self._nodes: list[Node] = [
             dict(node) if isinstance(node, dict) else node for node in nodes_of(state)
@@ -116,13 +116,16 @@ class Executor:
             self._windows.structure(given, nodes, context=Context())
 
     def load(self, nodes: list[Node]) -> None:
-        """Take over the numbers of other nodes; the tensors stay the same."""
+        """Take over the numbers of other nodes; tensors stay where dtypes agree."""
         for index, (old, new) in enumerate(zip(self._nodes, nodes, strict=True)):
             if isinstance(old, Tensor) and isinstance(new, Tensor):
                 old.copy_(new)
             elif isinstance(old, dict) and isinstance(new, dict):
                 for name, entry in old.items():
-                    entry.copy_(new[name])
+                    if new[name].dtype == entry.dtype:
+                        entry.copy_(new[name])
+                    else:
+                        old[name] = new[name].to(entry.device, copy=True)
             else:
                 self._nodes[index] = new
         self._template = rebuilt(self._template, iter(self._nodes))
@@ -171,7 +174,7 @@ class Executor:
         self._transforms = transforms
         for bucket in self._buckets:
             if bucket.whole:
-                bucket.transform = joined(transforms, self._group_of)
+                bucket.transform = joined(transforms, self._group_of, self._params)
                 continue
             chosen = {id(transforms[group]): group for group in bucket.members}
             found = [
@@ -189,28 +192,28 @@ class Executor:
         first: dict[int, int] = {}
         for group, transform in enumerate(self._transforms):
             first.setdefault(id(transform), group)
-        for name, group in self._group_of.items():
-            alike = first[id(self._transforms[group])]
-            self._cohorts[name] = (*self._cohorts.get(name, ()), alike)
+        self._cohorts.part_groups(
+            {
+                name: first[id(self._transforms[group])]
+                for name, group in self._group_of.items()
+            }
+        )
         self._plan()
 
     def _follow(self, grads: TensorMap) -> None:
         """Let parameters part that did not get a gradient alike, or were written to."""
         kinds = [grads[n].dtype if n in grads else None for n in self._params]
-        if kinds != self._kinds:
-            by_name = dict(zip(self._params, kinds, strict=True))
-            parted = False
-            for _, unit in self._units:
-                if len(unit.names) > 1 and len({by_name[n] for n in unit.names}) > 1:
-                    parted = parted or bool(unit.pooled)
-            if parted:
-                for name, kind in by_name.items():
-                    self._cohorts[name] = (*self._cohorts.get(name, ()), kind)
+        if kinds == self._kinds:
+            if self._cohorts.rest():
                 self._plan()
-            self._kinds = kinds
+        else:
+            by_name = dict(zip(self._params, kinds, strict=True))
+            pooled = [unit.names for _, unit in self._units if unit.pooled]
+            if self._cohorts.follow(by_name, pooled):
+                self._plan()
         if [column._version for column in self._columns] != self._versions:
             self._plan()
-            self._kinds = kinds
+        self._kinds = kinds
 
     def step(
         self, grads: TensorMap, *, context: Context, scaling: Scaling | None = None
@@ -227,9 +230,9 @@ class Executor:
         self._follow(grads)
         structure = None
         if self._windows is not None:
-            given = {name: grad.dtype for name, grad in grads.items()}
-            structure = self._windows.structure(given, self._nodes, context=context)
-        runs = self._runs(grads, structure, context, scaling)
+            dtypes = {name: grad.dtype for name, grad in grads.items()}
+            structure = self._windows.structure(dtypes, self._nodes, context=context)
+        runs = self._runs(Given(grads, context, scaling), structure)
         totals = totals_of(runs)
         if self._refuses:
             # An error over a total comes before anything is overwritten.
@@ -246,16 +249,10 @@ class Executor:
         if structure is not None:
             self._advance(structure)
 
-    def _runs(
-        self,
-        grads: TensorMap,
-        structure: Structure | None,
-        context: Context,
-        scaling: Scaling | None,
-    ) -> list[Run]:
+    def _runs(self, given: Given, structure: Structure | None) -> list[Run]:
         """Return what runs in this step."""
-        host = statics_of(self._nodes), context.last, scaling is None
-        key = self._keys.setdefault(host, len(self._keys))
+        scaling = given.scaling
+        key = statics_of(self._nodes), given.context.last, scaling is None
         transforms = {
             id(bucket): bucket.transform
             if scaling is None
@@ -264,15 +261,20 @@ class Executor:
         }
         runs = []
         for bucket, unit in self._units:
-            given = any(name in grads for name in unit.names)
+            pushed = any(name in given.grads for name in unit.names)
             touched = structure is not None and any(
                 name in structure.touched for name in unit.names
             )
-            if given or touched:
-                transform = transforms[id(bucket)]
-                run = Run(bucket, unit, transform, self._workspace)
-                run.grads, run.context, run.scaling = grads, context, scaling
-                run.key, run.alone = (key, given), not given
+            if pushed or touched:
+                run = Run(
+                    bucket,
+                    unit,
+                    transforms[id(bucket)],
+                    self._workspace,
+                    given,
+                    key=(key, pushed),
+                    alone=not pushed,
+                )
                 runs.append(run)
         return runs
 

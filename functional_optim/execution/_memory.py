@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,16 +38,34 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,))
 
 
-def flat_like(tensor: Tensor, model: Tensor) -> Tensor:
-    """Return a tensor as one dimension in the order of another's memory.
+def flat_like(tensor: Tensor, model: Tensor, where: slice) -> Tensor:
+    """Return a slice of a tensor as one dimension, in the order of another's memory.
 
-    A view where both lie alike, else a copy.
+    A view where both lie alike; else a copy of that slice, and at most two rows more.
+
+    Args:
+        tensor: The tensor.
+        model: A dense tensor of the same shape.
+        where: The slice, in the order of the model's memory.
+
+    Example:
+        >>> turned = torch.zeros(3, 2).t()
+        >>> flat_like(torch.tensor([[0, 1, 2], [3, 4, 5]]), turned, slice(1, 4))
+        tensor([3, 1, 4])
     """
     if tensor.stride() == model.stride() or (
         tensor.is_contiguous() and model.is_contiguous()
     ):
-        return flat(tensor)
-    return flat(torch.empty_like(model, dtype=tensor.dtype).copy_(tensor))
+        return flat(tensor)[where]
+    strides = zip(model.stride(), model.shape, range(model.ndim), strict=True)
+    order = [dim for _, _, dim in sorted(strides, reverse=True)]
+    long = [dim for dim in order if model.shape[dim] != 1]
+    rows = tensor.permute(order).reshape([model.shape[dim] for dim in long])
+    start, stop, _ = where.indices(tensor.numel())
+    row = max(1, math.prod(rows.shape[1:]))
+    first = start // row
+    found = rows[first : -(-stop // row)].reshape(-1)
+    return found[start - first * row : stop - first * row]
 
 
 def carved(memory: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from functional_optim._parts import walk
 from functional_optim._types import Static
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from functional_optim._types import TensorMap, Transform
 
@@ -85,6 +85,29 @@ def rebuilt(template: Any, nodes: Iterator[Node]) -> Any:
     return next(nodes)
 
 
+def mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a state with other tensors in the same places.
+
+    Args:
+        state: The state.
+        change: What to put in the place of a tensor.
+
+    Example:
+        >>> import torch
+        >>> mapped(({"w": torch.ones(1)}, Static(3)), torch.neg)
+        ({'w': tensor([-1.])}, Static(value=3))
+    """
+    return rebuilt(state, iter([_changed(node, change) for node in nodes_of(state)]))
+
+
+def _changed(node: Node, change: Callable[[Tensor], Tensor]) -> Node:
+    if isinstance(node, Static):
+        return node
+    if isinstance(node, Tensor):
+        return change(node)
+    return {name: change(entry) for name, entry in node.items()}
+
+
 def _named(state: Any, name: str = "") -> Iterator[tuple[Node, str]]:
     """Yield the nodes with the names of their fields."""
     if isinstance(state, tuple):
@@ -119,11 +142,32 @@ def fields_of(transform: Transform, state: Any, params: TensorMap) -> list[Field
     fields = []
     for node, name in _named(state):
         owner, names, consumes = owners[id(node)]
+        _check_node(node, owner, name, params)
         kind = _kind(node, params)
         scalars = isinstance(node, dict) and all(params[n].ndim == 0 for n in node)
         donated = consumes and kind is Kind.ELEMENTWISE
         fields.append(Field(kind, owner, name, names, donated, scalars))
     return fields
+
+
+def _check_node(node: Any, owner: str, name: str, params: TensorMap) -> None:
+    """Refuse what no state may hold: the transform may be a user's.
+
+    Raises:
+        TypeError: naming the transform and the field.
+    """
+    entries = node.values() if isinstance(node, dict) else [node]
+    fits = isinstance(node, (dict, Tensor, Static))
+    if fits and isinstance(node, dict):
+        fits = all(isinstance(entry, Tensor) for entry in entries)
+        fits = fits and node.keys() <= params.keys()
+    if not fits:
+        msg = (
+            f"the state of {owner} has {node!r} at {name or 'its top'!r}; it may hold "
+            "tensors, dicts of tensors by parameter name, tuples of these, and Static "
+            "for what the host must know"
+        )
+        raise TypeError(msg)
 
 
 def _kind(node: Node, params: TensorMap) -> Kind:

@@ -23,6 +23,7 @@ from functional_optim.execution._units import Piece, Pooled, Shaped, Unit
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._cohorts import Cohorts
     from functional_optim.execution._nodes import Field, Node
     from functional_optim.execution._passes import Call
 
@@ -69,7 +70,7 @@ class Layout:
         params: The parameters, detached.
         transforms: The transform of each group; groups that agree share one object.
         group_of: The group of each parameter.
-        cohort_of: What else keeps parameters apart: steps that only some of them took.
+        cohorts: What else keeps parameters apart: steps that only some of them took.
         template: The whole state.
         nodes: Its nodes.
         fields: What is known about them.
@@ -80,7 +81,7 @@ class Layout:
     params: TensorMap
     transforms: list[Transform]
     group_of: Mapping[str, int]
-    cohort_of: Mapping[str, Hashable]
+    cohorts: Cohorts
     template: Any
     nodes: list[Node]
     fields: list[Field]
@@ -91,7 +92,7 @@ class Layout:
         """Return the buckets with their units, in the order of the parameters."""
         scope = max(transform.scope for transform in self.transforms)
         if scope is Scope.GLOBAL:
-            everything = joined(self.transforms, self.group_of)
+            everything = joined(self.transforms, self.group_of, self.params)
             bucket = Bucket(everything, self.params, {}, whole=True)
             bucket.units.append(self._shaped(list(self.params)))
             return [bucket]
@@ -118,7 +119,7 @@ class Layout:
                 _hash(transform),
                 param.dtype,
                 param.device,
-                self.cohort_of.get(name),
+                self.cohorts.key(name),
                 self._has_scalars([name]),
                 histories.get(name),
                 tuple(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from functional_optim.execution._plan import Bucket
     from functional_optim.execution._units import Unit
 
+_MOST_KNOWN = 256
+"""Where gradients are missing by chance, no answer is asked for twice."""
+
 _COMPANION = "\N{NULL}companion"
 
 
@@ -40,6 +43,21 @@ class Scaling:
     found_inf: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What a step is given.
+
+    Args:
+        grads: Gradients by name.
+        context: What the training loop knows.
+        scaling: What a gradient scaler asks for.
+    """
+
+    grads: TensorMap
+    context: Context
+    scaling: Scaling | None
+
+
 class Run:
     """One update of one unit in one step.
 
@@ -48,21 +66,25 @@ class Run:
         unit: The unit.
         transform: What to run.
         workspace: Where results may lie until the next run.
+        given: What the step was given.
+        key: What the calls of `reduce` depend on.
+        alone: Whether there is no gradient: a window closes, and its mean comes out.
     """
 
-    grads: TensorMap
-    context: Context
-    scaling: Scaling | None
-    key: Hashable
-    """What the calls of `reduce` depend on."""
-    alone: bool
-    """Whether there is no gradient: a window closes, and its mean comes out."""
-
     def __init__(
-        self, bucket: Bucket, unit: Unit, transform: Transform, workspace: Workspace
+        self,
+        bucket: Bucket,
+        unit: Unit,
+        transform: Transform,
+        workspace: Workspace,
+        given: Given,
+        *,
+        key: Hashable,
+        alone: bool,
     ) -> None:
-        self.bucket, self.unit = bucket, unit
+        self.bucket, self.unit, self.key = bucket, unit, key
         self._transform, self._workspace = transform, workspace
+        self._given, self._alone = given, alone
         self._again = False
         self._memory: dict[tuple[int | str, ...], tuple[TensorMap, Any]] | None = None
 
@@ -70,6 +92,8 @@ class Run:
         """Return the calls of `reduce`: always the same, so tried once."""
         known = self.bucket.calls
         if self.key not in known:
+            if len(known) >= _MOST_KNOWN:
+                known.clear()
             calls: list[Call] = []
             self(recorded(calls))
             known[self.key] = calls
@@ -89,9 +113,9 @@ class Run:
         self, reducer: Reducer, *, last: bool = False
     ) -> tuple[TensorMap, Any]:
         """Run the update; the last one of a step may overwrite the state."""
-        updates = self.unit.updates(self.grads, again=self._again)
+        updates = self.unit.updates(self._given.grads, again=self._again)
         self._again = True
-        context = dataclasses.replace(self.context, reducer=reducer)
+        context = dataclasses.replace(self._given.context, reducer=reducer)
         if self._memory is not None:  # What is remembered must not be written over.
             return self._updated(updates, context, last=last)
         with self._workspace:
@@ -101,12 +125,13 @@ class Run:
         self, updates: TensorMap, context: Context, *, last: bool
     ) -> tuple[TensorMap, Any]:
         unit, update = self.unit, self._transform.update
-        if self.alone:
+        if self._alone:
             return self._with_companion(context)
-        if self.scaling is None:
+        scaling = self._given.scaling
+        if scaling is None:
             state = unit.donated if last else unit.state
             return update(updates, state, unit.params, context=context)
-        state = wrapped_state(unit.state, self.scaling.grad_scale)
+        state = wrapped_state(unit.state, scaling.grad_scale)
         moved, new = update(updates, state, unit.params, context=context)
         return moved, new[-1]
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._memory import Donated
+from functional_optim._names import shown
 from functional_optim._tensor_map import over
 from functional_optim.execution._memory import carved, flat, flat_like
 from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
@@ -95,6 +96,7 @@ class Unit:
             later: Where to put what is shared with other units.
         """
         found = nodes_of(state)
+        self._check(moved, found)
         for field, node, stored in zip(self._fields, found, self._stored, strict=True):
             if field.kind is not Kind.STATIC and isinstance(node, dict):
                 for key, old in stored.items():
@@ -108,6 +110,28 @@ class Unit:
                         old.copy_(new)
         if moved:
             self._apply(moved)
+
+    def _check(self, moved: TensorMap, nodes: list[Node]) -> None:
+        """Refuse what no `update` may return: the transform may be a user's.
+
+        Raises:
+            ValueError: an update of another shape, a state of another structure.
+        """
+        for key, update in moved.items():
+            if update.shape != self.params[key].shape:
+                msg = (
+                    f"an update of {shown(self.names)} has shape {tuple(update.shape)} "
+                    f"where {tuple(self.params[key].shape)} was given; a transform "
+                    "must keep the shapes of its updates"
+                )
+                raise ValueError(msg)
+        if len(nodes) != len(self._fields):
+            msg = (
+                f"update returned a state of {len(nodes)} fields for "
+                f"{shown(self.names)}, init one of {len(self._fields)}; the structure "
+                "must stay"
+            )
+            raise ValueError(msg)
 
     def _apply(self, moved: TensorMap) -> None:
         new = over(Donated(self.params), at=moved).add(moved).to_map(like=self.params)
@@ -171,7 +195,6 @@ class Piece(Unit):
         super().__init__(list(param), fields)
         ((self._name, self._param),) = param.items()
         name, self._where = self._name, where
-        self._whole = where.start == 0 and where.stop >= self._param.numel()
         self.params = {name: flat(self._param)[where]}
         own: list[Node] = []
         for node, field in zip(nodes, fields, strict=True):
@@ -189,8 +212,8 @@ class Piece(Unit):
         """Return the slice of the gradient."""
         if self._name not in grads:
             return {}
-        grad = flat_like(grads[self._name], self._param)
-        return {self._name: grad if self._whole else grad[self._where]}
+        grad = grads[self._name]
+        return {self._name: flat_like(grad, self._param, self._where)}
 
 
 class Pooled(Unit):

@@ -15,12 +15,16 @@ import torch
 from torch import Tensor
 
 from functional_optim._types import Static
-from functional_optim.execution._nodes import nodes_of, rebuilt
+from functional_optim.execution._nodes import mapped, nodes_of, rebuilt
 
 if TYPE_CHECKING:
     from functional_optim._context import Context
     from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._nodes import Node
+
+
+_MOST_KNOWN = 256
+"""Where gradients are missing by chance, no answer is asked for twice."""
 
 
 class Structure(NamedTuple):
@@ -64,8 +68,10 @@ class Windows:
             nodes: The nodes of the whole state.
             context: The context of the step.
         """
-        key = tuple(given), statics_of(nodes), context.last
+        key = tuple(given.items()), statics_of(nodes), context.last
         if key not in self._known:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
             self._known[key] = self._tried(given, nodes, context)
         return self._known[key]
 
@@ -87,15 +93,18 @@ class Windows:
         nodes: list[Node],
         context: Context,
     ) -> Structure:
-        before = [_replaced(node, stand_in) for node in nodes]
+        state = mapped(rebuilt(self._template, iter(nodes)), stand_in)
+        before = nodes_of(state)
         params = {name: stand_in(param) for name, param in self._params.items()}
         updates = {name: params[name].to(dtype) for name, dtype in given.items()}
-        moved, state = self._transform.update(
-            updates, rebuilt(self._template, iter(before)), params, context=context
+        moved, new_state = self._transform.update(
+            updates, state, params, context=context
         )
         touched = set(moved)
         statics = {}
-        for index, (old, new) in enumerate(zip(before, nodes_of(state), strict=True)):
+        for index, (old, new) in enumerate(
+            zip(before, nodes_of(new_state), strict=True)
+        ):
             if isinstance(new, Static):
                 statics[index] = new
             elif isinstance(old, dict) and isinstance(new, dict):
@@ -114,11 +123,3 @@ def _without_memory(tensor: Tensor) -> Tensor:
 
 def _of_zeros(tensor: Tensor) -> Tensor:
     return tensor.new_zeros(()).expand(tensor.shape)
-
-
-def _replaced(node: Node, stand_in: Callable[[Tensor], Tensor]) -> Node:
-    if isinstance(node, Static):
-        return node
-    if isinstance(node, Tensor):
-        return stand_in(node)
-    return {name: stand_in(entry) for name, entry in node.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,12 +14,20 @@ from functional_optim._types import inner_transforms
 from functional_optim.facade._exposure import Choices, on_path, options_of
 from functional_optim.transforms import (
     AddDecayedWeights,
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+    Identity,
     Named,
+    Observe,
     Partition,
+    Scale,
     ScaleByAdam,
     ScaleByLearningRate,
     SkipNonfinite,
     Trace,
+    Unscale,
+    ZeroNans,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +38,7 @@ _TRANSPARENT = (Chain, Named, Partition, SkipNonfinite)
 
 _OPTIMIZERS: Mapping[tuple[type, ...], type[torch.optim.Optimizer]] = {
     (ScaleByAdam, AddDecayedWeights, ScaleByLearningRate): torch.optim.AdamW,
-    (ScaleByAdam, ScaleByLearningRate): torch.optim.AdamW,
+    (ScaleByAdam, ScaleByLearningRate): torch.optim.Adam,
     (AddDecayedWeights, ScaleByAdam, ScaleByLearningRate): torch.optim.Adam,
     (AddDecayedWeights, Trace, ScaleByLearningRate): torch.optim.SGD,
     (AddDecayedWeights, ScaleByLearningRate): torch.optim.SGD,
@@ -37,6 +46,22 @@ _OPTIMIZERS: Mapping[tuple[type, ...], type[torch.optim.Optimizer]] = {
     (ScaleByLearningRate,): torch.optim.SGD,
 }
 _CORE = {kind for kinds in _OPTIMIZERS for kind in kinds}
+_BEFORE = (
+    ClipByGlobalNorm,
+    ClipByNorm,
+    ClipByValue,
+    Identity,
+    Observe,
+    Unscale,
+    ZeroNans,
+)
+"""What a loop around an optimizer of torch does to gradients by itself."""
+
+
+@functools.cache
+def _defaults(optimizer: Any) -> dict[str, Any]:
+    found: dict[str, Any] = optimizer([torch.zeros(())]).defaults
+    return found
 
 
 class Counterpart(NamedTuple):
@@ -58,8 +83,7 @@ class Counterpart(NamedTuple):
     def defaults(self) -> dict[str, Any]:
         """All options of the class, in the version of torch that is installed."""
         make: Any = self.optimizer
-        found: dict[str, Any] = make([torch.zeros(())]).defaults
-        return found
+        return dict(_defaults(make))
 
 
 def counterparts(transform: Transform, groups: Sequence[Choices]) -> list[Counterpart]:
@@ -110,6 +134,10 @@ def _counterpart(transform: Transform, choices: Choices, place: str) -> Counterp
     if found is None:
         written = " -> ".join(kind.__name__ for kind in kinds) or "nothing"
         raise _without(place, f"it is none of sgd, adam and adamw, but {written}")
+    for leaf in leaves[:start]:
+        # The sign is what torch calls maximize.
+        if not isinstance(leaf, _BEFORE) and leaf != Scale(-1.0):
+            raise _without(place, f"torch has no {leaf!r} before its rule")
     for leaf in leaves[start:]:
         _check_plain(leaf, place)
     options = options_of(transform, choices)
@@ -137,8 +165,6 @@ def _check_plain(leaf: object, place: str) -> None:
             f"{leaf!r} decays some of its parameters; use two groups, or a Partition "
             "with a preset for each",
         )
-    if isinstance(leaf, ScaleByAdam) and not is_zero(leaf.eps_root):
-        raise _without(place, f"torch has no eps_root, as in {leaf!r}")
     for name, value in vars(leaf).items():
         parts = value if isinstance(value, tuple) else (value,)
         if any(isinstance(part, Mapping) for part in parts):

@@ -9,7 +9,7 @@ from torch import Tensor
 from functional_optim._apply import apply_updates
 from functional_optim._types import Static
 from functional_optim.execution._executor import Executor
-from functional_optim.execution._nodes import nodes_of, rebuilt
+from functional_optim.execution._nodes import mapped, nodes_of, rebuilt
 from functional_optim.execution._rewriting import joined
 from functional_optim.facade._apart import check_apart
 from functional_optim.facade._entries import entries_of, keys_of, loaded_nodes, rest_of
@@ -76,7 +76,7 @@ class Engine:
     @property
     def transform(self) -> Transform:
         """The transform with what the groups say, by name where they differ."""
-        return joined(self._transforms, self._group_of)
+        return joined(self._transforms, self._group_of, self.params())
 
     def set_transforms(self, transforms: list[Transform]) -> None:
         """Go on with other numbers; see `Executor`."""
@@ -108,13 +108,7 @@ class Engine:
                 )
                 raise ValueError(msg)
         device = next(iter(self.names)).device
-        nodes: list[Node] = []
-        for node in self._executor.nodes:
-            if isinstance(node, dict):
-                nodes.append({name: entry.to(device) for name, entry in node.items()})
-            else:
-                nodes.append(node.to(device) if isinstance(node, Tensor) else node)
-        return rebuilt(self.state, iter(nodes))
+        return mapped(self.state, lambda entry: entry.to(device))
 
     def state_for(self, names: Mapping[Tensor, str]) -> Any:
         """Return the state for other parameters; those that were here keep theirs.
@@ -199,15 +193,27 @@ class Engine:
         self._executor.load(nodes)
         self._show_rest()
 
+    def take(self, state: Any) -> None:
+        """Take over a state by name.
+
+        Raises:
+            ValueError: it is of another transform, or of other parameters.
+        """
+        nodes, own = nodes_of(state), self._executor.nodes
+        if [type(node) for node in nodes] != [type(node) for node in own]:
+            msg = (
+                f"state is of another transform than {self.transform!r}: pass what its "
+                "init or update returned"
+            )
+            raise ValueError(msg)
+        names = {n for node in nodes if isinstance(node, dict) for n in node}
+        names |= set(self.names.values())
+        per_name = {name: entries_of(nodes, self._keys, name) for name in names}
+        self.load(per_name, rest_of(nodes, self._keys))
+
     def own_copy(self) -> Any:
         """Return the state in memory of its own, every tensor by itself."""
-        nodes: list[Any] = []
-        for node in self._executor.nodes:
-            if isinstance(node, dict):
-                nodes.append({name: entry.clone() for name, entry in node.items()})
-            else:
-                nodes.append(node.clone() if isinstance(node, Tensor) else node)
-        return rebuilt(self.state, iter(nodes))
+        return mapped(self.state, Tensor.clone)
 
     # -- steps -----------------------------------------------------------------------
 

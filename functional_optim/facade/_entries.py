@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from functional_optim._names import shown
@@ -123,7 +124,8 @@ def loaded_nodes(
         if isinstance(node, Static):
             loaded.append(_fitting_static(key, rest[key], node, per_name))
         elif isinstance(node, Tensor):
-            loaded.append(_fitting(f"transform_state[{key!r}]", rest[key], node))
+            found = _fitting(f"transform_state[{key!r}]", rest[key], node)
+            loaded.append(found.to(node.dtype))
         else:
             loaded.append(
                 {
@@ -146,7 +148,10 @@ def _fitting_static(
         raise ValueError(msg)
     if not isinstance(value, tuple):
         return Static(value)
+    # Strings are names of parameters, unless those here are others: a user's words.
     own = {bare(name): name for name in names}
+    if any(isinstance(t, str) and bare(t) not in own for t in like.value):
+        return Static(value)
     told = [own.get(bare(t)) if isinstance(t, str) else t for t in value]
     if None in told:
         msg = (
@@ -173,11 +178,17 @@ def _fitting(place: str, value: Any, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
         msg = f"{place} must be a tensor, got {value!r}"
         raise ValueError(msg)
-    if value.shape != like.shape or value.dtype != like.dtype:
+    if value.shape != like.shape:
         msg = (
-            f"{place} has shape {tuple(value.shape)} and dtype {value.dtype} in the "
-            f"checkpoint, {tuple(like.shape)} and {like.dtype} here; the checkpoint is "
-            "of another model or transform"
+            f"{place} has shape {tuple(value.shape)} in the checkpoint, "
+            f"{tuple(like.shape)} here; the checkpoint is of another model or transform"
         )
         raise ValueError(msg)
-    return value.detach()
+    if value.is_floating_point() != like.is_floating_point():
+        msg = (
+            f"{place} has dtype {value.dtype} in the checkpoint, {like.dtype} here; "
+            "the checkpoint is of another transform"
+        )
+        raise ValueError(msg)
+    # No bit is lost: float32 moments of what are bfloat16 parameters now stay.
+    return value.detach().to(torch.promote_types(value.dtype, like.dtype))

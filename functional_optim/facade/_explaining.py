@@ -9,7 +9,7 @@ import torch
 from functional_optim._cost import size
 from functional_optim._explain import counted, shown_bytes, table
 from functional_optim.execution._dry import temporary_bytes
-from functional_optim.facade._tracking import Tracking
+from functional_optim.facade._optimizer import TransformOptimizer
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _MOST_BUCKETS = 12
 
 
-def explain(tx: Transform | Tracking, params: TensorMap | None = None) -> str:
+def explain(tx: Transform | TransformOptimizer, params: TensorMap | None = None) -> str:
     """Say what a transform does to these parameters, as a table to print.
 
     A line for each stage: the transform as written, its scope, the bytes of its state.
@@ -74,7 +74,7 @@ def explain(tx: Transform | Tracking, params: TensorMap | None = None) -> str:
           the rest        -> 1 of 2 tensors,    256 numbers: bias
     """
     blocks: list[list[str]]
-    if isinstance(tx, Tracking):
+    if isinstance(tx, TransformOptimizer):
         if params is not None:
             msg = "params must be left out for an optimizer: it has its own"
             raise TypeError(msg)

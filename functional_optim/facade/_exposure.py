@@ -7,7 +7,7 @@ transform that the group's parameters pass through.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -132,22 +132,35 @@ def options_of(transform: Transform, choices: Choices) -> list[Option]:
     Raises:
         ValueError: two transforms have a field of one name with different values.
     """
+    places = on_path(transform, choices)
+    turns = {place.path for place in _turns(places)}
+    return _keyed([p for p in places if p.path not in turns], _exposed)
+
+
+def _keyed(
+    places: Sequence[Place], fields_of: Callable[[Transform], list[str]]
+) -> list[Option]:
+    """Return the keys for fields of transforms; names come before those of several.
+
+    Raises:
+        ValueError: two transforms have a field of one name with different values.
+    """
     owners: dict[str, list[Place]] = {}
-    for place in on_path(transform, choices):
-        for field in _exposed(place.transform):
+    for place in places:
+        for field in fields_of(place.transform):
             owners.setdefault(field, []).append(place)
     options: dict[str, Option] = {}
-    for field, places in owners.items():
-        for place in places:
+    for field, owning in owners.items():
+        for place in owning:
             key = field
-            if len(places) > 1 and place.names:
+            if len(owning) > 1 and place.names:
                 key = ".".join([*place.names, field])
             value = getattr(place.transform, field)
             known = options.get(key)
             if known is None:
                 options[key] = Option(key, field, (place.path,), value)
             elif not same_value(known.value, value):
-                raise ValueError(_two_values(key, field, places))
+                raise ValueError(_two_values(key, field, owning))
             else:
                 options[key] = known._replace(paths=(*known.paths, place.path))
     return list(options.values())
@@ -155,16 +168,25 @@ def options_of(transform: Transform, choices: Choices) -> list[Option]:
 
 def _exposed(transform: Transform) -> list[str]:
     """Return the fields of one transform that a group may have its own value of."""
-    if not dataclasses.is_dataclass(transform) or is_maximize(transform):
+    if not dataclasses.is_dataclass(transform):
         return []
+    told = getattr(type(transform), "hyperparameters", ())
     return [
         field.name
         for field in dataclasses.fields(transform)
-        if field.metadata.get("per_parameter")
+        if (field.metadata.get("per_parameter") or field.name in told)
         and not any(
             isinstance(p, Mapping) for p in _parts(getattr(transform, field.name))
         )
     ]
+
+
+def _flags(transform: Transform) -> list[str]:
+    """Return the structural options of one transform that has hyperparameters."""
+    if not _exposed(transform):
+        return []
+    own: Any = transform
+    return [f.name for f in dataclasses.fields(own) if f.metadata.get("flag")]
 
 
 def _two_values(key: str, field: str, places: list[Place]) -> str:
@@ -182,36 +204,33 @@ def _two_values(key: str, field: str, places: list[Place]) -> str:
     )
 
 
-def is_maximize(transform: object) -> bool:
-    """Whether a transform is what the presets turn `maximize=True` into."""
-    return transform == Scale(-1.0)
-
-
 def structure_of(transform: Transform, choices: Choices) -> dict[str, bool]:
     """Return the options that decide the structure of the state or of the formula.
 
     Args:
         transform: The transform.
         choices: The labels of the group's parameters.
+
+    Raises:
+        ValueError: two transforms have one with different values.
     """
-    found: dict[str, bool] = {}
     places = on_path(transform, choices)
-    for place in places:
-        own: Any = place.transform
-        if _exposed(own):
-            for field in dataclasses.fields(own):
-                if field.metadata.get("flag"):
-                    found.setdefault(field.name, getattr(own, field.name))
-    leaves = [p.transform for p in places if not inner_transforms(p.transform)]
-    found["maximize"] = _climbs(leaves)
+    found = {option.key: option.value for option in _keyed(places, _flags)}
+    found["maximize"] = len(_turns(places)) % 2 == 1
     return found
 
 
-def _climbs(leaves: Sequence[Transform]) -> bool:
-    """Whether gradients change their sign before a rule that descends gets them."""
-    roles = [getattr(leaf, "role", None) for leaf in leaves]
-    first = next((i for i, role in enumerate(roles) if role in _DESCENDS), 0)
-    return Role.LEARNING_RATE in roles and any(map(is_maximize, leaves[:first]))
+def _turns(places: Sequence[Place]) -> list[Place]:
+    """Return what turns gradients around before a rule that descends gets them.
+
+    That is what the presets make of `maximize=True`.
+    """
+    leaves = [place for place in places if not inner_transforms(place.transform)]
+    roles = [getattr(place.transform, "role", None) for place in leaves]
+    if Role.LEARNING_RATE not in roles:
+        return []
+    first = next(i for i, role in enumerate(roles) if role in _DESCENDS)
+    return [place for place in leaves[:first] if place.transform == Scale(-1.0)]
 
 
 def scheduled_places(transform: Transform) -> dict[Path, Transform]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from functional_optim._hyperparameters import is_zero
 from functional_optim._names import shown
+from functional_optim._scheduling import is_schedule
+
+if TYPE_CHECKING:
+    from functional_optim.facade._exposure import Option
 
 TRANSFORM_STATE = "transform_state"
 """The key of the first group that has what belongs to the transform as a whole."""
@@ -16,7 +21,11 @@ TRANSFORM_STATE = "transform_state"
 OWN_KEYS = {"params", "param_names", "differentiable", TRANSFORM_STATE}
 """What every group has beside hyperparameters."""
 
-_WRITTEN_BY_SCHEDULERS = ("initial_", "base_", "max_", "min_", "swa_")
+_WRITTEN_BY_SCHEDULERS = {
+    before + key
+    for before in ("initial_", "base_", "max_", "min_", "swa_")
+    for key in ("lr", "momentum")
+}
 _MEANINGFUL = {
     "lr",
     "betas",
@@ -31,6 +40,10 @@ _MEANINGFUL = {
 }
 
 _NOTHING_AT_ZERO = _MEANINGFUL - {"lr", "betas", "eps", "max_norm"}
+_ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "l2": "weight_decay"}
+
+INERT_AT_ZERO = _NOTHING_AT_ZERO - {"momentum"}
+"""What must be zero where nobody has it; schedulers cycle momentum in all groups."""
 
 
 def check_keys(
@@ -70,13 +83,69 @@ def check_keys(
                 f"keys are {shown(sorted(own), most=20)}: {remedy}"
             )
             raise ValueError(msg)
-        if key.startswith(_WRITTEN_BY_SCHEDULERS):
+        if key in _WRITTEN_BY_SCHEDULERS:
             continue
-        near = difflib.get_close_matches(key.lower(), own, n=1, cutoff=0.85)
+        near = [_ALIASES[key]] if _ALIASES.get(key) in own else []
+        near = near or difflib.get_close_matches(key.lower(), own, n=1, cutoff=0.8)
         if near:
             msg = f"{place} has {key!r}; did you mean {near[0]!r}?"
             raise ValueError(msg)
     return changeable
+
+
+def inert_value(key: str, value: Any) -> Any:
+    """Return what a group shows for a key that means something in other groups only.
+
+    Args:
+        key: The key.
+        value: What another group has.
+    """
+    at_zero = key in _NOTHING_AT_ZERO and isinstance(value, (int, float))
+    return type(value)(0) if at_zero else value
+
+
+def check_inert(group: Mapping[str, Any], own: set[str], place: str) -> None:
+    """Refuse a decay and the like where no transform has it, but others do.
+
+    Args:
+        group: The group.
+        own: The keys that mean something in it.
+        place: How to call the group in an error.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for key in INERT_AT_ZERO - own:
+        value = group.get(key, 0)
+        if not isinstance(value, (int, float)) or value != 0:
+            msg = (
+                f"{place} has {key}={value!r}, which no transform of its parameters "
+                "has; write it into the groups where it means something"
+            )
+            raise ValueError(msg)
+
+
+def check_written(option: Option, value: Any, place: str) -> None:
+    """Refuse a value that would need another state.
+
+    Args:
+        option: What was written.
+        value: Its value now.
+        place: How to call the group in an error.
+
+    Raises:
+        TypeError: a schedule.
+        ValueError: dampening that begins, or ends.
+    """
+    if any(map(is_schedule, value if isinstance(value, tuple) else (value,))):
+        msg = (
+            f"{place}: {option.key} must be a number or a 0-dim tensor, got {value!r}; "
+            "put a schedule into the transform, and build the optimizer with it"
+        )
+        raise TypeError(msg)
+    if option.field == "dampening" and is_zero(value) != is_zero(option.value):
+        msg = f"{place}: {fixed(option.key, option.value)}"
+        raise ValueError(msg)
 
 
 def same(a: Any, b: Any) -> bool:

@@ -17,9 +17,13 @@ from functional_optim.facade._exposure import (
     with_values,
 )
 from functional_optim.facade._group_keys import (
+    OWN_KEYS,
     TRANSFORM_STATE,
+    check_inert,
     check_keys,
+    check_written,
     fixed,
+    inert_value,
     key_of,
     lacking,
     same,
@@ -47,6 +51,7 @@ class Groups:
         self._choices: list[Choices] = []
         self._seen: list[tuple[Any, ...]] = []
         self._sizes: list[int] = []
+        self._own: list[set[str]] = []
         self._params: list[list[Tensor]] = []
         self._scheduled = Scheduled(transform)
         self._known: list[Transform] = []
@@ -100,14 +105,17 @@ class Groups:
             if key not in defaults or not same(value, defaults[key])
         }
         check_keys(meant, own, (), place)
-        return [self._own_values(labels, given) for labels in choices]
+        return [self._own_values(labels, given, defaults) for labels in choices]
 
-    def _own_values(self, choices: Choices, given: Mapping[str, Any]) -> dict[str, Any]:
+    def _own_values(
+        self, choices: Choices, given: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> dict[str, Any]:
         """Return the values of a new group, those that the user gave included.
 
         Args:
             choices: The labels of its parameters.
             given: What the user gave.
+            defaults: What every group has.
 
         Raises:
             ValueError: a value for what a schedule or the structure decides, or that
@@ -130,7 +138,9 @@ class Groups:
             if given.get(key, value) != value:
                 raise ValueError(fixed(key, value))
             values[key] = value
-        return values
+        inert = defaults.keys() - values.keys() - OWN_KEYS - given.keys()
+        shown = {key: group_value(inert_value(key, defaults[key])) for key in inert}
+        return {**values, **shown}
 
     def add(self, group: dict[str, Any], choices: Choices) -> None:
         """Watch one more group.
@@ -144,6 +154,7 @@ class Groups:
         self._choices.append(choices)
         self._options.append(options)
         self._structure.append(structure_of(self._transform, choices))
+        self._own.append({option.key for option in options} | {*self._structure[-1]})
         self._seen.append((None,))  # Unlike any values, also unlike none.
         self._sizes.append(-1)
         self._params.append(list(group["params"]))
@@ -185,19 +196,18 @@ class Groups:
         for index, (group, options) in enumerate(
             zip(groups, self._options, strict=True)
         ):
+            own, place = self._own[index], f"param_groups[{index}]"
             if len(group) != self._sizes[index]:
-                own = {option.key for option in options} | set(self._structure[index])
-                again = check_keys(
-                    group, own, self._everywhere(), f"param_groups[{index}]"
-                )
+                again = check_keys(group, own, set().union(*self._own), place)
                 self._sizes[index] = -1 if again else len(group)
+            check_inert(group, own, place)
             try:
                 for key, value in self._structure[index].items():
                     if group[key] is not value:
                         raise ValueError(fixed(key, value))
                 seen.append(tuple([_value(option, group) for option in options]))
             except KeyError as error:
-                message = lacking(f"param_groups[{index}]", error.args)
+                message = lacking(place, error.args)
                 raise ValueError(message) from None
         self._scheduled.check(groups)
         if all(map(_all_same, seen, self._seen)):
@@ -211,12 +221,6 @@ class Groups:
         changed = self.changed(groups)
         return self._known if changed is None else changed
 
-    def _everywhere(self) -> set[str]:
-        """Return the keys that some group has: the others have them too, unused."""
-        return {o.key for options in self._options for o in options} | {
-            key for structure in self._structure for key in structure
-        }
-
     def _built(self, seen: list[tuple[Any, ...]]) -> list[Transform]:
         known: dict[Any, Transform] = {}
         found = []
@@ -229,15 +233,17 @@ class Groups:
 
     def _with_values(self, index: int, values: tuple[Any, ...]) -> Transform:
         changes: dict[Path, dict[str, Any]] = {}
+        place = f"param_groups[{index}]"
         for option, value in zip(self._options[index], values, strict=True):
             if option.scheduled or same(value, option.value):
                 continue
+            check_written(option, value, place)
             for path in option.paths:
                 changes.setdefault(path, {})[option.field] = value
         try:
             return with_values(self._transform, changes)
         except (ValueError, TypeError) as error:
-            msg = f"param_groups[{index}]: {error}"
+            msg = f"{place}: {error}"
             raise type(error)(msg) from None
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +14,7 @@ from functional_optim.facade._counterparts import Counterpart, counterparts
 from functional_optim.facade._exposure import group_value
 from functional_optim.facade._group_keys import OWN_KEYS
 from functional_optim.facade._loading import saved_groups
-from functional_optim.facade._tracking import Tracking
+from functional_optim.facade._optimizer import TransformOptimizer
 
 if TYPE_CHECKING:
     from functional_optim.facade._engine import Engine
@@ -25,7 +25,7 @@ _NUMBERS = {"lr", "betas", "eps", "weight_decay", "momentum", "dampening"}
 _FLAGS = {"amsgrad", "nesterov", "maximize"}
 
 
-def to_torch_state_dict(optimizer: Tracking) -> dict[str, Any]:
+def to_torch_state_dict(optimizer: TransformOptimizer) -> dict[str, Any]:
     """Return the state of an optimizer for the class of torch that does the same.
 
     For `sgd`, `adam` and `adamw`, alone or behind what a torch loop does before the
@@ -63,6 +63,7 @@ def to_torch_state_dict(optimizer: Tracking) -> dict[str, Any]:
         torch.optim.SGD, Adam, AdamW.
     """
     engine, kinds = _counterparts(optimizer)
+    _check_roots(optimizer.param_groups)
     state: dict[int, dict[str, Any]] = {}
     groups = []
     index = 0
@@ -78,7 +79,7 @@ def to_torch_state_dict(optimizer: Tracking) -> dict[str, Any]:
 
 
 def from_torch_state_dict(
-    optimizer: Tracking, state_dict: Mapping[str, Any]
+    optimizer: TransformOptimizer, state_dict: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the state dict of one of torch's optimizers in the form of this one.
 
@@ -117,13 +118,14 @@ def from_torch_state_dict(
         torch.optim.SGD, Adam, AdamW.
     """
     engine, kinds = _counterparts(optimizer)
+    _check_roots(optimizer.param_groups)
     theirs = saved_groups(state_dict, optimizer.param_groups)
     result = optimizer.state_dict()
     first = engine.first_entries()
     for index, (group, kind) in enumerate(zip(theirs, kinds, strict=True)):
         own = result["param_groups"][index]
         _check_options(group, own, kind, f"param_groups[{index}]")
-        own.update(_own_options(group, own, kind))
+        own.update(_own_options(group, kind))
         for param, ours, saved in zip(
             optimizer.param_groups[index]["params"],
             own["params"],
@@ -132,14 +134,15 @@ def from_torch_state_dict(
         ):
             name = engine.names[param]
             given = state_dict["state"].get(saved, {})
-            result["state"][ours] = _own_entries(given, first[name], name)
+            result["state"][ours] = _own_entries(given, first[name])
     return result
 
 
-def _counterparts(optimizer: Tracking) -> tuple[Engine, list[Counterpart]]:
+def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpart]]:
     """Return the engine of an optimizer, and what torch has for each of its groups."""
-    if not isinstance(optimizer, Tracking):
-        msg = f"optimizer must be a TransformOptimizer, got {optimizer!r}"
+    if not isinstance(optimizer, TransformOptimizer):
+        kind = type(optimizer).__name__
+        msg = f"optimizer must be a TransformOptimizer, got a {kind}"
         raise TypeError(msg)
     with torch.no_grad():
         engine = optimizer._followed()
@@ -150,6 +153,17 @@ def _counterparts(optimizer: Tracking) -> tuple[Engine, list[Counterpart]]:
         )
         raise ValueError(msg)
     return engine, counterparts(optimizer._transform, optimizer._groups.choices)
+
+
+def _check_roots(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what torch has no place for in the formula."""
+    for index, group in enumerate(groups):
+        if group.get("eps_root", 0.0) != 0:
+            msg = (
+                f"param_groups[{index}] has no counterpart in torch.optim: it has "
+                f"eps_root={group['eps_root']}, and torch has none"
+            )
+            raise ValueError(msg)
 
 
 # -- to torch ----------------------------------------------------------------------
@@ -193,7 +207,7 @@ def _check_options(
 ) -> None:
     """Refuse options of torch that mean something else than the transforms do."""
     name = kind.optimizer.__name__
-    required = kind.defaults.keys() & _NUMBERS
+    required = kind.defaults.keys() & (_NUMBERS | _FLAGS)
     missing = sorted(required - theirs.keys())
     if missing:
         msg = (
@@ -229,16 +243,11 @@ def _unlike(place: str, key: str, theirs: object, ours: object) -> str:
     )
 
 
-def _own_options(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], kind: Counterpart
-) -> dict[str, Any]:
+def _own_options(theirs: Mapping[str, Any], kind: Counterpart) -> dict[str, Any]:
     """Return what a group here takes over from one of torch."""
-    known = kind.defaults.keys() | OWN_KEYS
-    found = {
-        key: value
-        for key, value in theirs.items()
-        if key in kind.keys or (key not in known and key not in ours)
-    }
+    # What schedulers and users keep in a group goes along.
+    known = kind.defaults.keys() | OWN_KEYS | _FLAGS
+    found = {k: v for k, v in theirs.items() if k in kind.keys or k not in known}
     if "param_names" in theirs:
         found["param_names"] = theirs["param_names"]
     if "betas" in found:  # JSON has no tuples.
@@ -247,14 +256,13 @@ def _own_options(
 
 
 def _own_entries(
-    theirs: Mapping[str, Any], first: Mapping[str, Tensor], name: str
+    theirs: Mapping[str, Any], first: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Return the state of one parameter, from what torch has for it.
 
     Args:
         theirs: What torch has; empty before the first step.
-        first: What a parameter has here before the first step.
-        name: Name of the parameter.
+        first: What the parameter has here before the first step.
     """
     given = {key: value for key, value in theirs.items() if value is not None}
     if not given:
@@ -262,21 +270,6 @@ def _own_entries(
     found = dict(given)
     if _STARTED in first:
         found[_STARTED] = torch.ones_like(first[_STARTED])
-    for key in [key for key in first if key in found]:
-        found[key] = _as_wide(found[key], first[key], f"{key} of {name!r}")
+    if "step" in first and "step" in found:  # Once a Python number.
+        found["step"] = torch.as_tensor(found["step"]).to(first["step"])
     return found
-
-
-def _as_wide(value: Any, like: Tensor, place: str) -> Any:
-    """Return a number or tensor in the dtype it has here, if that keeps its bits."""
-    if isinstance(value, (int, float)):
-        return torch.full_like(like, value)
-    if not isinstance(value, Tensor) or value.dtype == like.dtype:
-        return value
-    if torch.promote_types(value.dtype, like.dtype) != like.dtype:
-        msg = (
-            f"{place} is {value.dtype} in the state dict and {like.dtype} here, which "
-            "cannot hold it"
-        )
-        raise ValueError(msg)
-    return value.to(like.dtype)

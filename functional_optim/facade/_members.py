@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -15,15 +15,13 @@ if TYPE_CHECKING:
 Members: TypeAlias = Sequence[tuple[str | None, Tensor]]
 """Parameters with their names, None where there is none."""
 
-_PREFIXES = ("module.", "_orig_mod.")
-"""What wrappers such as DistributedDataParallel and torch.compile put before names."""
+_WRAPPERS = {"module", "_orig_mod"}
+"""What wrappers such as DistributedDataParallel and torch.compile put into names."""
 
 
 def bare(name: str) -> str:
     """Return the name of a parameter without what wrappers of its model put there."""
-    for prefix in _PREFIXES:
-        name = name.replace(prefix, "")
-    return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def by_choices(
@@ -41,6 +39,18 @@ def by_choices(
         name = str(index) if given is None else given
         found.setdefault(choices_of(transform, name, param), []).append((name, param))
     return found
+
+
+def read_once(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a group whose parameters may be looked at again.
+
+    Args:
+        group: The group; its parameters may be a generator.
+    """
+    params = group.get("params")
+    if isinstance(params, (Tensor, Collection)) or not isinstance(params, Iterable):
+        return dict(group)
+    return {**group, "params": list(params)}
 
 
 def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
@@ -72,7 +82,11 @@ def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
         if name is None and names is not None:
             name = names[index]
         if not isinstance(param, Tensor):
-            msg = f"params must be tensors, got {param!r} at position {index}"
+            msg = (
+                f"params must be tensors, or (name, tensor) pairs as in "
+                f"model.named_parameters(), got a {type(param).__name__} at position "
+                f"{index}"
+            )
             raise TypeError(msg)
         members.append((name, param))
     if len({name is None for name, _ in members}) > 1:
@@ -146,7 +160,10 @@ def check_group_parameters(
                 )
                 raise ValueError(msg)
             if own in names:
-                msg = f"two parameters have the name {own!r}; give each its own"
+                msg = (
+                    f"two parameters have the name {own!r}; give each its own, such as "
+                    'by named_parameters(prefix="encoder")'
+                )
                 raise ValueError(msg)
             seen[id(param)] = own
             names.add(own)

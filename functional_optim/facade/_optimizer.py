@@ -21,6 +21,7 @@ from functional_optim.facade._members import (
     by_choices,
     check_group_parameters,
     members_of,
+    read_once,
 )
 from functional_optim.facade._tracking import Tracking
 
@@ -99,7 +100,7 @@ class TransformOptimizer(Tracking):
             super().__init__(params, {})  # Says what is wrong.
         given = list(params)
         grouped = bool(given) and isinstance(given[0], Mapping)
-        groups = [dict(group) for group in given] if grouped else [{"params": given}]
+        groups = [read_once(g) for g in given] if grouped else [{"params": given}]
         members = [members_of(group, differentiable=differentiable) for group in groups]
         check_group_parameters(members)
         everyone = [member for some in members for member in some]
@@ -133,7 +134,9 @@ class TransformOptimizer(Tracking):
 
         Raises:
             TypeError: a gradient is sparse, or `closure` is no function.
-            ValueError: a key of a group is not legal, or has two owners.
+            ValueError: a key of a group is not legal, or has two owners. Nothing is
+                changed then; but where a transform of yours raises in the middle of
+                its work, some parameters may have moved.
         """
         if closure is not None and not callable(closure):
             msg = f"closure must be a function that returns the loss, got {closure!r}"
@@ -167,8 +170,20 @@ class TransformOptimizer(Tracking):
 
     @property
     def transform(self) -> Transform:
-        """The transform, as a chain, with the numbers that it was built with."""
-        return self._transform
+        """The transform, as a chain, with the numbers that the groups have now.
+
+        Where groups differ it has them by name.
+
+        Example:
+            >>> import functional_optim as fo
+            >>> params = [torch.nn.Parameter(torch.ones(2))]
+            >>> optimizer = TransformOptimizer(params, fo.sgd(0.1))
+            >>> optimizer.param_groups[0]["lr"] = 0.5
+            >>> optimizer.transform
+            chain(ScaleByLearningRate(0.5))
+        """
+        with torch.no_grad():
+            return self._followed().transform
 
     def transform_state(self) -> Any:
         """Return the state in the form of the pure way, by name.
@@ -184,6 +199,33 @@ class TransformOptimizer(Tracking):
         """
         with torch.no_grad():
             return self._followed().state
+
+    def load_transform_state(self, state: Any) -> None:
+        """Go on from a state of the pure way; what `transform_state` returns.
+
+        Args:
+            state: A state of this transform over parameters of these names. Its
+                tensors are copied.
+
+        Raises:
+            ValueError: it does not fit; then nothing is changed.
+
+        Example:
+            >>> import functional_optim as fo
+            >>> params = {"w": torch.nn.Parameter(torch.ones(2))}
+            >>> pipeline = fo.chain(fo.sgd(0.1, momentum=0.9))
+            >>> grads = {"w": torch.ones(2)}
+            >>> _, state = pipeline.update(grads, pipeline.init(params), params)
+            >>> optimizer = TransformOptimizer(params.items(), pipeline)
+            >>> optimizer.load_transform_state(state)
+            >>> optimizer.state[params["w"]]["momentum_buffer"]
+            tensor([1., 1.])
+        """
+        with torch.no_grad():
+            engine = self._followed()
+            engine.take(state)
+            self._groups.show_schedules()
+            engine.follow(self.state)
 
     def readings(self) -> TensorMap:
         """Return what the transform has to tell, as `functional_optim.readings`.

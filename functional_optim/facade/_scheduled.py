@@ -74,13 +74,11 @@ class Scheduled:
             state: The whole state; its tensors stay the same from step to step.
             params: All parameters.
         """
-        places = {id(held): path for path, held in self._held.items()}
         self._counts = {}
         for stage in walk(self._transform, state, params):
-            path = places.get(id(stage.transform))
             own = getattr(stage.state, "schedule", stage.state)
-            if path is not None and isinstance(own, ScheduleState):
-                self._counts.setdefault(path, own)
+            if stage.place in self._held and isinstance(own, ScheduleState):
+                self._counts[stage.place] = own
 
     def show(self) -> None:
         """Write the values of the next step into the groups."""

@@ -17,6 +17,7 @@ from functional_optim.facade._members import (
     check_group_parameters,
     members_of,
     named_members,
+    read_once,
 )
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class Tracking(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # Says what is wrong.
+        param_group = read_once(param_group)
         members = members_of(param_group, differentiable=self._differentiable)
         check_group_parameters([members], list(self._names.items()))
         split = by_choices(self._transform, members, len(self._names))

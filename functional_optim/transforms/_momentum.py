@@ -25,7 +25,7 @@ from functional_optim._hyperparameters import (
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._structure import check_made_for, check_state
 from functional_optim._tensor_map import over
-from functional_optim._tensors import zeros_like
+from functional_optim._tensors import copied, zeros_like
 from functional_optim._types import Role, Scope, TensorMap
 
 
@@ -55,6 +55,9 @@ class Trace:
 
         b <- momentum * b + (1 - dampening) * u      (at first b <- u)
         u <- u + momentum * b  if nesterov, else b
+
+    While momentum is a plain 0, such as when a scheduler has cycled it down, u and b
+    stay as they are.
 
     Args:
         momentum: How much of the buffer stays. Finite, >= 0.
@@ -129,6 +132,8 @@ class Trace:
         if not updates:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)
+        if is_zero(now.momentum):  # As torch: the buffer waits.
+            return copied(updates), state._replace(schedule=schedule)
         started, alpha = state.started, complement(now.dampening)
         if isinstance(started, dict):
             # b is zero at first: taking all of u makes it u.
