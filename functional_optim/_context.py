@@ -161,6 +161,16 @@ class Context:
             return local_total(partial, op)
         return self.reducer(self.path, partial, op)
 
+    @property
+    def is_partial(self) -> bool:
+        """Whether the tensors at hand may be a part of all: others answer `reduce`.
+
+        Example:
+            >>> Context().is_partial
+            False
+        """
+        return self.reducer is not None
+
     def at(self, part: int | str) -> Context:
         """Return the context for a member: the same, one step further down the path.
 

@@ -48,6 +48,9 @@ def _selected(ok: Tensor, new: Any, old: Any) -> Any:
     for n, o in zip(leaves, before, strict=True):
         # Names that share a count go on sharing it; they stand side by side.
         shared = last is not None and n is last[0] and o is last[1]
-        chosen.append(chosen[-1] if shared else torch.where(ok, n, o))
+        if n is o:  # It was not touched, and shall not look as if it was.
+            chosen.append(o)
+        else:
+            chosen.append(chosen[-1] if shared else torch.where(ok, n, o))
         last = n, o
     return _pytree.tree_unflatten(chosen, spec)

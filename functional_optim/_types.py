@@ -74,7 +74,11 @@ class Transform(Protocol):
     More members are optional, and looked for on users' transforms as on ours: `role`,
     for the order of a chain; `stands_for`, a tuple of transforms whose roles count in
     its place; `resolved(name, param)`, see `resolve`; `readings(state)`, see
-    `readings`; `parts(state, params)`, see `Part`; `selections(params)`, see `explain`.
+    `readings`; `parts(state, params)`, see `Part`; `selections(params)`, see `explain`;
+    `hyperparameters`, a tuple of names of a dataclass' fields that each group of a
+    `TransformOptimizer` may have its own value of. Where an executor lends memory,
+    `consumes_updates` and `consumes_state` allow to overwrite: they say that `update`
+    reads each entry of its updates, or of its state, once, and returns new updates.
 
     Example:
         >>> class Double:

@@ -290,6 +290,22 @@ class ReadsWhatItGaveUp:
         return moved, Buffer(state.buffer | now)
 
 
+class ReadsUpdatesAgain:
+    """Says that it reads each update once, and reads it twice."""
+
+    scope: ClassVar[fo.Scope] = fo.Scope.ELEMENTWISE
+    consumes_updates: ClassVar[bool] = True
+
+    def init(self, params: fo.TensorMap) -> tuple[()]:
+        """Return the empty state."""
+        return ()
+
+    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+        """Return 2 u - u."""
+        doubled = over(updates).mul(2.0).to_map()
+        return {name: doubled[name] - u for name, u in updates.items()}, state
+
+
 # -- torch -------------------------------------------------------------------------
 
 
@@ -396,6 +412,7 @@ TWINS: list[tuple[str, Any]] = [
     ("in_place", Twin("knows names", knows_names)),
     ("in_place", Twin("knows shapes", knows_shapes)),
     ("in_place", ReadsWhatItGaveUp()),
+    ("in_place", ReadsUpdatesAgain()),
     ("vmapped", Twin("branches on a value", each(branches), scope=PER_TENSOR)),
     (
         "vmapped",

@@ -362,3 +362,16 @@ def test_an_optimizer_has_its_own_parameters() -> None:
         fo.explain(_optimizer(fo.sgd(0.1)), {"w": torch.zeros(1)})
     with pytest.raises(TypeError, match=r"explain\(tx, params\)"):
         fo.explain(fo.sgd(0.1))
+
+
+def test_what_whole_tensors_keep_is_told() -> None:
+    """A rule of whole tensors in front of a joint norm is remembered for all units."""
+    clipped = fo.chain(fo.ClipByNorm(1.0), fo.ClipByGlobalNorm(1.0), fo.sgd(0.1))
+    told = []
+    for count in (2, 8):
+        params = {str(i): torch.nn.Parameter(torch.zeros(2**18)) for i in range(count)}
+        text = fo.explain(fo.TransformOptimizer(params.items(), clipped))
+        found = re.search(r"temporary +([\d.]+) MiB", text)
+        assert found is not None
+        told.append(float(found[1]))
+    assert told[1] - told[0] == pytest.approx(6.0)

@@ -1,4 +1,4 @@
-"""Which parameters keep apart though their states do not tell: they took other steps."""
+"""Which parameters keep apart although their states do not tell why."""
 
 from __future__ import annotations
 

@@ -14,9 +14,12 @@ from functional_optim._context import Context
 from functional_optim._cost import size
 from functional_optim._memory import Donated, Workspace
 from functional_optim.execution._nodes import nodes_of, rebuilt
+from functional_optim.execution._passes import recorded
+from functional_optim.execution._remembering import num_remembered
 
 if TYPE_CHECKING:
     from functional_optim.execution._nodes import Field, Node
+    from functional_optim.execution._passes import Call
     from functional_optim.execution._plan import Bucket
     from functional_optim.execution._units import Unit
 
@@ -76,13 +79,18 @@ def temporary_bytes(bucket: Bucket, fields: list[Field]) -> int | None:
     grads = {name: torch.zeros_like(param) for name, param in params.items()}
     state = _zeros(unit, fields, device)
     peak = Peak([params, grads, [n for n in nodes_of(state) if not _is_static(n)]])
-    context = Context(last=True)  # Closes a window.
+    calls: list[Call] = []
+    context = Context(last=True, reducer=recorded(calls))  # Closes a window.
     try:
         with Workspace(), peak:
             bucket.transform.update(grads, state, params, context=context)
     except Exception:  # A user's transform may do anything here.
         return None
-    return peak.most
+    if not calls:
+        return peak.most
+    # What looks at whole tensors is remembered, for all units, from pass to pass.
+    everything = sum(size(unit.params.values()) for unit in bucket.units)
+    return peak.most + num_remembered(bucket.transform) * everything
 
 
 def _is_static(node: Node) -> bool:

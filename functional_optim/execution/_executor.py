@@ -1,7 +1,8 @@
 """The executor: a transform run in place on parameters, unit by unit.
 
 The arithmetic is that of `update`; here is only what lies where, what runs when, and
-who learns which total. Temporary memory is that of one unit, not of the model.
+who learns which total. Temporary memory is that of one unit, not of the model; but what
+looks at whole tensors in front of a total is kept until that total is known.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from functional_optim._context import Context
 from functional_optim._hyperparameters import resolve
 from functional_optim._memory import Workspace
 from functional_optim._parts import walk
+from functional_optim._value import same_for_good
 from functional_optim.execution._cohorts import Cohorts
 from functional_optim.execution._guard import scaled
-from functional_optim.execution._nodes import Kind, fields_of, nodes_of, rebuilt
+from functional_optim.execution._joining import joined
+from functional_optim.execution._memory import memory_of
+from functional_optim.execution._nodes import Kind, nodes_of
 from functional_optim.execution._passes import through, totals_of
 from functional_optim.execution._plan import Bucket, Layout
-from functional_optim.execution._rewriting import joined
 from functional_optim.execution._runs import Given, Run, Scaling
+from functional_optim.execution._store import Store, free
 from functional_optim.execution._windows import Structure, Windows, statics_of
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
-    from functional_optim.execution._nodes import Field, Node
+    from functional_optim.execution._nodes import Node
     from functional_optim.execution._units import Later, Unit
 
 
@@ -57,53 +61,26 @@ class Executor:
         self._unit_bytes = unit_bytes
         self._cohorts = Cohorts()
         self._workspace = Workspace()
-        self._nodes: list[Node] = [
-            dict(node) if isinstance(node, dict) else node for node in nodes_of(state)
-        ]
-        self._template = rebuilt(state, iter(self._nodes))
-        self._fields = fields_of(transforms[0], self._template, params)
-        self._has_whole = any(field.kind is Kind.WHOLE for field in self._fields)
+        self._store = Store(transforms[0], state, params)
+        self._has_whole = any(f.kind is Kind.WHOLE for f in self._store.fields)
         self._refuses = any(
             getattr(stage.transform, "error_if_nonfinite", False)
-            for stage in walk(transforms[0], self._template, params)
+            for stage in walk(transforms[0], self._store.state, params)
         )
-        self._replaced = True
         self._windows: Windows | None = None
-        if any(field.kind is Kind.STATIC for field in self._fields):
-            self._windows = Windows(transforms[0], self._template, params)
+        if any(field.kind is Kind.STATIC for field in self._store.fields):
+            self._windows = Windows(transforms[0], self._store.state, params)
         self._plan()
 
     @property
-    def state(self) -> Any:
-        """The whole state by name; its tensors stay the same from step to step."""
-        return self._template
-
-    @property
-    def nodes(self) -> list[Node]:
-        """The nodes of the whole state."""
-        return self._nodes
-
-    @property
-    def fields(self) -> list[Field]:
-        """What is known about the nodes."""
-        return self._fields
+    def store(self) -> Store:
+        """The whole state; its tensors stay the same from step to step."""
+        return self._store
 
     @property
     def holds(self) -> bool:
         """Whether a step may emit nothing."""
         return self._windows is not None
-
-    def take_replaced(self) -> bool:
-        """Tell whether tensors of the state were replaced since this was last asked."""
-        replaced, self._replaced = self._replaced, False
-        return replaced
-
-    def replace(self, state: Any) -> None:
-        """Go on from another state, whose tensors are taken as they are."""
-        self._nodes = [
-            dict(node) if isinstance(node, dict) else node for node in nodes_of(state)
-        ]
-        self._template = rebuilt(state, iter(self._nodes))
 
     def check(self, nodes: list[Node]) -> None:
         """Refuse what the transform cannot go on from, such as a window too long.
@@ -116,19 +93,8 @@ class Executor:
             self._windows.structure(given, nodes, context=Context())
 
     def load(self, nodes: list[Node]) -> None:
-        """Take over the numbers of other nodes; tensors stay where dtypes agree."""
-        for index, (old, new) in enumerate(zip(self._nodes, nodes, strict=True)):
-            if isinstance(old, Tensor) and isinstance(new, Tensor):
-                old.copy_(new)
-            elif isinstance(old, dict) and isinstance(new, dict):
-                for name, entry in old.items():
-                    if new[name].dtype == entry.dtype:
-                        entry.copy_(new[name])
-                    else:
-                        old[name] = new[name].to(entry.device, copy=True)
-            else:
-                self._nodes[index] = new
-        self._template = rebuilt(self._template, iter(self._nodes))
+        """Take over the numbers of other nodes; see `Store`."""
+        self._store.load(nodes)
         self._plan()
 
     @property
@@ -143,15 +109,15 @@ class Executor:
 
     def _plan(self) -> None:
         """Decide again what is updated together; the numbers stay as they are."""
-        self._replaced = True
+        self._store.replaced = True
         layout = Layout(
             self._params,
             self._transforms,
             self._group_of,
             self._cohorts,
-            self._template,
-            self._nodes,
-            self._fields,
+            self._store.state,
+            self._store.nodes,
+            self._store.fields,
             self._unit_bytes,
         )
         self._buckets = layout.buckets()
@@ -182,7 +148,7 @@ class Executor:
                 for group in chosen.values()
                 for name in [bucket.members[group]]
             ]
-            if any(other != found[0] for other in found[1:]):
+            if not all(same_for_good(other, found[0]) for other in found[1:]):
                 # They part for good: a plan is not for free.
                 self._part_by_group()
                 return
@@ -231,7 +197,9 @@ class Executor:
         structure = None
         if self._windows is not None:
             dtypes = {name: grad.dtype for name, grad in grads.items()}
-            structure = self._windows.structure(dtypes, self._nodes, context=context)
+            structure = self._windows.structure(
+                dtypes, self._store.nodes, context=context
+            )
         runs = self._runs(Given(grads, context, scaling), structure)
         totals = totals_of(runs)
         if self._refuses:
@@ -243,7 +211,9 @@ class Executor:
             moved, state = run.finish(totals)
             run.unit.write(moved, state, later)
             self._collect(run.unit, state, later)
-        for old, new in later.values():
+        homes = {memory_of(old) for old, _ in later.values()}
+        values = [(old, free(new, homes)) for old, new in later.values()]
+        for old, new in values:
             old.copy_(new)
         self._versions = [column._version for column in self._columns]
         if structure is not None:
@@ -252,7 +222,8 @@ class Executor:
     def _runs(self, given: Given, structure: Structure | None) -> list[Run]:
         """Return what runs in this step."""
         scaling = given.scaling
-        key = statics_of(self._nodes), given.context.last, scaling is None
+        form = None if scaling is None else scaling.grad_scale is None
+        key = statics_of(self._store.nodes), given.context.last, form
         transforms = {
             id(bucket): bucket.transform
             if scaling is None
@@ -266,13 +237,15 @@ class Executor:
                 name in structure.touched for name in unit.names
             )
             if pushed or touched:
+                # Parts of a whole may be reached by some names only.
+                names = tuple(given.grads) if bucket.whole else pushed
                 run = Run(
                     bucket,
                     unit,
                     transforms[id(bucket)],
                     self._workspace,
                     given,
-                    key=(key, pushed),
+                    key=(key, names),
                     alone=not pushed,
                 )
                 runs.append(run)
@@ -283,7 +256,7 @@ class Executor:
         if not self._has_whole:
             return
         for field, old, new in zip(
-            self._fields, self._nodes, nodes_of(state), strict=True
+            self._store.fields, self._store.nodes, nodes_of(state), strict=True
         ):
             if new is old or not isinstance(old, Tensor) or id(old) in later:
                 continue
@@ -292,10 +265,6 @@ class Executor:
 
     def _advance(self, structure: Structure) -> None:
         """Keep the new `Static` values."""
-        if all(self._nodes[i] == node for i, node in structure.statics.items()):
-            return
-        for index, node in structure.statics.items():
-            self._nodes[index] = node
-        self._template = rebuilt(self._template, iter(self._nodes))
-        for _, unit in self._units:
-            unit.set_statics(structure.statics)
+        if self._store.set_statics(structure.statics):
+            for _, unit in self._units:
+                unit.set_statics(structure.statics)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -29,6 +29,35 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def apart(tensors: Sequence[Tensor], taken: Iterable[Tensor]) -> list[Tensor]:
+    """Return tensors that can be written one by one: copies of those that share memory.
+
+    Args:
+        tensors: The tensors.
+        taken: What else they must not share memory with.
+
+    Example:
+        >>> zero = torch.zeros(2)
+        >>> a, b = apart([zero, zero], [])
+        >>> a is zero, b is zero
+        (True, False)
+    """
+    seen = {memory_of(tensor) for tensor in taken if tensor.numel()}
+    found = []
+    for tensor in tensors:
+        has_memory = tensor.numel() > 0 and not tensor.is_meta
+        shared = has_memory and (memory_of(tensor) in seen or not is_dense(tensor))
+        own = tensor.clone() if shared else tensor
+        seen.add(memory_of(own))
+        found.append(own)
+    return found
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return what tells whether two tensors lie in the same memory."""
+    return tensor.untyped_storage().data_ptr()
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -77,6 +77,15 @@ def _collect(state: Any, found: list[Node]) -> None:
         found.append(state)
 
 
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a state, in order."""
+    for node in nodes_of(state):
+        if isinstance(node, dict):
+            yield from node.values()
+        elif isinstance(node, Tensor):
+            yield node
+
+
 def rebuilt(template: Any, nodes: Iterator[Node]) -> Any:
     """Return a state of the structure of another with other nodes, in order."""
     if isinstance(template, tuple):

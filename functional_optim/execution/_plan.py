@@ -16,10 +16,12 @@ from torch import Tensor
 
 from functional_optim._hyperparameters import resolve
 from functional_optim._types import Scope, Static
+from functional_optim._value import same_for_good
+from functional_optim.execution._joining import joined
 from functional_optim.execution._memory import Scratch, is_dense
 from functional_optim.execution._nodes import Kind
-from functional_optim.execution._rewriting import joined
-from functional_optim.execution._units import Piece, Pooled, Shaped, Unit
+from functional_optim.execution._pooling import Pooled
+from functional_optim.execution._units import Piece, Shaped, Unit
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
@@ -130,7 +132,7 @@ class Layout:
             )
             known = found.setdefault(key, [])
             for other, names in known:
-                if other is transform or other == transform:
+                if same_for_good(other, transform):
                     names.append(name)
                     break
             else:
@@ -256,6 +258,8 @@ def _read(numbers: list[Tensor]) -> list[Hashable]:
     """Return numbers on the host; those with the same bits are equal."""
     if not numbers:
         return []
+    if numbers[0].is_meta:
+        return [None] * len(numbers)
     values = torch.stack(numbers).cpu()
     if values.is_floating_point():
         values = values.double().view(torch.int64)

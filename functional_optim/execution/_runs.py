@@ -10,9 +10,10 @@ from torch import Tensor
 from functional_optim._context import Context
 from functional_optim._types import Scope
 from functional_optim.execution._guard import wrapped_state
-from functional_optim.execution._nodes import nodes_of, rebuilt
+from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
 from functional_optim.execution._passes import Call, Totals, recorded, through
-from functional_optim.execution._rewriting import remembered
+from functional_optim.execution._remembering import Memory, remembered
+from functional_optim.execution._resting import from_window
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Sequence
@@ -86,7 +87,9 @@ class Run:
         self._transform, self._workspace = transform, workspace
         self._given, self._alone = given, alone
         self._again = False
-        self._memory: dict[tuple[int | str, ...], tuple[TensorMap, Any]] | None = None
+        self._memory: Memory | None = None
+        if alone:
+            self._transform = from_window(transform, self._state())
 
     def calls(self) -> Sequence[Call]:
         """Return the calls of `reduce`: always the same, so tried once."""
@@ -98,7 +101,7 @@ class Run:
             self(recorded(calls))
             known[self.key] = calls
         if known[self.key] and self._transform.scope is not Scope.ELEMENTWISE:
-            self._memory = {}
+            self._memory = Memory()
             self._transform = remembered(self._transform, self._memory)
         return known[self.key]
 
@@ -117,6 +120,7 @@ class Run:
         self._again = True
         context = dataclasses.replace(self._given.context, reducer=reducer)
         if self._memory is not None:  # What is remembered must not be written over.
+            self._memory.restart()
             return self._updated(updates, context, last=last)
         with self._workspace:
             return self._updated(updates, context, last=last)
@@ -127,13 +131,18 @@ class Run:
         unit, update = self.unit, self._transform.update
         if self._alone:
             return self._with_companion(context)
-        scaling = self._given.scaling
-        if scaling is None:
+        if self._given.scaling is None:
             state = unit.donated if last else unit.state
             return update(updates, state, unit.params, context=context)
-        state = wrapped_state(unit.state, scaling.grad_scale)
-        moved, new = update(updates, state, unit.params, context=context)
+        moved, new = update(updates, self._state(), unit.params, context=context)
         return moved, new[-1]
+
+    def _state(self) -> Any:
+        """Return the state in the form that the transform wants."""
+        scaling = self._given.scaling
+        if scaling is None:
+            return self.unit.state
+        return wrapped_state(self.unit.state, scaling.grad_scale)
 
     def _with_companion(self, context: Context) -> tuple[TensorMap, Any]:
         """Run without a gradient: one without elements goes along, so that it runs."""
@@ -141,10 +150,11 @@ class Run:
         param = next(iter(unit.params.values()))
         empty = param.new_empty(0)
         nodes: list[Node] = []
-        for node in nodes_of(unit.state):
+        for node, field in zip(nodes_of(unit.state), unit.fields, strict=True):
             if isinstance(node, dict) and node:
                 entry = next(iter(node.values()))
-                beside = entry if entry.ndim == 0 else entry.new_empty(0)
+                like_param = field.kind is Kind.ELEMENTWISE and not field.scalars
+                beside = entry.new_empty(0) if like_param else entry
                 nodes.append({**node, _COMPANION: beside})
             else:
                 nodes.append(node)

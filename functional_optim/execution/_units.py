@@ -1,7 +1,7 @@
 """Units: what is updated in one call, and where its tensors lie.
 
-A unit shows a transform one tensor map, whatever lies behind it: small tensors gathered
-into one flat tensor, a slice of a large one, or tensors in their own shapes. Results go
+A unit shows a transform one tensor map, whatever lies behind it: a slice of a large
+tensor, tensors in their own shapes, or small ones gathered (see `_pooling`). Results go
 back to where the parameters and states lie; what is shared with other units waits until
 all have run.
 """
@@ -10,18 +10,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-import torch
 from torch import Tensor
 
 from functional_optim._memory import Donated
 from functional_optim._names import shown
 from functional_optim._tensor_map import over
-from functional_optim.execution._memory import carved, flat, flat_like
-from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
+from functional_optim.execution._memory import flat, flat_like, memory_of
+from functional_optim.execution._nodes import Kind, mapped, nodes_of, rebuilt
 
 if TYPE_CHECKING:
     from functional_optim._types import Static, TensorMap
-    from functional_optim.execution._memory import Scratch
     from functional_optim.execution._nodes import Field, Node
 
 Later: TypeAlias = "dict[int, tuple[Tensor, Tensor]]"
@@ -48,8 +46,9 @@ class Unit:
 
     def __init__(self, names: list[str], fields: list[Field]) -> None:
         self.names = names
-        self._fields = fields
+        self.fields = fields
         self._stored: list[dict[str, Tensor]] = []
+        self._memory: set[int] | None = None
         self.columns: dict[int, Tensor] = {}
         """By `id` of the number that is shown: those of all members, side by side."""
         self.state: Any = None
@@ -64,7 +63,7 @@ class Unit:
         self.state = rebuilt(template, iter(nodes))
         given_up = [
             Donated(node) if field.donated and isinstance(node, dict) else node
-            for node, field in zip(nodes, self._fields, strict=True)
+            for node, field in zip(nodes, self.fields, strict=True)
         ]
         self.donated = rebuilt(template, iter(given_up))
 
@@ -97,7 +96,11 @@ class Unit:
         """
         found = nodes_of(state)
         self._check(moved, found)
-        for field, node, stored in zip(self._fields, found, self._stored, strict=True):
+        if self._gives_back(moved, found):
+            # What is written first must not be read after.
+            moved = {name: update.clone() for name, update in moved.items()}
+            found = nodes_of(mapped(state, Tensor.clone))
+        for field, node, stored in zip(self.fields, found, self._stored, strict=True):
             if field.kind is not Kind.STATIC and isinstance(node, dict):
                 for key, old in stored.items():
                     new = node[key]
@@ -110,6 +113,21 @@ class Unit:
                         old.copy_(new)
         if moved:
             self._apply(moved)
+
+    def _gives_back(self, moved: TensorMap, nodes: list[Node]) -> bool:
+        """Whether a result is what another entry of the state was, as in a delay."""
+        if self._memory is None:
+            mine = [entry for own in self._stored for entry in own.values()]
+            self._memory = {memory_of(entry) for entry in mine if entry.numel()}
+        for update in moved.values():
+            if memory_of(update) in self._memory:
+                return True
+        for node, stored in zip(nodes, self._stored, strict=True):
+            if isinstance(node, dict):
+                for key, old in stored.items():
+                    if node[key] is not old and memory_of(node[key]) in self._memory:
+                        return True
+        return False
 
     def _check(self, moved: TensorMap, nodes: list[Node]) -> None:
         """Refuse what no `update` may return: the transform may be a user's.
@@ -125,10 +143,10 @@ class Unit:
                     "must keep the shapes of its updates"
                 )
                 raise ValueError(msg)
-        if len(nodes) != len(self._fields):
+        if len(nodes) != len(self.fields):
             msg = (
                 f"update returned a state of {len(nodes)} fields for "
-                f"{shown(self.names)}, init one of {len(self._fields)}; the structure "
+                f"{shown(self.names)}, init one of {len(self.fields)}; the structure "
                 "must stay"
             )
             raise ValueError(msg)
@@ -214,84 +232,3 @@ class Piece(Unit):
             return {}
         grad = grads[self._name]
         return {self._name: flat_like(grad, self._param, self._where)}
-
-
-class Pooled(Unit):
-    """Small parameters with equal histories, gathered into one flat tensor.
-
-    Args:
-        params: The parameters, detached.
-        nodes: The nodes of the whole state. Entries are replaced by views.
-        template: The whole state.
-        fields: What is known about the nodes.
-        scratch: Where to gather.
-    """
-
-    kind: ClassVar[str] = "pool"
-    pooled: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        params: TensorMap,
-        nodes: list[Node],
-        template: Any,
-        fields: list[Field],
-        scratch: Scratch,
-    ) -> None:
-        super().__init__(list(params), fields)
-        self._tensors = list(params.values())
-        self._shapes = [param.shape for param in self._tensors]
-        self._numel = sum(param.numel() for param in self._tensors)
-        self._key, self._scratch = self.names[0], scratch
-        first = self._tensors[0]
-        memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
-        self._views = carved(memory, self._shapes)
-        self.params = {self._key: memory}
-        self._grads: tuple[Tensor, list[Tensor]] | None = None
-        own: list[Node] = []
-        for node, field in zip(nodes, fields, strict=True):
-            if not isinstance(node, dict):
-                own.append(node)
-            elif self._key not in node:
-                own.append({})
-            elif field.kind is Kind.ELEMENTWISE:
-                own.append({self._key: self._joined(node)})
-            else:
-                own.append({self._key: self._repeated(node)})
-        self._keep(template, own)
-
-    def _joined(self, node: TensorMap) -> Tensor:
-        """Bring the entries of all members into one flat tensor."""
-        entries = [node[name] for name in self.names]
-        memory = entries[0].new_empty(self._numel)
-        views = carved(memory, self._shapes)
-        torch._foreach_copy_(views, entries)
-        node.update(zip(self.names, views, strict=True))
-        return memory
-
-    def _repeated(self, node: TensorMap) -> Tensor:
-        """Let members that moved together share one number, in memory of their own."""
-        column = torch.stack([node[name] for name in self.names])
-        entries = column.unbind()
-        node.update(zip(self.names, entries, strict=True))
-        self.columns[id(entries[0])] = column
-        return entries[0]
-
-    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
-        """Gather the gradients, and the parameters."""
-        found = [grads[name] for name in self.names if name in grads]
-        if found and (self._grads is None or self._grads[0].dtype != found[0].dtype):
-            memory, own = self._scratch.take(
-                self._numel, self._tensors[0], found[0].dtype, "grads"
-            )
-            self._grads = memory, carved(memory, self._shapes)
-            self._own, again = self._own and own, False
-        if not (again and self._own):
-            torch._foreach_copy_(self._views, self._tensors)
-            if found and self._grads is not None:
-                torch._foreach_copy_(self._grads[1], found)
-        return {self._key: self._grads[0]} if found and self._grads else {}
-
-    def _apply(self, moved: TensorMap) -> None:
-        super()._apply(moved)
-        torch._foreach_copy_(self._tensors, self._views)

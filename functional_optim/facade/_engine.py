@@ -9,8 +9,8 @@ from torch import Tensor
 from functional_optim._apply import apply_updates
 from functional_optim._types import Static
 from functional_optim.execution._executor import Executor
+from functional_optim.execution._joining import joined
 from functional_optim.execution._nodes import mapped, nodes_of, rebuilt
-from functional_optim.execution._rewriting import joined
 from functional_optim.facade._apart import check_apart
 from functional_optim.facade._entries import entries_of, keys_of, loaded_nodes, rest_of
 
@@ -51,7 +51,8 @@ class Engine:
         if state is None:
             state = initial(transform, params)
         self._executor = Executor(params, transforms, group_of, state)
-        self._keys = keys_of(self._executor.nodes, self._executor.fields)
+        self._store = self._executor.store
+        self._keys = keys_of(self._store.nodes, self._store.fields)
         self._places = self._found_places()
         self._shapes = {name: param.shape for name, param in params.items()}
         self._shown: list[int] = []
@@ -71,7 +72,7 @@ class Engine:
     @property
     def state(self) -> Any:
         """The whole state by name."""
-        return self._executor.state
+        return self._store.state
 
     @property
     def transform(self) -> Transform:
@@ -122,7 +123,7 @@ class Engine:
         gone = {n for p, n in self.names.items() if names.get(p) != n}
         nodes = [
             _continued(known, new, gone)
-            for new, known in zip(nodes_of(fresh), self._executor.nodes, strict=True)
+            for new, known in zip(nodes_of(fresh), self._store.nodes, strict=True)
         ]
         return rebuilt(fresh, iter(nodes))
 
@@ -133,11 +134,11 @@ class Engine:
         for param, name in self.names.items():
             state.setdefault(param, {}).update(self.entries(name))
         self._shown = _identities(state)
-        self._executor.take_replaced()
+        self._store.replaced = False
 
     def entries(self, name: str) -> dict[str, Tensor]:
         """Return the state of one parameter, by the keys that are shown."""
-        return entries_of(self._executor.nodes, self._keys, name)
+        return entries_of(self._store.nodes, self._keys, name)
 
     def first_entries(self) -> dict[str, dict[str, Tensor]]:
         """Return the state of every parameter before its first step, in new tensors."""
@@ -152,7 +153,7 @@ class Engine:
         """
         if _identities(state) != self._shown:
             self._adopt(state)
-        if self._executor.take_replaced():
+        if self._store.replaced:
             self.show(state)
 
     def _adopt(self, state: MutableMapping[Tensor, Any]) -> None:
@@ -174,7 +175,8 @@ class Engine:
                     )
                     raise ValueError(msg)
                 if new is not entry:
-                    found.append((entry, new))
+                    # It may be what another parameter had: read before any is written.
+                    found.append((entry, new.clone()))
         for entry, new in found:
             entry.copy_(new)
         self.show(state)
@@ -182,13 +184,13 @@ class Engine:
     # -- checkpoints -----------------------------------------------------------------
 
     def _show_rest(self) -> None:
-        self.rest_shown.update(rest_of(self._executor.nodes, self._keys))
+        self.rest_shown.update(rest_of(self._store.nodes, self._keys))
 
     def load(
         self, per_name: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
     ) -> None:
         """Take over a saved state, after all of it was checked; see `loaded_nodes`."""
-        nodes = loaded_nodes(self._executor.nodes, self._keys, per_name, rest)
+        nodes = loaded_nodes(self._store.nodes, self._keys, per_name, rest)
         self._executor.check(nodes)
         self._executor.load(nodes)
         self._show_rest()
@@ -199,7 +201,7 @@ class Engine:
         Raises:
             ValueError: it is of another transform, or of other parameters.
         """
-        nodes, own = nodes_of(state), self._executor.nodes
+        nodes, own = nodes_of(state), self._store.nodes
         if [type(node) for node in nodes] != [type(node) for node in own]:
             msg = (
                 f"state is of another transform than {self.transform!r}: pass what its "
@@ -253,7 +255,7 @@ class Engine:
         new = apply_updates(params, moved, differentiable=True)
         for name in moved:
             params[name].copy_(new[name])
-        self._executor.replace(state)
+        self._store.replace(state)
         self._show_rest()
 
 

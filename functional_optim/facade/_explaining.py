@@ -104,7 +104,7 @@ def _plan(executor: Executor) -> list[str]:
     )
     if len(buckets) > _MOST_BUCKETS:
         lines.append(f"  ... and {len(buckets) - _MOST_BUCKETS:,} more")
-    found = [temporary_bytes(bucket, executor.fields) for bucket in buckets]
+    found = [temporary_bytes(bucket, executor.store.fields) for bucket in buckets]
     known = [count for count in found if count is not None]
     if len(known) < len(found):
         return [

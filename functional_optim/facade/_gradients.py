@@ -31,7 +31,7 @@ def gradients_of(names: Mapping[Tensor, str]) -> TensorMap:
         grad = param.grad
         if grad is None:
             continue
-        if grad.layout is not torch.strided:
+        if grad.layout is not torch.strided or grad.dtype is not param.dtype:
             check_updates({name: grad}, {name: param.detach()})
         grads[name] = grad
     return grads

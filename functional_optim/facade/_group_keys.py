@@ -77,7 +77,7 @@ def check_keys(
         if key in _MEANINGFUL:
             remedy = "leave it out, or add a transform that has it"
             if key == "max_norm":
-                remedy = "one clip sees all groups: set it in the transform"
+                remedy = "ClipByGlobalNorm sees all groups: set it in the transform"
             msg = (
                 f"{place} has {key!r}, which no transform here has for each group; the "
                 f"keys are {shown(sorted(own), most=20)}: {remedy}"

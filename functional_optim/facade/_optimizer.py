@@ -35,15 +35,18 @@ class TransformOptimizer(Tracking):
         p <- p + u,    (u, state) <- transform.update(p.grad, state, p)
 
     The same `update` as in the pure way, run on small units of memory: what a step
-    allocates does not grow with the model. Schedulers, gradient scalers, checkpoints,
-    trainers: whatever takes a torch optimizer takes this one.
+    allocates does not grow with the model, unless rules that look at whole tensors
+    stand in front of a joint norm (`explain` tells). Schedulers, gradient scalers,
+    checkpoints, trainers: whatever takes a torch optimizer takes this one.
 
     Hyperparameters stand in `param_groups` under the names of their fields (`lr`,
     `betas`, `weight_decay`, ...), and what is written there counts from the next step.
     A group can be given its own values, as in torch: `{"params": ..., "lr": 0.1}`.
     Parameters with different labels of a `Partition` stand in groups of their own.
-    `max_norm` is no key of a group: one clip sees all of them. A schedule is shown as
-    its value at the next step, a 0-dim tensor; nobody else may write it.
+    The `max_norm` of `ClipByGlobalNorm` is no key of a group: one clip sees all of
+    them; a map by name is none, because the transform decides. A frozen dataclass of
+    yours says by `hyperparameters = ("lr",)` which of its fields are. A schedule is
+    shown as its value at the next step, a 0-dim tensor; nobody else may write it.
 
     Args:
         params: Tensors, `(name, tensor)` pairs such as `model.named_parameters()`, or
@@ -151,7 +154,9 @@ class TransformOptimizer(Tracking):
             last=last,
             differentiable=self._differentiable,
         )
-        with torch.set_grad_enabled(self._differentiable and torch.is_grad_enabled()):
+        records = self._differentiable and torch.is_grad_enabled()
+        # What a step allocates must be of use outside of inference mode, too.
+        with torch.inference_mode(mode=False), torch.set_grad_enabled(records):
             engine = self._followed()
             grads = gradients_of(self._names)
             if not grads and not self._warned:

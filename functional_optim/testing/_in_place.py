@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 from functional_optim._apply import apply_updates
 from functional_optim._chain import chain
 from functional_optim._context import Context
@@ -11,6 +14,7 @@ from functional_optim.testing._broken import require
 from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
 from functional_optim.testing._law import law
+from functional_optim.transforms import Scale
 
 _ROUNDING = 1e-12
 """Units change the order of sums: n * eps of float64, n < 4000."""
@@ -33,6 +37,15 @@ def in_place(transform: Transform, example: Example) -> None:
     """Run in place, in units of any size, it moves parameters as in the pure way."""
     for elements in (1, 3, 1000):
         _moves_alike(chain(transform), example, elements)
+    for chained in _beside_others(transform):
+        _moves_alike(chained, example, 3)
+
+
+def _beside_others(transform: Transform) -> Iterator[Transform]:
+    """Yield chains with neighbours that hand over, or take, what can be overwritten."""
+    for members in ((Scale(1.0), transform), (transform, Scale(1.0))):
+        with contextlib.suppress(ValueError):  # Nothing may stand behind a guard.
+            yield chain(*members)
 
 
 def _moves_alike(transform: Transform, example: Example, elements: int) -> None:
@@ -55,7 +68,7 @@ def _moves_alike(transform: Transform, example: Example, elements: int) -> None:
         at = f"step {step} in units of {elements} elements"
         gap = difference(own, params, _ROUNDING)
         require(not gap, f"{at}: parameters{gap}", cause)
-        gap = difference(executor.state, state, _ROUNDING)
+        gap = difference(executor.store.state, state, _ROUNDING)
         require(not gap, f"{at}: state{gap}", cause)
         gap = difference(given, updates)
         require(not gap, f"{at}: the gradients were overwritten, {gap}", cause)

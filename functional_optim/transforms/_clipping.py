@@ -129,7 +129,8 @@ class ClipByGlobalNorm:
         if not updates:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)
-        norm = context.reduce(norms(updates, self.norm_type), Norm(self.norm_type))
+        partial = norms(updates, self.norm_type, wide=context.is_partial)
+        norm = context.reduce(partial, Norm(self.norm_type))
         if self.error_if_nonfinite and not norm.isfinite():
             msg = (
                 f"the joint norm of order {self.norm_type} of the updates is "

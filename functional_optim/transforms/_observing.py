@@ -133,7 +133,8 @@ class Observe:
         check_state(self, state, ObserveState)
         if not updates:
             return {}, state
-        partial = _partial(self._numbers(updates, params), self.op)
+        numbers = self._numbers(updates, params)
+        partial = _partial(numbers, self.op, wide=context.is_partial)
         total = context.reduce(partial, self.op)
         return copied(updates), ObserveState(total.double())
 
@@ -170,13 +171,13 @@ class Observe:
         )
 
 
-def _partial(numbers: TensorMap, op: ReduceOp) -> Tensor:
+def _partial(numbers: TensorMap, op: ReduceOp, *, wide: bool) -> Tensor:
     """Join the numbers of each tensor. Shape (n,)."""
     if isinstance(op, Norm):
         floats = {
             n: x if x.is_floating_point() else x.double() for n, x in numbers.items()
         }
-        return norms(floats, op.p)
+        return norms(floats, op.p, wide=wide)
     if op == "all":
         return torch.stack([x.all() for x in numbers.values()])
     if op == "sum":  # In float64: float32 cannot count beyond 2**24.

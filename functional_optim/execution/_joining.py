@@ -1,4 +1,4 @@
-"""Other forms of a transform: numbers joined by name, or a memory for one step."""
+"""The transforms of all groups as one: where they differ, numbers by name."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from functional_optim._context import Context
 from functional_optim._selection import picks
-from functional_optim._types import Scope, Transform, inner_transforms, with_inner
-from functional_optim._value import same_value
+from functional_optim._types import Transform
+from functional_optim._value import same_for_good
 from functional_optim.transforms import Masked, Partition
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def joined(
 def _joined(values: dict[str, Any], params: TensorMap) -> Any:
     """Return one value for all names: a transform, or a part of one."""
     first = next(iter(values.values()))
-    if all(value is first or same_value(value, first) for value in values.values()):
+    if all(same_for_good(value, first) for value in values.values()):
         return first
     if isinstance(first, Partition):
         return dataclasses.replace(first, inner=_joined_labels(values, params))
@@ -90,50 +89,3 @@ def _joined_labels(values: dict[str, Any], params: TensorMap) -> dict[str, Trans
         own = {n: v.inner[label] for n, v in values.items() if labels[n] == label}
         inner[label] = _joined(own, params) if own else transform
     return inner
-
-
-@dataclasses.dataclass(frozen=True)
-class _Remembered:
-    """A transform that computes once for each place, until its memory is cleared."""
-
-    inner: Transform
-    memory: dict[tuple[int | str, ...], tuple[TensorMap, Any]]
-
-    @property
-    def scope(self) -> Scope:
-        return self.inner.scope
-
-    def init(self, params: TensorMap) -> Any:
-        return self.inner.init(params)
-
-    def update(
-        self,
-        updates: TensorMap,
-        state: Any,
-        params: TensorMap,
-        *,
-        context: Context = Context(),
-    ) -> tuple[TensorMap, Any]:
-        if context.path not in self.memory:
-            result = self.inner.update(updates, state, params, context=context)
-            self.memory[context.path] = result
-        return self.memory[context.path]
-
-
-def remembered(
-    transform: Transform, memory: dict[tuple[int | str, ...], tuple[TensorMap, Any]]
-) -> Transform:
-    """Return a transform whose expensive members run once for all passes of a step.
-
-    Expensive is what looks at whole tensors: an orthogonalization in front of a global
-    norm must not run again when the norm is known.
-
-    Args:
-        transform: The transform.
-        memory: Where results are kept.
-    """
-    if transform.scope is Scope.ELEMENTWISE:
-        return transform
-    if not inner_transforms(transform):
-        return _Remembered(transform, memory)
-    return with_inner(transform, lambda inner: remembered(inner, memory))

@@ -1,0 +1,98 @@
+"""Small tensors updated as one: gathered before an update, and put back after it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from functional_optim.execution._memory import carved
+from functional_optim.execution._nodes import Kind
+from functional_optim.execution._units import Unit
+
+if TYPE_CHECKING:
+    from functional_optim._types import TensorMap
+    from functional_optim.execution._memory import Scratch
+    from functional_optim.execution._nodes import Field, Node
+
+
+class Pooled(Unit):
+    """Small parameters with equal histories, gathered into one flat tensor.
+
+    Args:
+        params: The parameters, detached.
+        nodes: The nodes of the whole state. Entries are replaced by views.
+        template: The whole state.
+        fields: What is known about the nodes.
+        scratch: Where to gather.
+    """
+
+    kind: ClassVar[str] = "pool"
+    pooled: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        params: TensorMap,
+        nodes: list[Node],
+        template: Any,
+        fields: list[Field],
+        scratch: Scratch,
+    ) -> None:
+        super().__init__(list(params), fields)
+        self._tensors = list(params.values())
+        self._shapes = [param.shape for param in self._tensors]
+        self._numel = sum(param.numel() for param in self._tensors)
+        self._key, self._scratch = self.names[0], scratch
+        first = self._tensors[0]
+        memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
+        self._views = carved(memory, self._shapes)
+        self.params = {self._key: memory}
+        self._grads: tuple[Tensor, list[Tensor]] | None = None
+        own: list[Node] = []
+        for node, field in zip(nodes, fields, strict=True):
+            if not isinstance(node, dict):
+                own.append(node)
+            elif self._key not in node:
+                own.append({})
+            elif field.kind is Kind.ELEMENTWISE:
+                own.append({self._key: self._joined(node)})
+            else:
+                own.append({self._key: self._repeated(node)})
+        self._keep(template, own)
+
+    def _joined(self, node: TensorMap) -> Tensor:
+        """Bring the entries of all members into one flat tensor."""
+        entries = [node[name] for name in self.names]
+        memory = entries[0].new_empty(self._numel)
+        views = carved(memory, self._shapes)
+        torch._foreach_copy_(views, entries)
+        node.update(zip(self.names, views, strict=True))
+        return memory
+
+    def _repeated(self, node: TensorMap) -> Tensor:
+        """Let members that moved together share one number, in memory of their own."""
+        column = torch.stack([node[name] for name in self.names])
+        entries = column.unbind()
+        node.update(zip(self.names, entries, strict=True))
+        self.columns[id(entries[0])] = column
+        return entries[0]
+
+    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
+        """Gather the gradients, and the parameters."""
+        found = [grads[name] for name in self.names if name in grads]
+        if found and (self._grads is None or self._grads[0].dtype != found[0].dtype):
+            memory, own = self._scratch.take(
+                self._numel, self._tensors[0], found[0].dtype, "grads"
+            )
+            self._grads = memory, carved(memory, self._shapes)
+            self._own, again = self._own and own, False
+        if not (again and self._own):
+            torch._foreach_copy_(self._views, self._tensors)
+            if found and self._grads is not None:
+                torch._foreach_copy_(self._grads[1], found)
+        return {self._key: self._grads[0]} if found and self._grads else {}
+
+    def _apply(self, moved: TensorMap) -> None:
+        super()._apply(moved)
+        torch._foreach_copy_(self._tensors, self._views)
