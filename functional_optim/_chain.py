@@ -18,7 +18,7 @@ from functional_optim._structure import (
     shown_state,
 )
 from functional_optim._tensors import copied
-from functional_optim._types import Scope, Transform, inner_transforms
+from functional_optim._types import Scope, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -166,8 +166,10 @@ def _given_up(updates: TensorMap, maker: Transform, taker: Transform) -> TensorM
 
     Only where an executor lends memory: results live no longer than the update there.
     """
-    new = getattr(type(maker), "consumes_updates", False) or (
-        getattr(type(maker), "consumes_state", False) and not inner_transforms(maker)
+    kind = type(maker)
+    new = getattr(kind, "consumes_updates", False) or (
+        # A combinator may hand on what it was given.
+        getattr(kind, "consumes_state", False) and not hasattr(kind, "parts")
     )
     if new and getattr(type(taker), "consumes_updates", False):
         return Donated(updates)

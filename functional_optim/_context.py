@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Literal, Protocol, TypeAlias
 
 import torch
@@ -129,7 +130,7 @@ class Context:
             msg = f"weight must be finite and >= 0, got {weight}"
             raise ValueError(msg)
 
-    def reduce(self, partial: Tensor, op: ReduceOp) -> Tensor:
+    def reduce(self, partial: Tensor | Callable[[], Tensor], op: ReduceOp) -> Tensor:
         """Learn one number about all tensors: the only door to other tensors.
 
         A transform computes one value per tensor it was given, and gets the total.
@@ -138,7 +139,9 @@ class Context:
         must not depend on the values of tensors.
 
         Args:
-            partial: One value per tensor, in the order of the map. Shape (n,).
+            partial: One value per tensor, in the order of the map. Shape (n,). Or a
+                function that returns it: where the total is known from a pass before
+                it is not called.
             op: `"sum"`, `"max"`, `"all"` or `Norm(p)`.
 
         Returns:
@@ -151,6 +154,12 @@ class Context:
             >>> Context().reduce(torch.tensor([True, False]), "all")
             tensor(False)
         """
+        if not isinstance(partial, Tensor):
+            known = getattr(self.reducer, "known", None)
+            total: Tensor | None = None if known is None else known(self.path)
+            if total is not None:
+                return total
+            partial = partial()
         if partial.ndim != 1:
             msg = (
                 "partial must hold one value per tensor, shape (n,), got shape "
@@ -183,4 +192,7 @@ class Context:
         """
         if self.reducer is None:  # Nobody will ask for the path.
             return self
-        return dataclasses.replace(self, path=(*self.path, part))
+        # As dataclasses.replace, without its checks: this runs for every member.
+        inner = object.__new__(Context)
+        inner.__dict__.update(self.__dict__, path=(*self.path, part))
+        return inner

@@ -14,7 +14,7 @@ from functional_optim._context import Context
 from functional_optim._cost import size
 from functional_optim._memory import Donated, Workspace
 from functional_optim.execution._nodes import nodes_of, rebuilt
-from functional_optim.execution._passes import recorded
+from functional_optim.execution._passes import Recorded
 from functional_optim.execution._remembering import num_remembered
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def temporary_bytes(bucket: Bucket, fields: list[Field]) -> int | None:
     state = _zeros(unit, fields, device)
     peak = Peak([params, grads, [n for n in nodes_of(state) if not _is_static(n)]])
     calls: list[Call] = []
-    context = Context(last=True, reducer=recorded(calls))  # Closes a window.
+    context = Context(last=True, reducer=Recorded(calls))  # Closes a window.
     try:
         with Workspace(), peak:
             bucket.transform.update(grads, state, params, context=context)

@@ -37,43 +37,62 @@ class _StopError(BaseException):
         self.call, self.partial, self.op = call, partial, op
 
 
-def _numbered(
-    answer: Callable[[Call, Tensor, ReduceOp], Tensor],
-) -> Reducer:
-    """Return a reducer for one update that tells its calls apart."""
-    seen: dict[tuple[int | str, ...], int] = {}
+class _Numbered:
+    """A reducer for one update that tells its calls apart."""
 
-    def reducer(path: tuple[int | str, ...], partial: Tensor, op: ReduceOp) -> Tensor:
-        index = seen.get(path, 0)
-        seen[path] = index + 1
-        return answer((path, index), partial, op)
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int | str, ...], int] = {}
 
-    return reducer
+    def next(self, path: tuple[int | str, ...]) -> Call:
+        """Return the call that comes next at a path."""
+        return path, self._seen.get(path, 0)
+
+    def count(self, call: Call) -> None:
+        """Go on to the call after this one."""
+        self._seen[call[0]] = call[1] + 1
 
 
-def supplied(totals: Totals) -> Reducer:
-    """Return a reducer that knows some totals and stops at the first it does not."""
+class Supplied(_Numbered):
+    """A reducer that knows some totals and stops at the first it does not."""
 
-    def answer(call: Call, partial: Tensor, op: ReduceOp) -> Tensor:
-        total = totals.get(call)
-        if total is None:
-            raise _StopError(call, partial, op)
+    def __init__(self, totals: Totals) -> None:
+        super().__init__()
+        self._totals = totals
+
+    def known(self, path: tuple[int | str, ...]) -> Tensor | None:
+        """Return the total of the next call if there is one; then it is made."""
+        call = self.next(path)
+        total = self._totals.get(call)
+        if total is not None:
+            self.count(call)
         return total
 
-    return _numbered(answer)
+    def __call__(
+        self, path: tuple[int | str, ...], partial: Tensor, op: ReduceOp
+    ) -> Tensor:
+        total = self.known(path)
+        if total is None:
+            raise _StopError(self.next(path), partial, op)
+        return total
 
 
-def recorded(calls: list[Call]) -> Reducer:
-    """Return a reducer that writes down the calls, and answers with a harmless number.
+class Recorded(_Numbered):
+    """A reducer that writes down the calls, and answers with a harmless number.
 
     The total of a part may be what nobody can go on from, such as a norm of 0.
     """
 
-    def answer(call: Call, partial: Tensor, op: ReduceOp) -> Tensor:
-        calls.append(call)
-        return torch.ones_like(local_total(partial, op))
+    def __init__(self, calls: list[Call]) -> None:
+        super().__init__()
+        self._calls = calls
 
-    return _numbered(answer)
+    def __call__(
+        self, path: tuple[int | str, ...], partial: Tensor, op: ReduceOp
+    ) -> Tensor:
+        call = self.next(path)
+        self.count(call)
+        self._calls.append(call)
+        return torch.ones_like(local_total(partial, op))
 
 
 def next_call(left: Sequence[Sequence[Call]]) -> Call:
@@ -114,7 +133,7 @@ def through(run: Callable[[Reducer], R], totals: Totals) -> R:
         ValueError: it asks for another one.
     """
     try:
-        return run(supplied(totals))
+        return run(Supplied(totals))
     except _StopError as stop:
         raise _disordered(stop.call) from None
 
@@ -122,7 +141,7 @@ def through(run: Callable[[Reducer], R], totals: Totals) -> R:
 def _stop_of(run: Callable[[Reducer], Any], totals: Totals) -> _StopError | None:
     """Run an update, and return where it stopped."""
     try:
-        run(supplied(totals))
+        run(Supplied(totals))
     except _StopError as stop:
         return stop
     return None

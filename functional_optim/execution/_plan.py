@@ -29,8 +29,9 @@ if TYPE_CHECKING:
     from functional_optim.execution._nodes import Field, Node
     from functional_optim.execution._passes import Call
 
-UNIT_BYTES = {"cpu": 2 * 2**20}
-"""What fits into the cache together with its temporaries, by type of device."""
+UNIT_BYTES = {"cpu": 4 * 2**20}
+"""Size of a unit by type of device: small enough for the last cache together with its
+temporaries, large enough that a call of `update` costs little beside its arithmetic."""
 
 _UNIT_BYTES_ELSEWHERE = 8 * 2**20
 """On an accelerator a kernel costs more to start, and memory is fast."""

@@ -11,7 +11,7 @@ from functional_optim._context import Context
 from functional_optim._types import Scope
 from functional_optim.execution._guard import wrapped_state
 from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
-from functional_optim.execution._passes import Call, Totals, recorded, through
+from functional_optim.execution._passes import Call, Recorded, Totals, through
 from functional_optim.execution._remembering import Memory, remembered
 from functional_optim.execution._resting import from_window
 
@@ -98,7 +98,7 @@ class Run:
             if len(known) >= _MOST_KNOWN:
                 known.clear()
             calls: list[Call] = []
-            self(recorded(calls))
+            self(Recorded(calls))
             known[self.key] = calls
         if known[self.key] and self._transform.scope is not Scope.ELEMENTWISE:
             self._memory = Memory()

@@ -129,8 +129,8 @@ class ClipByGlobalNorm:
         if not updates:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)
-        partial = norms(updates, self.norm_type, wide=context.is_partial)
-        norm = context.reduce(partial, Norm(self.norm_type))
+        order, wide = self.norm_type, context.is_partial
+        norm = context.reduce(lambda: norms(updates, order, wide=wide), Norm(order))
         if self.error_if_nonfinite and not norm.isfinite():
             msg = (
                 f"the joint norm of order {self.norm_type} of the updates is "

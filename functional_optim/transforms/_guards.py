@@ -119,7 +119,7 @@ class SkipNonfinite:
         check_state(self, state, SkipNonfiniteState)
         if not updates:
             return {}, state
-        ok = context.reduce(all_finite(updates), "all")
+        ok = context.reduce(lambda: all_finite(updates), "all")
         moved, inner = guarded(
             ok, self.inner, updates, state.inner, params, context=context.at("inner")
         )
