@@ -433,3 +433,10 @@ def test_old_differences_are_forgotten() -> None:
     assert step(None) == 1
     assert step(2) > 1
     assert min(step(None) for _ in range(110)) == 1
+
+
+def test_a_total_of_some_before_one_of_all() -> None:
+    """Parameters that ask for fewer totals wait for those that ask for more."""
+    some, everyone = fo.Masked(fo.ClipByGlobalNorm(1.0), "1"), fo.ClipByGlobalNorm(1.0)
+    steps = [{0: ONE, 1: 3 * ONE}, {0: ONE}, {1: ONE}]
+    _agree(_ones(), fo.chain(some, everyone, fo.sgd(0.1)), steps)

@@ -106,6 +106,20 @@ def test_no_decay_is_no_decay() -> None:
     assert (group["momentum"], group["maximize"]) == (0.0, True)
 
 
+def test_no_decay_beside_a_decay() -> None:
+    """A group without decay says 0 where its class decays by default."""
+    rules = {"m": fo.adamw(0.1, weight_decay=0.3), "o": fo.adamw(0.1, weight_decay=0.0)}
+    ours = _ours(fo.Partition(rules, {"*.weight": "m", "*": "o"}))
+    groups = fo.to_torch_state_dict(ours)["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
+
+
+def test_nothing_is_told_of_what_never_moved() -> None:
+    """Before its first step a parameter has no state in torch: dampening starts then."""
+    for transform in (fo.sgd(0.1, 0.9, 0.5), fo.adamw(0.1)):
+        assert fo.to_torch_state_dict(_ours(transform))["state"] == {}
+
+
 def test_without_decay_adam_is_adamw() -> None:
     """Both kinds of state dict fit a rule that does not decay."""
     for kind in (torch.optim.Adam, torch.optim.AdamW):
