@@ -115,7 +115,7 @@ def test_no_decay_beside_a_decay() -> None:
 
 
 def test_nothing_is_told_of_what_never_moved() -> None:
-    """Before its first step a parameter has no state in torch: dampening starts then."""
+    """Before its first step a parameter has no state in torch, as torch has it."""
     for transform in (fo.sgd(0.1, 0.9, 0.5), fo.adamw(0.1)):
         assert fo.to_torch_state_dict(_ours(transform))["state"] == {}
 
