@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from functional_optim._hoisting import once
 from functional_optim._names import lookup
 from functional_optim._tensor_map import Factor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from functional_optim._types import TensorMap
 
@@ -45,7 +46,7 @@ def incremented(counts: TensorMap, names: Iterable[str]) -> TensorMap:
         {'w': tensor(1., dtype=torch.float64)}
     """
     column = Column(counts, names)
-    return column.by_name(column.values + 1)
+    return column.by_name(once(_next, column.values))
 
 
 def raised(flags: TensorMap, names: Iterable[str]) -> TensorMap:
@@ -56,7 +57,7 @@ def raised(flags: TensorMap, names: Iterable[str]) -> TensorMap:
         {'w': tensor(True)}
     """
     column = Column(flags, names)
-    return column.by_name(torch.ones_like(column.values))
+    return column.by_name(once(torch.ones_like, column.values))
 
 
 class Column:
@@ -81,8 +82,18 @@ class Column:
         self._rows, distinct = list(range(len(found))), found
         if not apart:
             self._rows, distinct = _shared_rows(found)
-        self.values: Tensor = torch.stack(distinct)
+        self.values: Tensor = once(_stacked, *distinct)
         """The numbers, to compute with. Shape (rows,)."""
+
+    def computed(self, compute: Callable[..., Tensor], *factors: Factor) -> Tensor:
+        """Return a function of the numbers and of factors, both in float64.
+
+        Args:
+            compute: A pure function of tensors of shape (rows,) or (), always the same
+                object: where units share their numbers it is called once.
+            factors: What else it is given.
+        """
+        return once(compute, self.values, *map(self.along, factors))
 
     def along(self, factor: Factor) -> Tensor:
         """Return a factor in a shape that computes with `values`, in float64."""
@@ -93,18 +104,31 @@ class Column:
 
     def by_name(self, values: Tensor) -> TensorMap:
         """Return the row of each name as a 0-dim tensor, shared like the entries."""
-        rows = values.unbind()
+        rows = once(Tensor.unbind, values)
         return {
             name: rows[row] for name, row in zip(self._names, self._rows, strict=True)
         }
 
     def factor(self, values: Tensor) -> Factor:
         """Return the rows as a factor: one for all if all share it."""
-        return values[0] if len(values) == 1 else self.by_name(values)
+        if len(values) == 1:
+            return once(Tensor.unbind, values)[0]
+        return self.by_name(values)
 
     def _float64(self, number: float | Tensor) -> Tensor:
-        device = self.values.device
-        return torch.as_tensor(number, dtype=torch.float64, device=device)
+        return once(_float64, number, self.values.device)
+
+
+def _next(values: Tensor) -> Tensor:
+    return values + 1
+
+
+def _stacked(*tensors: Tensor) -> Tensor:
+    return torch.stack(tensors)
+
+
+def _float64(number: float | Tensor, device: torch.device) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float64, device=device)
 
 
 def _shared_rows(

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from functional_optim._hoisting import once
+
 if TYPE_CHECKING:
     from functional_optim._context import Context
     from functional_optim._types import TensorMap, Transform
@@ -51,6 +53,16 @@ def _selected(ok: Tensor, new: Any, old: Any) -> Any:
         if n is o:  # It was not touched, and shall not look as if it was.
             chosen.append(o)
         else:
-            chosen.append(chosen[-1] if shared else torch.where(ok, n, o))
+            chosen.append(chosen[-1] if shared else _either(ok, n, o))
         last = n, o
     return _pytree.tree_unflatten(chosen, spec)
+
+
+def _either(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    if new.ndim == 0:
+        return once(_where, ok, new, old)
+    return _where(ok, new, old)
+
+
+def _where(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(ok, new, old)

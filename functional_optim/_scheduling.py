@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_optim._hoisting import once
 from functional_optim._names import check_same_names
 from functional_optim._structure import check_parameters
 from functional_optim._tensors import device_of
 
 if TYPE_CHECKING:
+    from functional_optim._hyperparameters import Schedule
     from functional_optim._types import TensorMap
 
 
@@ -109,7 +111,7 @@ def evaluate(
             now[name] = tuple(value_at(part, state.num_updates) for part in value)
         elif is_schedule(value):
             now[name] = value_at(value, state.num_updates)
-    count = state.num_updates + 1 if updates else state.num_updates
+    count = once(_next, state.num_updates) if updates else state.num_updates
     return dataclasses.replace(transform, **now), ScheduleState(count)
 
 
@@ -125,6 +127,14 @@ def value_at(value: Any, count: Tensor) -> Any:
     """
     if not is_schedule(value):
         return value
+    return once(_evaluated, value, count)
+
+
+def _next(count: Tensor) -> Tensor:
+    return count + 1
+
+
+def _evaluated(value: Schedule, count: Tensor) -> Tensor:
     result = value(count)
     if not isinstance(result, (int, float, Tensor)):
         msg = f"schedule {value!r} must return a number or a 0-dim tensor, got {result}"

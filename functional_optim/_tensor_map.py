@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from functional_optim._hoisting import once
 from functional_optim._memory import Donated, current
 from functional_optim._names import lookup
 from functional_optim._tensors import foreach_applies, is_sixteen_bit
@@ -217,7 +218,7 @@ class Expression:
         if isinstance(operand, Tensor):
             if self._elsewhere(operand):
                 return [operand] * len(self._values)
-            return operand.float() if self._is_float32() else operand
+            return once(Tensor.float, operand) if self._is_float32() else operand
         values: list[Any] = lookup(operand, self._names)
         kinds = set(map(type, values))
         if kinds <= {float, int}:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from functional_optim._context import Context
+from functional_optim._hoisting import hoisting
 from functional_optim._hyperparameters import resolve
 from functional_optim._memory import Workspace
 from functional_optim._parts import walk
@@ -126,7 +127,7 @@ class Executor:
             (bucket, unit) for bucket in self._buckets for unit in bucket.units
         ]
         self._columns = [
-            column for _, unit in self._units for column in unit.columns.values()
+            column for bucket in self._buckets for column in bucket.columns.values()
         ]
         self._versions = [column._version for column in self._columns]
         self._kinds: list[Any] | None = None
@@ -174,8 +175,9 @@ class Executor:
                 self._plan()
         else:
             by_name = dict(zip(self._params, kinds, strict=True))
-            pooled = [unit.names for _, unit in self._units if unit.pooled]
-            if self._cohorts.follow(by_name, pooled):
+            together = [unit.names for _, unit in self._units if unit.pooled]
+            together += [list(b.params) for b in self._buckets if b.columns]
+            if self._cohorts.follow(by_name, together):
                 self._plan()
         if [column._version for column in self._columns] != self._versions:
             self._plan()
@@ -201,6 +203,14 @@ class Executor:
                 dtypes, self._store.nodes, context=context
             )
         runs = self._runs(Given(grads, context, scaling), structure)
+        with hoisting():
+            self._run(runs)
+        self._versions = [column._version for column in self._columns]
+        if structure is not None:
+            self._advance(structure)
+
+    def _run(self, runs: list[Run]) -> None:
+        """Run the updates of a step, and write what they return."""
         totals = totals_of(runs)
         if self._refuses:
             # An error over a total comes before anything is overwritten.
@@ -215,9 +225,6 @@ class Executor:
         values = [(old, free(new, homes)) for old, new in later.values()]
         for old, new in values:
             old.copy_(new)
-        self._versions = [column._version for column in self._columns]
-        if structure is not None:
-            self._advance(structure)
 
     def _runs(self, given: Given, structure: Structure | None) -> list[Run]:
         """Return what runs in this step."""

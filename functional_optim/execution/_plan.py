@@ -21,7 +21,7 @@ from functional_optim.execution._joining import joined
 from functional_optim.execution._memory import Scratch, is_dense
 from functional_optim.execution._nodes import Kind
 from functional_optim.execution._pooling import Pooled
-from functional_optim.execution._units import Piece, Shaped, Unit
+from functional_optim.execution._units import Piece, Shaped, Source, Unit
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
@@ -54,6 +54,7 @@ class Bucket:
         whole: Whether it has all parameters, under their names, because the transform
             may not be cut.
         units: Its units.
+        columns: Numbers that its parameters share; see `Source`.
         calls: The calls of `reduce` in its update, by the `Static` values before it.
     """
 
@@ -62,6 +63,7 @@ class Bucket:
     members: dict[int, str]
     whole: bool = False
     units: list[Unit] = dataclasses.field(default_factory=list)
+    columns: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     calls: dict[Hashable, list[Call]] = dataclasses.field(default_factory=dict)
 
 
@@ -106,7 +108,9 @@ class Layout:
             params = {name: self.params[name] for name in names}
             bucket = Bucket(transform, params, members)
             if elementwise and not self._has_scalars(names):
-                bucket.units = self._flat_units(names)
+                source = self._shared(names)
+                bucket.columns = source.columns
+                bucket.units = self._flat_units(names, source)
             else:
                 bucket.units = self._shaped_units(names)
             buckets.append(bucket)
@@ -181,7 +185,7 @@ class Layout:
                     if name in node:  # Names that share a number part here.
                         node[name] = node[name].clone()
         params = {name: self.params[name] for name in names}
-        return Shaped(params, self.nodes, self.template, self.fields)
+        return Shaped(params, Source(self.template, self.nodes, self.fields, {}))
 
     def _shaped_units(self, names: list[str]) -> list[Unit]:
         units: list[Unit] = []
@@ -196,7 +200,29 @@ class Layout:
             count += numel
         return [*units, self._shaped(taken)]
 
-    def _flat_units(self, names: list[str]) -> list[Unit]:
+    def _shared(self, names: list[str]) -> Source:
+        """Let parameters with equal histories share their numbers.
+
+        All are shown the same tensor, so that what follows from it is computed once.
+        """
+        columns: dict[int, Tensor] = {}
+        shown: list[Node] = []
+        for node, field in zip(self.nodes, self.fields, strict=True):
+            if not isinstance(node, dict) or field.kind is not Kind.EACH:
+                shown.append(node)
+                continue
+            members = [name for name in names if name in node]
+            if members:
+                column = torch.stack([node[name] for name in members])
+                entries = column.unbind()
+                node.update(zip(members, entries, strict=True))
+                columns[id(entries[0])] = column
+                shown.append(dict.fromkeys(members, entries[0]))
+            else:
+                shown.append({})
+        return Source(self.template, shown, self.fields, columns)
+
+    def _flat_units(self, names: list[str], source: Source) -> list[Unit]:
         units: list[Unit] = []
         pool: TensorMap = {}
         count = 0
@@ -204,40 +230,38 @@ class Layout:
             param = self.params[name]
             size = self._size(param)
             if param.numel() * _POOLED_BELOW >= size and is_dense(param):
-                units.extend(self._pieces(name, size))
+                units.extend(self._pieces(name, size, source))
                 continue
             if pool and count + param.numel() > size:
-                units.append(self._pooled(pool))
+                units.append(self._pooled(pool, source))
                 pool, count = {}, 0
             pool[name] = param
             count += param.numel()
         if pool:
-            units.append(self._pooled(pool))
+            units.append(self._pooled(pool, source))
         return units
 
-    def _pooled(self, params: TensorMap) -> Unit:
+    def _pooled(self, params: TensorMap, source: Source) -> Unit:
         name = next(iter(params))
         if len(params) == 1 and is_dense(params[name]):
-            return self._pieces(name, max(1, params[name].numel()))[0]
-        rest = self.nodes, self.template, self.fields
-        return Pooled(params, *rest, self.scratch)
+            return self._pieces(name, max(1, params[name].numel()), source)[0]
+        return Pooled(params, source, self.scratch)
 
-    def _pieces(self, name: str, size: int) -> list[Unit]:
+    def _pieces(self, name: str, size: int, source: Source) -> list[Unit]:
         param = self.params[name]
         for node, field in zip(self.nodes, self.fields, strict=True):
-            if isinstance(node, dict) and name in node:
-                node[name] = _own(node[name], param, field.kind)
-        rest = self.nodes, self.template, self.fields
+            if field.kind is not Kind.ELEMENTWISE or not isinstance(node, dict):
+                continue
+            if name in node:
+                node[name] = _own(node[name], param)
         return [
-            Piece({name: param}, slice(start, start + size), *rest)
+            Piece({name: param}, slice(start, start + size), source)
             for start in range(0, max(1, param.numel()), size)
         ]
 
 
-def _own(entry: Tensor, param: Tensor, kind: Kind) -> Tensor:
-    """Return an entry of the state in memory of its own that lies as is wanted."""
-    if kind is not Kind.ELEMENTWISE:
-        return entry.clone()
+def _own(entry: Tensor, param: Tensor) -> Tensor:
+    """Return an entry of the state in memory of its own that lies like a parameter."""
     if entry.stride() == param.stride() and _alone(entry):
         return entry
     return torch.empty_like(param, dtype=entry.dtype).copy_(entry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from functional_optim.execution._units import Unit
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap
     from functional_optim.execution._memory import Scratch
-    from functional_optim.execution._nodes import Field, Node
+    from functional_optim.execution._nodes import Node
+    from functional_optim.execution._units import Source
 
 
 class Pooled(Unit):
@@ -22,9 +23,7 @@ class Pooled(Unit):
 
     Args:
         params: The parameters, detached.
-        nodes: The nodes of the whole state. Entries are replaced by views.
-        template: The whole state.
-        fields: What is known about the nodes.
+        source: Where their state comes from. Entries are replaced by views.
         scratch: Where to gather.
     """
 
@@ -34,12 +33,10 @@ class Pooled(Unit):
     def __init__(
         self,
         params: TensorMap,
-        nodes: list[Node],
-        template: Any,
-        fields: list[Field],
+        source: Source,
         scratch: Scratch,
     ) -> None:
-        super().__init__(list(params), fields)
+        super().__init__(list(params), source)
         self._tensors = list(params.values())
         self._shapes = [param.shape for param in self._tensors]
         self._numel = sum(param.numel() for param in self._tensors)
@@ -50,7 +47,7 @@ class Pooled(Unit):
         self.params = {self._key: memory}
         self._grads: tuple[Tensor, list[Tensor]] | None = None
         own: list[Node] = []
-        for node, field in zip(nodes, fields, strict=True):
+        for node, field in zip(source.nodes, source.fields, strict=True):
             if not isinstance(node, dict):
                 own.append(node)
             elif self._key not in node:
@@ -58,8 +55,8 @@ class Pooled(Unit):
             elif field.kind is Kind.ELEMENTWISE:
                 own.append({self._key: self._joined(node)})
             else:
-                own.append({self._key: self._repeated(node)})
-        self._keep(template, own)
+                own.append({self._key: node[self._key]})
+        self._keep(source.template, own)
 
     def _joined(self, node: TensorMap) -> Tensor:
         """Bring the entries of all members into one flat tensor."""
@@ -69,14 +66,6 @@ class Pooled(Unit):
         torch._foreach_copy_(views, entries)
         node.update(zip(self.names, views, strict=True))
         return memory
-
-    def _repeated(self, node: TensorMap) -> Tensor:
-        """Let members that moved together share one number, in memory of their own."""
-        column = torch.stack([node[name] for name in self.names])
-        entries = column.unbind()
-        node.update(zip(self.names, entries, strict=True))
-        self.columns[id(entries[0])] = column
-        return entries[0]
 
     def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
         """Gather the gradients, and the parameters."""

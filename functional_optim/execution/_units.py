@@ -8,7 +8,7 @@ all have run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -26,12 +26,28 @@ Later: TypeAlias = "dict[int, tuple[Tensor, Tensor]]"
 """What is written when all units have run: by `id`, the old tensor and the new."""
 
 
+class Source(NamedTuple):
+    """The state that units take their parts from.
+
+    Attributes:
+        template: The whole state.
+        nodes: Its nodes, as the members of a bucket see them.
+        fields: What is known about the nodes.
+        columns: By `id` of a number that all members see: those of all, side by side.
+    """
+
+    template: Any
+    nodes: list[Node]
+    fields: list[Field]
+    columns: dict[int, Tensor]
+
+
 class Unit:
     """Parameters that one call of `update` moves together.
 
     Args:
         names: Names of the parameters.
-        fields: What is known about the nodes of the state.
+        source: Where its state comes from.
     """
 
     params: TensorMap
@@ -44,13 +60,12 @@ class Unit:
     shares: ClassVar[bool] = True
     """Whether other units may have a part of the same parameter."""
 
-    def __init__(self, names: list[str], fields: list[Field]) -> None:
+    def __init__(self, names: list[str], source: Source) -> None:
         self.names = names
-        self.fields = fields
+        self.fields = source.fields
+        self._columns = source.columns
         self._stored: list[dict[str, Tensor]] = []
         self._memory: set[int] | None = None
-        self.columns: dict[int, Tensor] = {}
-        """By `id` of the number that is shown: those of all members, side by side."""
         self.state: Any = None
         self.donated: Any = None
 
@@ -107,7 +122,7 @@ class Unit:
                     if new is old:
                         continue
                     if self.shares and field.kind is Kind.EACH:
-                        home = self.columns.get(id(old), old)
+                        home = self._columns.get(id(old), old)
                         later.setdefault(id(home), (home, new))
                     else:
                         old.copy_(new)
@@ -163,26 +178,22 @@ class Shaped(Unit):
 
     Args:
         params: The parameters, detached.
-        nodes: The nodes of the whole state.
-        template: The whole state.
-        fields: What is known about the nodes.
+        source: Where their state comes from.
     """
 
     kind: ClassVar[str] = "group"
     shares: ClassVar[bool] = False
 
-    def __init__(
-        self, params: TensorMap, nodes: list[Node], template: Any, fields: list[Field]
-    ) -> None:
-        super().__init__(list(params), fields)
+    def __init__(self, params: TensorMap, source: Source) -> None:
+        super().__init__(list(params), source)
         self.params = params
         own: list[Node] = []
-        for node in nodes:
+        for node in source.nodes:
             if isinstance(node, dict):
                 own.append({name: node[name] for name in params if name in node})
             else:
                 own.append(node)
-        self._keep(template, own)
+        self._keep(source.template, own)
 
     def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
         """Return the gradients that there are."""
@@ -195,27 +206,18 @@ class Piece(Unit):
     Args:
         param: The parameter, detached, by its name.
         where: The slice, in the order of its memory.
-        nodes: The nodes of the whole state; they lie like the parameter.
-        template: The whole state.
-        fields: What is known about the nodes.
+        source: Where its state comes from; tensors there lie like the parameter.
     """
 
     kind: ClassVar[str] = "slice"
 
-    def __init__(
-        self,
-        param: TensorMap,
-        where: slice,
-        nodes: list[Node],
-        template: Any,
-        fields: list[Field],
-    ) -> None:
-        super().__init__(list(param), fields)
+    def __init__(self, param: TensorMap, where: slice, source: Source) -> None:
+        super().__init__(list(param), source)
         ((self._name, self._param),) = param.items()
         name, self._where = self._name, where
         self.params = {name: flat(self._param)[where]}
         own: list[Node] = []
-        for node, field in zip(nodes, fields, strict=True):
+        for node, field in zip(source.nodes, source.fields, strict=True):
             if not isinstance(node, dict):
                 own.append(node)
             elif name not in node:
@@ -224,7 +226,7 @@ class Piece(Unit):
                 own.append({name: flat(node[name])[where]})
             else:
                 own.append({name: node[name]})
-        self._keep(template, own)
+        self._keep(source.template, own)
 
     def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
         """Return the slice of the gradient."""

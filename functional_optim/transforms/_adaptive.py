@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import KW_ONLY
 from typing import ClassVar, NamedTuple, final
 
+from torch import Tensor
+
 from functional_optim._context import Context
 from functional_optim._factors import (
     Column,
@@ -13,6 +15,7 @@ from functional_optim._factors import (
     incremented,
     zero_counts,
 )
+from functional_optim._hoisting import once
 from functional_optim._hyperparameters import (
     Hyperparameter,
     flag,
@@ -140,8 +143,8 @@ class ScaleByAdam:
         step = state.step | incremented(state.step, updates)
         apart = differs_by_name(beta1, beta2, now.eps_root)
         t = Column(step, updates, apart=apart)
-        correction1 = 1 - t.along(beta1) ** t.values
-        correction2 = 1 - t.along(beta2) ** t.values
+        correction1 = t.computed(_correction, beta1)
+        correction2 = t.computed(_correction, beta2)
 
         mean = over(state.exp_avg, at=updates).lerp(updates, complement(beta1))
         exp_avg = mean.to_map(like=state.exp_avg)
@@ -159,7 +162,8 @@ class ScaleByAdam:
         root = over(second, at=updates)
         if not is_zero(now.eps_root):
             root = root.add(t.factor(t.along(now.eps_root) * correction2))
-        denominator = root.sqrt().div(t.factor(correction2.sqrt())).add(now.eps)
+        correction = t.factor(once(Tensor.sqrt, correction2))
+        denominator = root.sqrt().div(correction).add(now.eps)
         direction = over(exp_avg, at=updates).div(t.factor(correction1))
         return direction.div(denominator).to_map(), ScaleByAdamState(
             step=step,
@@ -168,3 +172,8 @@ class ScaleByAdam:
             max_exp_avg_sq=largest,
             schedule=schedule,
         )
+
+
+def _correction(step: Tensor, beta: Tensor) -> Tensor:
+    """Return what a mean that began at zero is divided by: 1 - beta^step."""
+    return 1 - beta**step

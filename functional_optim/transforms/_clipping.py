@@ -11,6 +11,7 @@ from torch import Tensor
 
 from functional_optim._context import Context, Norm
 from functional_optim._factors import negated
+from functional_optim._hoisting import once
 from functional_optim._hyperparameters import (
     Hyperparameter,
     checked,
@@ -138,14 +139,18 @@ class ClipByGlobalNorm:
                 "skip such steps with SkipNonfinite, or set error_if_nonfinite=False"
             )
             raise RuntimeError(msg)
-        coefficient = torch.clamp(now.max_norm / (norm + 1e-6), max=1.0)
+        coefficient = once(_coefficient, norm, now.max_norm)
         clipped = over(updates).mul(coefficient).to_map()
-        return clipped, ClipByGlobalNormState(norm.double(), schedule)
+        return clipped, ClipByGlobalNormState(once(Tensor.double, norm), schedule)
 
     def readings(self, state: ClipByGlobalNormState) -> TensorMap:
         """Return the joint norm before clipping."""
         check_state(self, state, ClipByGlobalNormState)
         return {"norm": state.norm}
+
+
+def _coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
 @final

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
+from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._factors import negated
+from functional_optim._hoisting import once
 from functional_optim._hyperparameters import (
     Hyperparameter,
     hyperparameter,
@@ -19,8 +21,6 @@ from functional_optim._tensors import device_of
 from functional_optim._types import Role, Scope
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from functional_optim._types import TensorMap
 
 
@@ -179,7 +179,10 @@ class Unscale:
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return u * (1 / scale)."""
         now, state = evaluate(self, state, updates)
-        device = device_of(updates)
-        scale = torch.as_tensor(now.scale, dtype=torch.float64, device=device)
-        inverse = scale.reciprocal().float()
+        inverse = once(_inverse, now.scale, device_of(updates))
         return over(updates).mul(inverse).to_map(), state
+
+
+def _inverse(scale: float | Tensor, device: torch.device | None) -> Tensor:
+    scale = torch.as_tensor(scale, dtype=torch.float64, device=device)
+    return scale.reciprocal().float()
