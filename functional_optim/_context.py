@@ -192,7 +192,23 @@ class Context:
         """
         if self.reducer is None:  # Nobody will ask for the path.
             return self
-        # As dataclasses.replace, without its checks: this runs for every member.
-        inner = object.__new__(Context)
-        inner.__dict__.update(self.__dict__, path=(*self.path, part))
-        return inner
+        return self._replaced(path=(*self.path, part))
+
+    def with_reducer(self, reducer: Reducer) -> Context:
+        """Return the context of an update that runs on a part of the parameters.
+
+        Args:
+            reducer: Who answers `reduce`.
+
+        Example:
+            >>> context = Context(weight=2.0)
+            >>> context.with_reducer(lambda path, partial, op: partial.sum()).weight
+            2.0
+        """
+        return self._replaced(reducer=reducer)
+
+    def _replaced(self, **changes: object) -> Context:
+        """As dataclasses.replace, without checks: this runs for every member."""
+        other = object.__new__(Context)
+        other.__dict__.update(self.__dict__, **changes)
+        return other

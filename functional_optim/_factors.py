@@ -46,7 +46,7 @@ def incremented(counts: TensorMap, names: Iterable[str]) -> TensorMap:
         {'w': tensor(1., dtype=torch.float64)}
     """
     column = Column(counts, names)
-    return column.by_name(once(_next, column.values))
+    return column.by_name(once(torch.add, column.values, 1))
 
 
 def raised(flags: TensorMap, names: Iterable[str]) -> TensorMap:
@@ -119,10 +119,6 @@ class Column:
         return once(_float64, number, self.values.device)
 
 
-def _next(values: Tensor) -> Tensor:
-    return values + 1
-
-
 def _stacked(*tensors: Tensor) -> Tensor:
     return torch.stack(tensors)
 
@@ -167,11 +163,15 @@ def complement(factor: Factor) -> Factor:
 
 
 def _complement(number: float | Tensor) -> float | Tensor:
-    return 1 - (number.double() if isinstance(number, Tensor) else number)
+    return once(_one_minus, number) if isinstance(number, Tensor) else 1 - number
+
+
+def _one_minus(number: Tensor) -> Tensor:
+    return 1 - number.double()
 
 
 def negated(factor: Factor) -> Factor:
     """Return -factor."""
     if isinstance(factor, Mapping):
         return {name: -value for name, value in factor.items()}
-    return -factor
+    return once(torch.neg, factor) if isinstance(factor, Tensor) else -factor

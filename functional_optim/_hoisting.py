@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_VALUES = (float, int, torch.device)
+_VALUES = {float, int, bool, torch.device}
 
 
 class _Current(threading.local):
@@ -49,7 +49,7 @@ def once(compute: Callable[..., T], *inputs: Any) -> T:
     if known is None:
         return compute(*inputs)
     # In a tuple of its own no number is taken for an address.
-    key = id(compute), *[(i,) if isinstance(i, _VALUES) else id(i) for i in inputs]
+    key = id(compute), *[(i,) if type(i) in _VALUES else id(i) for i in inputs]
     found = known.get(key)
     if found is None:
         # All are kept: an address is not given to another object meanwhile.

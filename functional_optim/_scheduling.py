@@ -111,7 +111,7 @@ def evaluate(
             now[name] = tuple(value_at(part, state.num_updates) for part in value)
         elif is_schedule(value):
             now[name] = value_at(value, state.num_updates)
-    count = once(_next, state.num_updates) if updates else state.num_updates
+    count = once(torch.add, state.num_updates, 1) if updates else state.num_updates
     return dataclasses.replace(transform, **now), ScheduleState(count)
 
 
@@ -128,10 +128,6 @@ def value_at(value: Any, count: Tensor) -> Any:
     if not is_schedule(value):
         return value
     return once(_evaluated, value, count)
-
-
-def _next(count: Tensor) -> Tensor:
-    return count + 1
 
 
 def _evaluated(value: Schedule, count: Tensor) -> Tensor:

@@ -70,23 +70,21 @@ class Expression:
 
     def __init__(self, values: TensorMap, at: TensorMap | None = None) -> None:
         if at is None:
-            self._names = list(values)
-            self._values = list(values.values())
+            self._names, found = list(values), list(values.values())
         else:
             self._names = list(at)
-            self._values = lookup(values, self._names)
-            if [v.dtype for v in self._values] != [a.dtype for a in at.values()]:
-                self._values = [
-                    v.to(torch.promote_types(v.dtype, a.dtype))
-                    for v, a in zip(self._values, at.values(), strict=True)
-                ]
+            found = lookup(values, self._names)
+        self._dtypes = [v.dtype for v in found]
+        if at is not None and self._dtypes != [a.dtype for a in at.values()]:
+            wide = [_wide(v, a) for v, a in zip(found, at.values(), strict=True)]
+            found, self._dtypes = wide, [v.dtype for v in wide]
         # torch promotes a 0-dim tensor by a 0-dim number, and rounds it differently.
-        self._scalars = 0 in map(Tensor.dim, self._values)
+        self._scalars = 0 in map(Tensor.dim, found)
         if self._scalars:
-            self._shapes = [v.shape for v in self._values]
-            self._values = [v if v.ndim else v.reshape(1) for v in self._values]
-        self._dtypes = [v.dtype for v in self._values]
-        self._foreach = foreach_applies(self._values)
+            self._shapes = [v.shape for v in found]
+            found = [v if v.ndim else v.reshape(1) for v in found]
+        self._values = found
+        self._foreach = foreach_applies(found)
         self._own = self._foreach and type(values) is Donated
 
     def to_map(self, like: TensorMap | None = None) -> TensorMap:

@@ -22,7 +22,7 @@ from functional_optim.execution._cohorts import Cohorts
 from functional_optim.execution._guard import scaled
 from functional_optim.execution._joining import joined
 from functional_optim.execution._memory import memory_of
-from functional_optim.execution._nodes import Kind, nodes_of
+from functional_optim.execution._nodes import Kind
 from functional_optim.execution._passes import through, totals_of
 from functional_optim.execution._plan import Bucket, Layout
 from functional_optim.execution._runs import Given, Run, Scaling
@@ -219,8 +219,8 @@ class Executor:
         later: Later = {}
         for run in runs:
             moved, state = run.finish(totals)
-            run.unit.write(moved, state, later)
-            self._collect(run.unit, state, later)
+            nodes = run.unit.write(moved, state, later)
+            self._collect(run.unit, nodes, later)
         homes = {memory_of(old) for old, _ in later.values()}
         values = [(old, free(new, homes)) for old, new in later.values()]
         for old, new in values:
@@ -258,12 +258,12 @@ class Executor:
                 runs.append(run)
         return runs
 
-    def _collect(self, unit: Unit, state: Any, later: Later) -> None:
+    def _collect(self, unit: Unit, nodes: list[Node], later: Later) -> None:
         """Take what belongs to the transform as a whole from a unit that it served."""
         if not self._has_whole:
             return
         for field, old, new in zip(
-            self._store.fields, self._store.nodes, nodes_of(state), strict=True
+            self._store.fields, self._store.nodes, nodes, strict=True
         ):
             if new is old or not isinstance(old, Tensor) or id(old) in later:
                 continue

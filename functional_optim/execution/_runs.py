@@ -118,7 +118,7 @@ class Run:
         """Run the update; the last one of a step may overwrite the state."""
         updates = self.unit.updates(self._given.grads, again=self._again)
         self._again = True
-        context = dataclasses.replace(self._given.context, reducer=reducer)
+        context = self._given.context.with_reducer(reducer)
         if self._memory is not None:  # What is remembered must not be written over.
             self._memory.restart()
             return self._updated(updates, context, last=last)

@@ -101,13 +101,16 @@ class Unit:
         """
         raise NotImplementedError
 
-    def write(self, moved: TensorMap, state: Any, later: Later) -> None:
+    def write(self, moved: TensorMap, state: Any, later: Later) -> list[Node]:
         """Move the parameters, and keep the new state.
 
         Args:
             moved: Updates, as the transform returned them.
             state: New state, likewise.
             later: Where to put what is shared with other units.
+
+        Returns:
+            The nodes of the new state.
         """
         found = nodes_of(state)
         self._check(moved, found)
@@ -128,6 +131,7 @@ class Unit:
                         old.copy_(new)
         if moved:
             self._apply(moved)
+        return found
 
     def _gives_back(self, moved: TensorMap, nodes: list[Node]) -> bool:
         """Whether a result is what another entry of the state was, as in a delay."""

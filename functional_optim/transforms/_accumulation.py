@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._context import Context
+from functional_optim._hoisting import once
 from functional_optim._hyperparameters import flag, value_class
 from functional_optim._names import subset
 from functional_optim._structure import check_parameters, check_state
@@ -131,7 +132,7 @@ class Accumulate:
         position = self._position(state)
         before = set(state.seen.value) if position else set()
         sums = self._added(updates, state.sum, before, context.weight)
-        weight = _weight_sum(state.weight, context.weight, opening=position == 0)
+        weight = once(_weight_sum, state.weight, context.weight, position)
         seen = [name for name in params if name in before or name in updates]
         if position + 1 < self.every and not context.last:
             open_now = Static(position + 1), Static(tuple(seen))
@@ -180,9 +181,7 @@ class Accumulate:
         return sums | new | over(sums, at=later).add(later).to_map(like=sums)
 
 
-def _weight_sum(
-    total: Tensor, weight: float | Tensor | None, *, opening: bool
-) -> Tensor:
+def _weight_sum(total: Tensor, weight: float | Tensor | None, position: int) -> Tensor:
     """Return the sum of the weights with one more micro-batch."""
-    before = torch.zeros_like(total) if opening else total
+    before = total if position else torch.zeros_like(total)
     return before + (1.0 if weight is None else weight)

@@ -10,6 +10,7 @@ from torch import Tensor
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
 from functional_optim._guarding import guarded
+from functional_optim._hoisting import once
 from functional_optim._hyperparameters import checked, resolve, value_class
 from functional_optim._norms import all_finite
 from functional_optim._parts import Part
@@ -123,12 +124,8 @@ class SkipNonfinite:
         moved, inner = guarded(
             ok, self.inner, updates, state.inner, params, context=context.at("inner")
         )
-        skip = (~ok).double()
-        return moved, SkipNonfiniteState(
-            inner=inner,
-            skipped=state.skipped + skip,
-            consecutive=(state.consecutive + 1) * skip,
-        )
+        counts = once(_counted, ok, state.skipped, state.consecutive)
+        return moved, SkipNonfiniteState(inner, *counts)
 
     def parts(self, state: Any, params: TensorMap) -> list[Part]:
         """Return the inner transform with its state."""
@@ -138,6 +135,11 @@ class SkipNonfinite:
     def readings(self, state: SkipNonfiniteState) -> TensorMap:
         """Return the steps skipped in all, and in a row."""
         return {"skipped": state.skipped, "consecutive": state.consecutive}
+
+
+def _counted(ok: Tensor, skipped: Tensor, consecutive: Tensor) -> tuple[Tensor, Tensor]:
+    skip = (~ok).double()
+    return skipped + skip, (consecutive + 1) * skip
 
 
 def _find(transform: object, role: Role) -> Transform | None:

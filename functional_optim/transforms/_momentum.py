@@ -6,6 +6,7 @@ from dataclasses import KW_ONLY
 from typing import ClassVar, NamedTuple, final
 
 import torch
+from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._factors import (
@@ -138,8 +139,7 @@ class Trace:
         if isinstance(started, dict):
             # b is zero at first: taking all of u makes it u.
             flags = Column(started, updates, apart=differs_by_name(alpha))
-            taken = torch.where(flags.values, flags.along(alpha), 1.0)
-            alpha = flags.factor(taken)
+            alpha = flags.factor(flags.computed(_taken, alpha))
             started = started | raised(started, updates)
         buffer = over(state.momentum_buffer, at=updates)
         buffer = buffer.mul(now.momentum).add(updates, alpha=alpha)
@@ -150,3 +150,8 @@ class Trace:
             moved = over(kept, at=updates).to_map()
         new = state.momentum_buffer | kept
         return moved, TraceState(new, started, schedule)
+
+
+def _taken(started: Tensor, alpha: Tensor) -> Tensor:
+    """Return how much of an update is added: all of the first."""
+    return torch.where(started, alpha, 1.0)
