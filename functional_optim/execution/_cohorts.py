@@ -52,8 +52,11 @@ class Cohorts:
                 self._steps[name] = (*self._steps.get(name, ()), kind)
         return parted
 
-    def rest(self) -> bool:
+    def rest(self, kinds: Mapping[str, Hashable]) -> bool:
         """Count a step like the one before; forget old differences after many.
+
+        Args:
+            kinds: The step that each parameter takes.
 
         Returns:
             Whether the plan may change.
@@ -61,5 +64,7 @@ class Cohorts:
         self._calm += 1
         if not self._steps or self._calm <= _CALM:
             return False
-        self._steps = {}
-        return True
+        parted = len(set(kinds.values())) > 1
+        left = {name: (kind,) for name, kind in kinds.items()} if parted else {}
+        changed, self._steps = left != self._steps, left
+        return changed

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from functional_optim._context import Context
@@ -95,7 +96,8 @@ class Executor:
 
     def load(self, nodes: list[Node]) -> None:
         """Take over the numbers of other nodes; see `Store`."""
-        self._store.load(nodes)
+        with torch.inference_mode(mode=False):
+            self._store.load(nodes)
         self._plan()
 
     @property
@@ -110,6 +112,11 @@ class Executor:
 
     def _plan(self) -> None:
         """Decide again what is updated together; the numbers stay as they are."""
+        # Tensors of inference mode have no versions, and cannot be written outside it.
+        with torch.inference_mode(mode=False):
+            self._plan_anew()
+
+    def _plan_anew(self) -> None:
         self._store.replaced = True
         layout = Layout(
             self._params,
@@ -130,7 +137,7 @@ class Executor:
             column for bucket in self._buckets for column in bucket.columns.values()
         ]
         self._versions = [column._version for column in self._columns]
-        self._kinds: list[Any] | None = None
+        self._kinds: dict[str, Any] | None = None
 
     def set_transforms(self, transforms: list[Transform]) -> None:
         """Go on with other numbers.
@@ -169,18 +176,15 @@ class Executor:
 
     def _follow(self, grads: TensorMap) -> None:
         """Let parameters part that did not get a gradient alike, or were written to."""
-        kinds = [grads[n].dtype if n in grads else None for n in self._params]
-        if kinds == self._kinds:
-            if self._cohorts.rest():
-                self._plan()
-        else:
-            by_name = dict(zip(self._params, kinds, strict=True))
+        kinds = {n: grads[n].dtype if n in grads else None for n in self._params}
+        written = [column._version for column in self._columns] != self._versions
+        if written or (kinds == self._kinds and self._cohorts.rest(kinds)):
+            self._plan()
+        if kinds != self._kinds:  # Also after a plan: it does not look at gradients.
             together = [unit.names for _, unit in self._units if unit.pooled]
             together += [list(b.params) for b in self._buckets if b.columns]
-            if self._cohorts.follow(by_name, together):
+            if self._cohorts.follow(kinds, together):
                 self._plan()
-        if [column._version for column in self._columns] != self._versions:
-            self._plan()
         self._kinds = kinds
 
     def step(
