@@ -10,6 +10,7 @@ from functional_optim._apply import (
 from functional_optim._chain import Chain, chain
 from functional_optim._context import Context, Norm, ReduceOp, Reducer
 from functional_optim._hyperparameters import Hyperparameter, Schedule, resolve
+from functional_optim._paramwise import Multipliers, paramwise_multipliers
 from functional_optim._parts import Part
 from functional_optim._readings import fetch, readings, state_of
 from functional_optim._selection import Rules, Selection, exclude
@@ -59,6 +60,7 @@ __all__ = [
     "Hyperparameter",
     "Identity",
     "Masked",
+    "Multipliers",
     "MultiplyParamwise",
     "Named",
     "Norm",
@@ -96,6 +98,7 @@ __all__ = [
     "load_parameters",
     "load_state_dict",
     "parameters",
+    "paramwise_multipliers",
     "readings",
     "resolve",
     "schedules",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -32,6 +33,31 @@ def shown(names: Iterable[str], most: int = 5) -> str:
     text = ", ".join(repr(name) for name in names[:most])
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
     return f"[{text}{more}]"
+
+
+def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return the end of an error message: what a wrong name may have meant.
+
+    Args:
+        name: The wrong name.
+        known: The right ones.
+        cutoff: How similar, from 0 to 1, what is suggested must be; nothing that is
+            similar enough, and all names are listed.
+
+    Example:
+        >>> did_you_mean("norm_decay_mul", ["lr_mult", "norm_decay_mult"])
+        "did you mean 'norm_decay_mult'?"
+        >>> did_you_mean("x", ["lr_mult", "norm_decay_mult"])
+        "the names are ['lr_mult', 'norm_decay_mult']"
+    """
+    folded: dict[str, list[str]] = {}
+    for right in known:
+        folded.setdefault(right.lower(), []).append(right)
+    near = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=cutoff)
+    if near:
+        return f"did you mean {' or '.join(repr(r) for n in near for r in folded[n])}?"
+    everything = sorted(right for rights in folded.values() for right in rights)
+    return f"the names are {shown(everything, most=40)}"
 
 
 def subset(tensors: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:

@@ -106,7 +106,22 @@ def picks(selection: Any, name: str, param: Tensor) -> bool:
 # Constant under torch.compile, which cannot trace the building of a regex.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _glob_matches(pattern: str, name: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern)
+    # A name may have the characters of globs in it, and is still its own name.
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def substrings_of(name: str, keys: Iterable[str]) -> list[str]:
+    """Return the keys that a name contains, the longest first, ties by alphabet.
+
+    A name at the top of the model counts as ".name": elsewhere it has a dot, too.
+
+    Example:
+        >>> substrings_of("layer0.bias", ["layer", ".bias", "layer0.bias", "head"])
+        ['layer0.bias', '.bias', 'layer']
+    """
+    whole = name if "." in name else f".{name}"
+    found = [key for key in keys if key in whole]
+    return sorted(found, key=lambda key: (-len(key), key))
 
 
 @final
@@ -231,11 +246,20 @@ def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any
         selection = frozen_selection(f"selection in {name}", pair[0])
         value = check(f"{name}[{shown_value(selection)}]", pair[1])
         checked.append((selection, value))
-    return dict(checked) if isinstance(rules, Mapping) else tuple(checked)
+    if not isinstance(rules, Mapping):
+        return tuple(checked)
+    plain = all(isinstance(s, str) and not set(s) & set("*?[") for s, _ in checked)
+    return ByName(checked) if plain else dict(checked)
+
+
+class ByName(dict[Any, Any]):
+    """Rules of which each is the name of one parameter: these are looked up."""
 
 
 def ruled(rules: Any, name: str, param: Tensor, default: Any) -> Any:
     """Return what the first fitting rule gives a parameter, else the default."""
+    if isinstance(rules, ByName):
+        return rules.get(name, default)
     if not isinstance(rules, (dict, tuple)):
         return rules
     for selection, value in _pairs(rules):
@@ -255,8 +279,10 @@ def check_rules(rules: Any, params: TensorMap, name: str) -> None:
         ValueError: a rule matches nothing.
     """
     if isinstance(rules, (dict, tuple)):
+        by_name = isinstance(rules, ByName)
         for selection, _ in _pairs(rules):
-            check_selection(selection, params, f"rule in {name}")
+            if not by_name or selection not in params:
+                check_selection(selection, params, f"rule in {name}")
 
 
 def ruled_names(rules: Any, params: TensorMap) -> list[tuple[str, list[str]]]:

@@ -173,7 +173,9 @@ def inner_transforms(transform: object) -> tuple[Transform, ...]:
         parts = value if isinstance(value, tuple) else (value,)
         if isinstance(value, Mapping):
             parts = tuple(value.values())
-        found.extend(part for part in parts if isinstance(part, Transform))
+        # A look at all members of each number of a map by name would take seconds.
+        candidates = (part for part in parts if type(part) is not float)
+        found.extend(part for part in candidates if isinstance(part, Transform))
     return tuple(found)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._hyperparameters import check_factor, checked, value_class
+from functional_optim._paramwise import Multipliers
 from functional_optim._selection import (
     Rules,
     check_rules,
@@ -22,6 +23,10 @@ from functional_optim._types import Scope
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap
+
+
+def _checked_factor(name: str, value: Any) -> Any:
+    return check_factor(name, value.lr if isinstance(value, Multipliers) else value)
 
 
 @final
@@ -39,7 +44,8 @@ class MultiplyParamwise:
             list of (selection, factor) pairs whose selections may also be regexes or
             predicates on name and tensor. The first that fits wins; parameters that
             none fits keep their update (factor 1). Chain two of these to let rules
-            compose. Factors are finite numbers or 0-dim tensors.
+            compose. Factors are finite numbers or 0-dim tensors; what
+            `paramwise_multipliers` returns counts as its multipliers of lr.
 
     Shapes:
         Every update keeps its shape, dtype, device and name.
@@ -58,8 +64,8 @@ class MultiplyParamwise:
         MMEngine's paramwise_cfg; timm's and torchtitan's lr multipliers.
     """
 
-    multipliers: Rules[float | Tensor] | float | Tensor = checked(
-        check=functools.partial(frozen_rules, check=check_factor),
+    multipliers: Rules[float | Tensor | Multipliers] | float | Tensor = checked(
+        check=functools.partial(frozen_rules, check=_checked_factor),
         resolve=lambda rules, name, param: ruled(rules, name, param, 1.0),
     )
 
