@@ -29,8 +29,8 @@ class GradientExecutor:
     """Runs a transform in place on gradients.
 
     Args:
-        params: The parameters by name, detached; the transform may look at them.
         transform: The transform. It must return an update for every gradient.
+        params: The parameters by name, detached.
 
     Attributes:
         state: The state of the transform.
@@ -39,20 +39,26 @@ class GradientExecutor:
         ValueError, TypeError: from the transform's `init`.
     """
 
-    def __init__(self, params: TensorMap, transform: Transform) -> None:
-        self._params, self._transform = params, transform
+    def __init__(self, transform: Transform, params: TensorMap) -> None:
+        self._transform = transform
         self._consumes = _consumes(transform)
         # Members may take over what those before them made; nothing is used again.
         self._workspace = Workspace(most=-1)
         self.state: Any = transform.init(params)
 
     def run(
-        self, grads: TensorMap, *, context: Context, found_inf: Tensor | None = None
+        self,
+        grads: TensorMap,
+        params: TensorMap,
+        *,
+        context: Context,
+        found_inf: Tensor | None = None,
     ) -> None:
         """Let gradients become what the transform makes of them.
 
         Args:
             grads: The gradients by name, detached; they are written into.
+            params: The parameters by name, detached; the transform may look at them.
             context: What the training loop knows.
             found_inf: Nonzero if the step that follows is skipped: then the state stays
                 as it is, without a look at the flag. Tensor, one element.
@@ -66,7 +72,7 @@ class GradientExecutor:
             transform = scaled(transform, None, found_inf)
             state = wrapped_state(state, None)
         with self._workspace, torch.no_grad():
-            moved, new = transform.update(given, state, self._params, context=context)
+            moved, new = transform.update(given, state, params, context=context)
             _check_all_moved(self._transform, moved, grads)
             if found_inf is not None:
                 new = new[-1]

@@ -1,0 +1,188 @@
+"""`AmpOptimWrapper`: the same in mixed precision, with a scaled loss."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from functional_optim.facade._loss_scale import Pending, checked_dtype, scaler_of
+from functional_optim.facade._merging import merged_groups
+from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
+from functional_optim.facade._registries import OPTIM_WRAPPERS
+from functional_optim.facade._wrapper import OptimWrapper
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from functional_optim.facade._wrapper_state import Take
+
+
+@OPTIM_WRAPPERS.register_module()
+class AmpOptimWrapper(OptimWrapper):
+    """An `OptimWrapper` whose forward runs in autocast and whose loss is scaled.
+
+    A drop-in for MMEngine's class of this name, on every device. `loss_scaler` is a
+    `torch.amp.GradScaler`; several wrappers may share one (`b.loss_scaler =
+    a.loss_scaler`): its scale then changes when no wrapper is between a backward and
+    its step, so that it is the same throughout a window.
+
+    Args:
+        loss_scale: "dynamic", a number that stays, or a dict of the arguments of
+            `torch.amp.GradScaler`.
+        dtype: The dtype of autocast, such as "float16" or `torch.bfloat16`; None is the
+            device's default. With an explicit bfloat16 and "dynamic" no loss is scaled:
+            its range is that of float32.
+        use_fsdp: Whether to use FSDP1's scaler, which joins overflows over processes.
+        autocast: Whether the forward runs in autocast; else only the loss is scaled.
+        kwargs: Arguments of `OptimWrapper`.
+
+    Raises:
+        ValueError: a number that is not finite or not above 0, an unknown key or dtype.
+        TypeError: `loss_scale` or `dtype` is nothing of the above.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> wrapper = AmpOptimWrapper(optimizer=optimizer, dtype="bfloat16")
+        >>> with wrapper.optim_context(model):
+        ...     loss = model(torch.ones(1, 2)).sum()
+        >>> wrapper.update_params(loss)
+        >>> loss.dtype, wrapper.skipped
+        (torch.bfloat16, False)
+
+    Source:
+        mmengine.optim.AmpOptimWrapper 0.10; torch.amp.
+    """
+
+    valid_dtypes = ("float16", "bfloat16", "float32", "float64")
+
+    def __init__(
+        self,
+        loss_scale: str | float | dict[str, Any] = "dynamic",
+        dtype: str | torch.dtype | None = None,
+        *,
+        use_fsdp: bool = False,
+        autocast: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.cast_dtype = checked_dtype(dtype, self.valid_dtypes)
+        device = _device_type(self._parameters())
+        plain = self.cast_dtype is torch.bfloat16 and loss_scale == "dynamic"
+        self.loss_scaler, self._scale_update_param = scaler_of(
+            loss_scale, device, enabled=not plain, use_fsdp=use_fsdp
+        )
+        self.autocast = autocast
+        self._found_inf: list[Tensor] = []
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Add the gradients of a loss, times the loss scale, to `.grad`.
+
+        Args:
+            loss: The loss, divided by `scale_loss`. Shape ().
+            kwargs: Arguments of `torch.Tensor.backward`.
+
+        Raises:
+            ValueError: the loss is not a single number.
+        """
+        self._check_loss(loss, kwargs)
+        self.loss_scaler.scale(loss).backward(**kwargs)
+        Pending.of(self.loss_scaler).add(self)
+        self._counted()
+
+    def step(self, **kwargs: Any) -> Any:
+        """Unscale, clip or transform, and step if all gradients are finite.
+
+        Args:
+            kwargs: Arguments of the optimizer's `step`.
+
+        Returns:
+            What the optimizer's `step` returns; None if it was skipped.
+        """
+        scaler, pending = self.loss_scaler, Pending.of(self.loss_scaler)
+        pending.remove(self)
+        self._found_inf = []
+        if not scaler.is_enabled():
+            return super().step(**kwargs)
+        if all(param.grad is None for param in self._parameters()):
+            # Nothing to check; a GradScaler takes that for a mistake.
+            result = self.optimizer.step(**kwargs)
+        else:
+            pending.reopen(self.optimizer)
+            result = self._scaled_step(kwargs)
+        pending.update(self._scale_update_param)
+        return result
+
+    def _scaled_step(self, kwargs: dict[str, Any]) -> Any:
+        scaler, optimizer = self.loss_scaler, self.optimizer
+        pending = Pending.of(scaler)
+        with merged_groups(optimizer) if self._merges() else contextlib.nullcontext():
+            if self._between is not None:
+                if not pending.is_unscaled(optimizer):
+                    scaler.unscale_(optimizer)
+                self._clip_grad(_joined(pending.found_inf(optimizer)))
+            result = scaler.step(optimizer, **kwargs)
+        self._found_inf = pending.found_inf(optimizer)
+        return result
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was skipped, because a gradient was not finite.
+
+        What tells lies on the device; asking for it waits for the device.
+        """
+        return any(bool(found.item()) for found in self._found_inf)
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Return a context for the forward: autocast, and no needless synchronisation.
+
+        Args:
+            model: The model as it is called, in its DDP or FSDP.
+        """
+        device = _device_type(list(model.parameters()) or self._parameters())
+        wide = self.cast_dtype in {torch.float32, torch.float64}
+        enabled = self.autocast and not wide
+        dtype = None if wide else self.cast_dtype
+        with (
+            super().optim_context(model),
+            torch.autocast(device, dtype=dtype, enabled=enabled),
+        ):
+            yield
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of an `OptimWrapper`, and `loss_scaler` if it scales."""
+        found = super().state_dict()
+        if self.loss_scaler.is_enabled():
+            found["loss_scaler"] = self.loss_scaler.state_dict()
+        return found
+
+    def _checked(self, given: dict[str, Any]) -> Iterator[Take]:
+        data = given.pop("loss_scaler", None)
+        if data is not None and self.loss_scaler.is_enabled():
+            needed = self.loss_scaler.state_dict().keys()
+            if not isinstance(data, dict):
+                msg = f"state_dict['loss_scaler'] must be a dict, got {data!r}"
+                raise MistakenTypeError(msg)
+            if data and not needed <= data.keys():
+                lacking = sorted(needed - data.keys())
+                msg = f"state_dict['loss_scaler'] lacks {lacking}, it has {list(data)}"
+                raise MistakenValueError(msg)
+            if data:  # Empty where it was saved without scaling.
+                yield lambda: self.loss_scaler.load_state_dict(data)
+        yield from super()._checked(given)
+
+
+def _device_type(params: list[Any]) -> str:
+    return params[0].device.type if params else "cpu"
+
+
+def _joined(found: list[Tensor]) -> Tensor:
+    """Return whether any device found an infinity, on the first of them."""
+    first = found[0]
+    if len(found) == 1:
+        return first
+    return torch.stack([f.to(first.device) for f in found]).sum(0)

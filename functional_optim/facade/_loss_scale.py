@@ -1,0 +1,168 @@
+"""Loss scaling: what `loss_scale` and `dtype` may be, and scalers that are shared."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import weakref
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.amp.grad_scaler import OptState
+
+from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+_ABOVE = {"init_scale": 0.0, "growth_factor": 1.0, "backoff_factor": 0.0}
+_SCALER_KEYS = {*_ABOVE, "growth_interval", "enabled"}
+
+
+def checked_dtype(dtype: Any, valid: Sequence[str]) -> torch.dtype | None:
+    """Return the dtype of autocast; None stands for the device's default.
+
+    Raises:
+        MistakenValueError: a name that is none of those that are valid.
+        MistakenTypeError: it is no dtype.
+
+    Example:
+        >>> checked_dtype("float16", ["float16"])
+        torch.float16
+    """
+    if isinstance(dtype, str):
+        if dtype not in valid:
+            msg = f"dtype must be one of {', '.join(valid)}, got {dtype!r}"
+            raise MistakenValueError(msg)
+        found: torch.dtype = getattr(torch, dtype)
+        return found
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    msg = f"dtype must be a torch.dtype, its name, or None, got {dtype!r}"
+    raise MistakenTypeError(msg)
+
+
+def scaler_of(
+    loss_scale: Any, device: str, *, enabled: bool, use_fsdp: bool
+) -> tuple[torch.amp.GradScaler, float | None]:
+    """Return a scaler, and the scale that it keeps if it is static.
+
+    Args:
+        loss_scale: "dynamic", a number, or a dict of arguments of `GradScaler`.
+        device: Type of the device.
+        enabled: Whether losses are scaled at all.
+        use_fsdp: Whether to join overflows over the processes of FSDP1.
+
+    Raises:
+        MistakenValueError, MistakenTypeError: `loss_scale` is none of these.
+    """
+    static: float | None = None
+    options: dict[str, Any] = {"enabled": enabled}
+    if isinstance(loss_scale, Mapping):
+        options |= _checked_options(loss_scale)
+    elif isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
+        options["init_scale"] = static = float(loss_scale)
+        _check_above("loss_scale", loss_scale, 0.0)
+    elif loss_scale != "dynamic":
+        msg = (
+            "loss_scale must be 'dynamic', a number, or a dict of arguments of "
+            f"torch.amp.GradScaler, got {loss_scale!r}"
+        )
+        raise MistakenTypeError(msg)
+    kind: Any = torch.amp.GradScaler
+    if use_fsdp:
+        module = importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler")
+        kind = module.ShardedGradScaler
+    return kind(device=device, **options), static
+
+
+def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in given.items():
+        if key not in _SCALER_KEYS:
+            known = ", ".join(sorted(_SCALER_KEYS))
+            msg = f"loss_scale may have the keys {known}, got {key!r}"
+            raise MistakenValueError(msg)
+        if key in _ABOVE:
+            _check_above(f"loss_scale[{key!r}]", value, _ABOVE[key])
+    interval = given.get("growth_interval", 1)
+    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
+        msg = f"loss_scale['growth_interval'] must be an int >= 1, got {interval!r}"
+        raise MistakenValueError(msg)
+    if given.get("backoff_factor", 0.5) >= 1.0:
+        msg = f"loss_scale['backoff_factor'] must be < 1, got {given['backoff_factor']}"
+        raise MistakenValueError(msg)
+    return dict(given)
+
+
+def _check_above(name: str, value: Any, least: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        msg = f"{name} must be a number, got {value!r}"
+        raise MistakenTypeError(msg)
+    if not (math.isfinite(value) and value > least):
+        msg = f"{name} must be finite and > {least:g}, got {value}"
+        raise MistakenValueError(msg)
+
+
+class Pending:
+    """The wrappers of a scaler that are between a backward and their step.
+
+    Args:
+        scaler: The scaler.
+    """
+
+    _known: ClassVar[Any] = weakref.WeakKeyDictionary()
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self._scaler = weakref.ref(scaler)
+        self._wrappers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._earlier = 0
+
+    @classmethod
+    def of(cls, scaler: torch.amp.GradScaler) -> Pending:
+        """Return those of a scaler."""
+        found: Pending = cls._known.setdefault(scaler, cls(scaler))
+        return found
+
+    def add(self, wrapper: Any) -> None:
+        """Note that a wrapper ran a backward."""
+        self._wrappers.add(wrapper)
+
+    def remove(self, wrapper: Any) -> None:
+        """Note that it steps."""
+        self._wrappers.discard(wrapper)
+
+    def is_unscaled(self, optimizer: Any) -> bool:
+        """Whether the gradients of an optimizer were unscaled since its last step."""
+        return self._states()[id(optimizer)]["stage"] is OptState.UNSCALED
+
+    def found_inf(self, optimizer: Any) -> list[Tensor]:
+        """Return what tells whether gradients were not finite, for each device."""
+        found = self._states()[id(optimizer)]["found_inf_per_device"].values()
+        # `update` adds up the findings of all optimizers in one of these.
+        return [tensor.clone() for tensor in found]
+
+    def reopen(self, optimizer: Any) -> None:
+        """Let an optimizer step again although the scale was not updated meanwhile.
+
+        What its last step found still counts when it is: under a key of its own.
+        """
+        states = self._states()
+        if states[id(optimizer)]["stage"] is OptState.STEPPED:
+            self._earlier += 1
+            states[-self._earlier] = states.pop(id(optimizer))
+
+    def update(self, new_scale: float | None) -> None:
+        """Update the scale if no wrapper waits for it to stay."""
+        scaler = self._scaler()
+        if scaler is None or self._wrappers:
+            return
+        if any(state["found_inf_per_device"] for state in self._states().values()):
+            scaler.update(new_scale)
+
+    def _states(self) -> dict[int, dict[str, Any]]:
+        scaler: Any = self._scaler()
+        states: dict[int, dict[str, Any]] = scaler._per_optimizer_states
+        return states

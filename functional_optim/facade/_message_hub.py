@@ -1,0 +1,53 @@
+"""Numbers for logs, by name: kept on the device until somebody reads them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Scalar:
+    """The latest of a row of numbers.
+
+    Args:
+        value: The number; a tensor stays where it is.
+    """
+
+    def __init__(self, value: float | Tensor) -> None:
+        self._value = value
+
+    def current(self) -> float:
+        """Return the number, as a number on the host."""
+        return float(self._value)
+
+
+class MessageHub:
+    """What a wrapper has to tell, such as `train/grad_norm`.
+
+    Example:
+        >>> import torch
+        >>> hub = MessageHub()
+        >>> hub.update_scalar("train/grad_norm", torch.tensor(2.0))
+        >>> hub.get_scalar("train/grad_norm").current()
+        2.0
+    """
+
+    def __init__(self) -> None:
+        self._scalars: dict[str, Scalar] = {}
+
+    def update_scalar(self, key: str, value: float | Tensor) -> None:
+        """Note a number under a name."""
+        self._scalars[key] = Scalar(value)
+
+    def get_scalar(self, key: str) -> Scalar:
+        """Return what was noted last under a name.
+
+        Raises:
+            KeyError: nothing was.
+        """
+        if key not in self._scalars:
+            msg = f"nothing was noted under {key!r}, only under {list(self._scalars)}"
+            raise KeyError(msg)
+        return self._scalars[key]

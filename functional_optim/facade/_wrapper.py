@@ -1,0 +1,220 @@
+"""`OptimWrapper`: backward, accumulation, clipping and step behind one call."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from functional_optim.facade._between import Between
+from functional_optim.facade._clip_grad import clip_grad_of
+from functional_optim.facade._merging import merged_groups
+from functional_optim.facade._message_hub import MessageHub
+from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
+from functional_optim.facade._registries import OPTIM_WRAPPERS
+from functional_optim.facade._synchronization import Suppression
+from functional_optim.facade._windowed import check_counts
+from functional_optim.facade._wrapper_state import WrapperState
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from functional_optim._types import Transform
+
+
+@OPTIM_WRAPPERS.register_module()
+class OptimWrapper(WrapperState):
+    """One interface for plain, mixed-precision and accumulated training.
+
+    A drop-in for MMEngine's class of this name. Gradients accumulate in `.grad`, so
+    that reductions over processes stay right; what stands between backward and step is
+    a transform, run in place on `.grad`; the optimizer is any `torch.optim.Optimizer`.
+
+    Args:
+        optimizer: The optimizer.
+        accumulative_counts: Micro-batches in a window, whose mean makes one step. >= 1.
+        clip_grad: `dict(max_norm=1.0, norm_type=2, error_if_nonfinite=False)` clips by
+            the joint norm, `dict(type="value", clip_value=0.5)` number by number. None
+            does not clip.
+        transform: A transform in the place of `clip_grad`, such as
+            `chain(Centralize(), ClipByGlobalNorm(1.0))`. Its state is saved with the
+            optimizer's.
+        merge_groups: Whether groups with equal settings step as one, where the
+            optimizer is torch's own: the same bits, in less time.
+
+    Raises:
+        ValueError: a count below 1, a bad `clip_grad`, both `clip_grad` and
+            `transform`, or a transform that accumulates or unscales. Like the next an
+            AssertionError, too.
+        TypeError: an argument of a wrong type.
+
+    Example:
+        >>> model = nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        >>> wrapper = OptimWrapper(optimizer, clip_grad=dict(max_norm=1.0))
+        >>> wrapper.update_params(model(torch.ones(1, 1)).sum())
+        >>> wrapper.get_lr(), wrapper.get_momentum()
+        ({'lr': [0.01]}, {'momentum': [0]})
+
+    Source:
+        mmengine.optim.OptimWrapper 0.10.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        accumulative_counts: int = 1,
+        clip_grad: dict[str, Any] | None = None,
+        *,
+        transform: Transform | None = None,
+        merge_groups: bool = True,
+    ) -> None:
+        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
+            msg = f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}"
+            raise MistakenTypeError(msg)
+        check_counts("accumulative_counts", accumulative_counts, 1)
+        self._start_counts(accumulative_counts)
+        self.optimizer = optimizer
+        self.clip_grad_kwargs: dict[str, Any] | None = None
+        self._between: Between | None = None
+        if transform is not None:
+            if clip_grad is not None:
+                msg = (
+                    "clip_grad and transform stand in the same place; put the clip "
+                    "into the transform: chain(..., ClipByGlobalNorm(1.0))"
+                )
+                raise MistakenValueError(msg)
+            self._between = Between(transform)
+        if clip_grad is not None:
+            clip = clip_grad_of(clip_grad)
+            self.clip_grad_kwargs = clip.kwargs
+            self.clip_func, self.grad_name = clip.func, clip.name
+            self._between = Between(clip.transform, has_state=False)
+        self.merge_groups = merge_groups
+        self.message_hub: Any = MessageHub()
+        self._suppression = Suppression()
+        self._start_settings()
+
+    # -- steps -----------------------------------------------------------------------
+
+    def update_params(
+        self,
+        loss: Tensor,
+        step_kwargs: dict[str, Any] | None = None,
+        zero_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        """Run backward, and at the end of a window step and set gradients to zero.
+
+        Args:
+            loss: The loss of this micro-batch. Shape ().
+            step_kwargs: Arguments of `step`.
+            zero_kwargs: Arguments of `zero_grad`.
+
+        Raises:
+            ValueError: the loss is not a single number.
+        """
+        loss = self.scale_loss(loss)
+        self.backward(loss)
+        if self.should_update():
+            self.step(**(step_kwargs or {}))
+            self.zero_grad(**(zero_kwargs or {}))
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> None:
+        """Add the gradients of a loss to `.grad`, and count a micro-batch.
+
+        Args:
+            loss: The loss, scaled by `scale_loss`. Shape ().
+            kwargs: Arguments of `torch.Tensor.backward`.
+
+        Raises:
+            ValueError: the loss is not a single number.
+        """
+        self._check_loss(loss, kwargs)
+        loss.backward(**kwargs)
+        self._counted()
+
+    def step(self, **kwargs: Any) -> Any:
+        """Clip or transform the gradients, and let the optimizer step.
+
+        Args:
+            kwargs: Arguments of the optimizer's `step`.
+
+        Returns:
+            What the optimizer's `step` returns.
+        """
+        if self._between is not None:
+            self._clip_grad()
+        if not self._merges():
+            return self.optimizer.step(**kwargs)
+        with merged_groups(self.optimizer):
+            return self.optimizer.step(**kwargs)
+
+    def zero_grad(self, **kwargs: Any) -> None:
+        """Set all gradients to None, or to zero.
+
+        Args:
+            kwargs: Arguments of the optimizer's `zero_grad`.
+        """
+        self._suppression.end()
+        self.optimizer.zero_grad(**kwargs)
+        self._unspent = False
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Return a context for the forward.
+
+        In it, and in the backward that follows, gradients are not synchronised between
+        processes if the micro-batch does not end its window (DDP, FSDP1, FSDP2).
+
+        Args:
+            model: The model as it is called, in its DDP or FSDP.
+        """
+        self._suppression.end()
+        if not self.should_sync():
+            self._suppression.begin(model)
+        try:
+            yield
+        except BaseException:
+            self._suppression.end()
+            raise
+
+    def _merges(self) -> bool:
+        return self.merge_groups and len(self.optimizer.param_groups) > 1
+
+    def _counted(self) -> None:
+        self._suppression.end()
+        self._inner_count += 1
+        self._unspent = True
+
+    @staticmethod
+    def _check_loss(loss: Any, kwargs: dict[str, Any]) -> None:
+        if not hasattr(loss, "backward"):
+            kind = type(loss).__name__
+            msg = f"loss must be a tensor, got a {kind}; add up its parts first"
+            raise MistakenTypeError(msg)
+        if isinstance(loss, Tensor) and loss.numel() != 1 and "gradient" not in kwargs:
+            msg = (
+                f"loss must be a single number, got shape {tuple(loss.shape)}; pass "
+                "loss.mean() or loss.sum()"
+            )
+            raise MistakenValueError(msg)
+
+    def _clip_grad(self, found_inf: Tensor | None = None) -> None:
+        """Run what stands between backward and step on the gradients."""
+        between = self._between
+        if between is None:
+            return
+        params = self._parameters()
+        if self.clip_grad_kwargs is None:
+            between.run(params, self._parameter_names, found_inf)
+            return
+        if between.can_run(params):
+            between.run(params, self._parameter_names)
+            norm = between.norm
+        else:  # On several devices: torch joins their norms itself.
+            moved = [p for p in params if p.requires_grad and p.grad is not None]
+            norm = self.clip_func(moved, **self.clip_grad_kwargs) if moved else None
+        if norm is not None:
+            self.message_hub.update_scalar(f"train/{self.grad_name}", norm)

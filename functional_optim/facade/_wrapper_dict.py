@@ -1,0 +1,231 @@
+"""`OptimWrapperDict`: several wrappers by name, saved and logged together."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
+from functional_optim.facade._wrapper import OptimWrapper
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor, nn
+
+
+class OptimWrapperDict(OptimWrapper):
+    """Several wrappers by name, such as those of a generator and a discriminator.
+
+    A mapping that is only read. State, rates and `zero_grad` reach all wrappers; each
+    runs its own backward and step, because only the training loop knows when.
+
+    Args:
+        optim_wrappers: The wrappers by name.
+
+    Raises:
+        TypeError: one is no `OptimWrapper`. It is an AssertionError, too.
+
+    Example:
+        >>> import torch
+        >>> gen, disc = torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)
+        >>> wrappers = OptimWrapperDict(
+        ...     gen=OptimWrapper(torch.optim.SGD(gen.parameters(), lr=0.01)),
+        ...     disc=OptimWrapper(torch.optim.SGD(disc.parameters(), lr=0.02)),
+        ... )
+        >>> wrappers.get_lr()
+        {'gen.lr': [0.01], 'disc.lr': [0.02]}
+
+    Source:
+        mmengine.optim.OptimWrapperDict 0.10.
+    """
+
+    def __init__(self, **optim_wrappers: OptimWrapper) -> None:
+        for name, wrapper in optim_wrappers.items():
+            if not isinstance(wrapper, OptimWrapper):
+                msg = (
+                    f"OptimWrapperDict takes OptimWrapper instances, got {name}: "
+                    f"{type(wrapper).__name__}; wrap it: OptimWrapper(optimizer)"
+                )
+                raise MistakenTypeError(msg)
+        self.optim_wrappers = optim_wrappers
+
+    # -- what each wrapper does by itself ---------------------------------------------
+
+    def update_params(
+        self,
+        loss: Tensor,
+        step_kwargs: dict[str, Any] | None = None,
+        zero_kwargs: dict[str, Any] | None = None,
+    ) -> NoReturn:
+        """Raise NotImplementedError: each wrapper updates its own parameters."""
+        self._refuse("update_params")
+
+    def backward(self, loss: Tensor, **kwargs: Any) -> NoReturn:
+        """Raise NotImplementedError: each wrapper runs its own backward."""
+        self._refuse("backward")
+
+    def step(self, **kwargs: Any) -> NoReturn:
+        """Raise NotImplementedError: each wrapper steps by itself."""
+        self._refuse("step")
+
+    def scale_loss(self, loss: Tensor) -> NoReturn:
+        """Raise NotImplementedError: windows belong to each wrapper."""
+        self._refuse("scale_loss")
+
+    def should_update(self) -> NoReturn:
+        """Raise NotImplementedError: windows belong to each wrapper."""
+        self._refuse("should_update")
+
+    def should_sync(self) -> NoReturn:
+        """Raise NotImplementedError: windows belong to each wrapper."""
+        self._refuse("should_sync")
+
+    @contextlib.contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Raise NotImplementedError: each wrapper has a context of its own."""
+        self._refuse("optim_context")
+        yield
+
+    def _refuse(self, method: str) -> NoReturn:
+        name = next(iter(self.optim_wrappers), "name")
+        msg = (
+            f"`{method}` should be called by each optimizer separately: "
+            f"wrappers[{name!r}].{method}(...)"
+        )
+        raise NotImplementedError(msg)
+
+    # -- what reaches all -------------------------------------------------------------
+
+    def zero_grad(self, **kwargs: Any) -> None:
+        """Set the gradients of all wrappers to None, or to zero."""
+        for wrapper in self.optim_wrappers.values():
+            wrapper.zero_grad(**kwargs)
+
+    def initialize_count_status(
+        self, model: nn.Module, init_counts: int, max_counts: int
+    ) -> None:
+        """Do nothing: only the training loop knows how often each wrapper is used."""
+
+    @property
+    def param_groups(self) -> Any:
+        """The groups of each wrapper, by its name."""
+        return {name: w.param_groups for name, w in self.optim_wrappers.items()}
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of each optimizer, by the name of its wrapper."""
+        return {name: w.defaults for name, w in self.optim_wrappers.items()}
+
+    @property
+    def inner_count(self) -> NoReturn:
+        """Raise NotImplementedError: each wrapper counts its own micro-batches."""
+        self._refuse("inner_count")
+
+    def get_lr(self) -> dict[str, list[Any]]:
+        """Return the rates of all wrappers under `name.lr` and `name.base_lr`."""
+        return {
+            f"{name}.{key}": rates
+            for name, wrapper in self.optim_wrappers.items()
+            for key, rates in wrapper.get_lr().items()
+        }
+
+    def get_momentum(self) -> dict[str, list[Any]]:
+        """Return the momenta of all wrappers under `name.momentum`."""
+        return {
+            f"{name}.momentum": wrapper.get_momentum()["momentum"]
+            for name, wrapper in self.optim_wrappers.items()
+        }
+
+    def readings(self) -> dict[str, Any]:
+        """Return the readings of all wrappers under `name.reading`."""
+        return {
+            f"{name}.{key}": value
+            for name, wrapper in self.optim_wrappers.items()
+            for key, value in wrapper.readings().items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each wrapper, by its name."""
+        return {name: w.state_dict() for name, w in self.optim_wrappers.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on from saved states.
+
+        Args:
+            state_dict: What `state_dict` returned; it does not change.
+
+        Raises:
+            ValueError, TypeError: a name is unknown, or a state does not fit; nothing
+                has changed then.
+        """
+        if not isinstance(state_dict, Mapping):
+            msg = f"state_dict must be a dict, got a {type(state_dict).__name__}"
+            raise MistakenTypeError(msg)
+        for name in state_dict:
+            if name not in self.optim_wrappers:
+                msg = (
+                    f"Mismatched `state_dict`: it has {name!r}, the wrappers are "
+                    f"{', '.join(self.optim_wrappers)}"
+                )
+                raise MistakenValueError(msg)
+        loaded: dict[str, Any] = {}
+        try:
+            for name, data in state_dict.items():
+                before = copy.deepcopy(self.optim_wrappers[name].state_dict())
+                self.optim_wrappers[name].load_state_dict(data)
+                loaded[name] = before
+        except Exception:
+            for name, before in loaded.items():
+                self.optim_wrappers[name].load_state_dict(before)
+            raise
+
+    def summary(self, print_fn: Any = print) -> None:
+        """Print the settings of each wrapper under its name."""
+        for name, wrapper in self.optim_wrappers.items():
+            print_fn(f"{name}:")
+            wrapper.summary(print_fn)
+
+    # -- a mapping --------------------------------------------------------------------
+
+    def items(self) -> Iterator[tuple[str, OptimWrapper]]:
+        """Yield names and wrappers."""
+        yield from self.optim_wrappers.items()
+
+    def values(self) -> Iterator[OptimWrapper]:
+        """Yield the wrappers."""
+        yield from self.optim_wrappers.values()
+
+    def keys(self) -> Iterator[str]:
+        """Yield the names."""
+        yield from self.optim_wrappers.keys()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.optim_wrappers)
+
+    def __getitem__(self, key: str) -> OptimWrapper:
+        if key not in self.optim_wrappers:
+            msg = (
+                f"Cannot find {key!r} in OptimWrapperDict, it has "
+                f"{', '.join(self.optim_wrappers)}"
+            )
+            raise _MissingError(msg)
+        return self.optim_wrappers[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.optim_wrappers
+
+    def __len__(self) -> int:
+        return len(self.optim_wrappers)
+
+    def __repr__(self) -> str:
+        return "".join(f"name: {name}\n{w!r}" for name, w in self.items())
+
+
+class _MissingError(KeyError, AssertionError):
+    """A name that no wrapper has; MMEngine raises AssertionError for it."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
