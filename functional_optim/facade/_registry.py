@@ -1,0 +1,256 @@
+"""Registries: classes and functions by name, built from configs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
+
+from functional_optim._names import did_you_mean
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+Switch: TypeAlias = bool
+_OFF: Switch = False
+
+
+class RegistryError(KeyError, ValueError):
+    """A name is not in a registry, or is in it already."""
+
+    def __str__(self) -> str:
+        """Return the message, which a KeyError would put into quotes."""
+        return str(self.args[0])
+
+
+class Registry:
+    """Classes and functions by name, that configs choose and give their arguments.
+
+    A name with dots that nobody registered is imported: "torch.optim.SGD".
+
+    Args:
+        name: What the registry is called in messages.
+        find: Looks up a name that nobody registered; returns None if it finds nothing.
+        replace: Returns what is built instead of a class or function that a config
+            has as its type; None builds that itself.
+
+    Example:
+        >>> CLIPPERS = Registry("clipper")
+        >>> @CLIPPERS.register_module()
+        ... class Clipper:
+        ...     def __init__(self, max_norm):
+        ...         self.max_norm = max_norm
+        >>> CLIPPERS.build(dict(type="Clipper", max_norm=1.0)).max_norm
+        1.0
+        >>> "Clipper" in CLIPPERS, len(CLIPPERS)
+        (True, 1)
+
+    Source:
+        mmengine.registry.Registry.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        find: Callable[[str], Any] | None = None,
+        replace: Callable[[Any], Any] | None = None,
+    ) -> None:
+        self._name = name
+        self._find = find
+        self._replace = replace
+        self._module_dict: dict[str, Callable[..., Any]] = {}
+
+    @property
+    def name(self) -> str:
+        """What the registry is called."""
+        return self._name
+
+    @property
+    def module_dict(self) -> dict[str, Callable[..., Any]]:
+        """What was registered, by name."""
+        return self._module_dict
+
+    def __len__(self) -> int:
+        return len(self._module_dict)
+
+    def __contains__(self, key: object) -> bool:
+        return isinstance(key, str) and self.get(key) is not None
+
+    def __repr__(self) -> str:
+        return f"Registry({self._name!r}, {sorted(self._module_dict)})"
+
+    def get(self, key: str) -> Any:
+        """Return what stands under a name, None if nothing does.
+
+        Args:
+            key: The name, or where to import from: "torch.optim.SGD".
+
+        Raises:
+            TypeError: the name is no string.
+        """
+        if not isinstance(key, str):
+            msg = f"a name in the {self._name} registry is a string, got {key!r}"
+            raise TypeError(msg)
+        found = self._module_dict.get(key)
+        if found is None and self._find is not None:
+            found = self._find(key)
+        if found is None:
+            imported = _imported(key)
+            found = self._in_place_of(imported) if callable(imported) else None
+        return found
+
+    def resolve(self, kind: Any) -> Callable[..., Any]:
+        """Return what a config's `type` stands for: a name, a class, a function.
+
+        Args:
+            kind: The `type`.
+
+        Raises:
+            KeyError: nobody registered the name; a ValueError, too.
+            TypeError: it is neither a name nor can it be called.
+        """
+        if isinstance(kind, str):
+            found: Callable[..., Any] | None = self.get(kind)
+            if found is None:
+                msg = (
+                    f"{kind!r} is not in the {self._name} registry; "
+                    f"{did_you_mean(kind, self._module_dict)}"
+                )
+                raise RegistryError(msg)
+            return found
+        if not callable(kind):
+            msg = (
+                f"type must be a name in the {self._name} registry, a class or a "
+                f"function, got {kind!r}"
+            )
+            raise TypeError(msg)
+        return self._in_place_of(kind)
+
+    def register_module(
+        self,
+        name: str | Sequence[str] | None = None,
+        force: Switch = _OFF,
+        module: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Register a class or a function; as a decorator, or as a call with `module`.
+
+        Args:
+            name: Its name, or several; None takes the name that it has.
+            force: Whether it may replace what has that name.
+            module: The class or function; None returns a decorator.
+
+        Raises:
+            KeyError: the name is taken, and `force` is False; a ValueError, too.
+            TypeError: a name is no string, `module` cannot be called.
+        """
+        if not isinstance(force, bool):
+            msg = f"force must be True or False, got {force!r}"
+            raise TypeError(msg)
+        names = [name] if isinstance(name, str) else name
+        if names is not None and not (
+            isinstance(names, Sequence) and all(isinstance(n, str) for n in names)
+        ):
+            msg = (
+                "name must be None, a string or a sequence of strings, got "
+                f"{name!r}; write register_module() with parentheses"
+            )
+            raise TypeError(msg)
+
+        def register(module: T) -> T:
+            if not callable(module):
+                msg = f"module must be a class or a function, got {module!r}"
+                raise TypeError(msg)
+            chosen = [module.__name__] if names is None else list(names)
+            for key in chosen:
+                if key in self._module_dict and not force:
+                    msg = (
+                        f"{key} is already registered in the {self._name} registry, as "
+                        f"{self._module_dict[key]!r}; force=True replaces it"
+                    )
+                    raise RegistryError(msg)
+            self._module_dict.update(dict.fromkeys(chosen, module))
+            return module
+
+        return register if module is None else register(module)
+
+    def build(
+        self, cfg: Mapping[str, Any], default_args: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Build what a config describes.
+
+        Args:
+            cfg: `type`, which is a name, a class or a function, and its arguments. It
+                is not changed.
+            default_args: Arguments that count where `cfg` lacks them.
+
+        Raises:
+            KeyError: `type` is missing, or nobody registered it; a ValueError, too.
+            TypeError: an argument is unknown, or `cfg` is no dict.
+        """
+        for what, given in (("cfg", cfg), ("default_args", default_args or {})):
+            if not isinstance(given, Mapping):
+                msg = f"{what} should be a dict, but got {given!r}"
+                raise TypeError(msg)
+        args = {**(default_args or {}), **cfg}
+        if "type" not in args:
+            msg = (
+                f'`cfg` or `default_args` must contain the key "type", a name in the '
+                f"{self._name} registry or a class, but got {dict(cfg)!r}"
+            )
+            raise RegistryError(msg)
+        # Where a name is to be looked for, as MMEngine's runner writes into configs.
+        args.pop("_scope_", None)
+        kind = self.resolve(args.pop("type"))
+        try:
+            return kind(**args)
+        except TypeError as error:
+            unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if unknown is None or unknown[1] not in args:
+                raise
+            hint = did_you_mean(unknown[1], arguments_of(kind))
+            label = getattr(kind, "__name__", repr(kind))
+            msg = f"{label} takes no {unknown[1]}={args[unknown[1]]!r}; {hint}"
+            raise TypeError(msg) from error
+
+    def _in_place_of(self, kind: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what is built instead of a class or function, most often itself."""
+        replaced: Callable[..., Any] | None = None
+        if self._replace is not None:
+            replaced = self._replace(kind)
+        return kind if replaced is None else replaced
+
+
+def arguments_of(kind: Callable[..., Any]) -> list[str]:
+    """Return the names of the arguments that a class or function takes.
+
+    Where a class passes on what it does not know, those of its bases come behind.
+    """
+    chain: list[Any] = [kind]
+    if isinstance(kind, type):
+        chain = [vars(c)["__init__"] for c in kind.__mro__ if "__init__" in vars(c)]
+    names: dict[str, None] = {}
+    for function in chain:
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError:  # Builtins do not tell.
+            break
+        plain = [
+            p for p in parameters if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}
+        ]
+        names.update(dict.fromkeys(p.name for p in plain if p.name != "self"))
+        if all(p.kind is not p.VAR_KEYWORD for p in parameters):
+            break
+    return list(names)
+
+
+def _imported(path: str) -> Any:
+    """Return what a dotted path names, None if there is no such thing."""
+    module, _, name = path.rpartition(".")
+    if not module:
+        return None
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except (ImportError, TypeError, ValueError):  # The last two for dots in front.
+        return None
