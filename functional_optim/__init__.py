@@ -17,7 +17,12 @@ from functional_optim._selection import Rules, Selection, exclude
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, Scope, Static, TensorMap, Transform
 from functional_optim.facade import (
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+    DefaultOptimWrapperConstructor,
     TransformOptimizer,
+    build_optim_wrapper,
     explain,
     from_torch_state_dict,
     to_torch_state_dict,
@@ -49,6 +54,9 @@ from functional_optim.transforms import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "OPTIMIZERS",
+    "OPTIM_WRAPPERS",
+    "OPTIM_WRAPPER_CONSTRUCTORS",
     "Accumulate",
     "AddDecayedWeights",
     "Centralize",
@@ -57,6 +65,7 @@ __all__ = [
     "ClipByNorm",
     "ClipByValue",
     "Context",
+    "DefaultOptimWrapperConstructor",
     "Hyperparameter",
     "Identity",
     "Masked",
@@ -89,6 +98,7 @@ __all__ = [
     "adam",
     "adamw",
     "apply_updates",
+    "build_optim_wrapper",
     "chain",
     "exclude",
     "explain",

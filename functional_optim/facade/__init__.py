@@ -1,14 +1,26 @@
 """The stateful part: transforms as optimizers that drop into existing loops."""
 
+from functional_optim.facade._building import build_optim_wrapper
+from functional_optim.facade._constructor import DefaultOptimWrapperConstructor
 from functional_optim.facade._explaining import explain
 from functional_optim.facade._interchange import (
     from_torch_state_dict,
     to_torch_state_dict,
 )
 from functional_optim.facade._optimizer import TransformOptimizer
+from functional_optim.facade._registries import (
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+)
 
 __all__ = [
+    "OPTIMIZERS",
+    "OPTIM_WRAPPERS",
+    "OPTIM_WRAPPER_CONSTRUCTORS",
+    "DefaultOptimWrapperConstructor",
     "TransformOptimizer",
+    "build_optim_wrapper",
     "explain",
     "from_torch_state_dict",
     "to_torch_state_dict",

@@ -1,0 +1,305 @@
+"""The constructor of optimizer wrappers: a group for each parameter."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from functional_optim._layers import Place, children_of, is_norm, seen_name
+from functional_optim._paramwise import ParamwiseRules, Verdict
+from functional_optim.facade._configs import (
+    check_number,
+    check_places,
+    copied,
+    first_argument_of,
+)
+from functional_optim.facade._mistakes import MistakenValueError
+from functional_optim.facade._optimizer import TransformOptimizer
+from functional_optim.facade._parallel import unwrapped
+from functional_optim.facade._presets import PresetOptimizer
+from functional_optim.facade._registries import (
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+)
+from functional_optim.facade._wrapper import OptimWrapper
+
+_logger = logging.getLogger("functional_optim")
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class DefaultOptimWrapperConstructor:
+    """Builds an optimizer wrapper for a model, with settings parameter by parameter.
+
+    Without `paramwise_cfg` all parameters stand in one group. With it each one has its
+    own, whose `lr` and `weight_decay` are those of the optimizer's config, times what
+    the rules say. In `paramwise_cfg` may stand:
+
+    - `lr_mult`, `decay_mult`: for all parameters, on top of what else applies.
+    - `custom_keys`: a dict from a piece of a name to `lr_mult`, `decay_mult` or both.
+      The longest key that a name contains counts, ties by alphabet, and none of the
+      rules below. Keys other than these two go into the group as they are.
+    - `bias_lr_mult`: biases, but not of norm layers, and not in deformable
+      convolutions.
+    - `dcn_offset_lr_mult`: the `conv_offset` inside deformable convolutions.
+    - `norm_decay_mult`: norm layers, RMS norms as well.
+    - `bias_decay_mult`: biases, but not in deformable convolutions. In norm layers it
+      counts only if `norm_decay_mult` is not given.
+    - `dwconv_decay_mult`: `nn.Conv2d` with `in_channels == groups`.
+    - `flat_decay_mult`: other parameters of one dimension, but not in deformable
+      convolutions. Of these four the first that applies wins.
+    - `bypass_duplicate`: whether a parameter that comes again is skipped.
+    - `compose`: whether rules multiply instead of replacing each other: all custom keys
+      that a name contains, and what the kind of its layer asks for.
+
+    To add rules of your own, derive from this class and override `add_params`. Rules
+    that this class does not know are then yours to read.
+
+    Args:
+        optim_wrapper_cfg: The config of the wrapper; in it `optimizer`, the config of
+            the optimizer: its `type` and its arguments. It is not changed.
+        paramwise_cfg: The rules. Multipliers are finite numbers >= 0.
+
+    Attributes:
+        optim_wrapper_cfg: A copy of the config, without `optimizer`.
+        optimizer_cfg: The config of the optimizer.
+        paramwise_cfg: The rules, {} if there are none.
+        base_lr: The `lr` in the config of the optimizer, or None.
+        base_wd: The `weight_decay` there, or None.
+
+    Raises:
+        TypeError: a part of a config has a type that means nothing there.
+        ValueError: a rule is misspelt or out of range, there is no `optimizer`, or a
+            rule multiplies what the config of the optimizer lacks.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+        >>> constructor = DefaultOptimWrapperConstructor(
+        ...     dict(optimizer=dict(type="SGD", lr=0.1, weight_decay=0.01)),
+        ...     paramwise_cfg=dict(norm_decay_mult=0.0),
+        ... )
+        >>> groups = constructor(model).optimizer.param_groups
+        >>> [group["weight_decay"] for group in groups]
+        [0.01, 0.01, 0.0, 0.0]
+
+    Source:
+        mmengine.optim.DefaultOptimWrapperConstructor 0.10.
+    """
+
+    def __init__(
+        self,
+        optim_wrapper_cfg: Mapping[str, Any],
+        paramwise_cfg: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not isinstance(optim_wrapper_cfg, Mapping):
+            msg = f"optim_wrapper_cfg should be a dict, but got {optim_wrapper_cfg!r}"
+            raise TypeError(msg)
+        if "optimizer" not in optim_wrapper_cfg:
+            msg = (
+                '`optim_wrapper_cfg` must contain "optimizer" config, such as '
+                f"optimizer=dict(type='SGD', lr=0.01), got {dict(optim_wrapper_cfg)!r}"
+            )
+            raise MistakenValueError(msg)
+        self.optim_wrapper_cfg: dict[str, Any] = copied(optim_wrapper_cfg)
+        self.optimizer_cfg: dict[str, Any] = self.optim_wrapper_cfg.pop("optimizer")
+        if not isinstance(self.optimizer_cfg, Mapping):
+            msg = (
+                "optimizer must be a config such as dict(type='SGD', lr=0.01), got "
+                f"{self.optimizer_cfg!r}; give an optimizer that is built already to "
+                "OptimWrapper"
+            )
+            raise TypeError(msg)
+        self.paramwise_cfg: dict[str, Any] = (
+            {} if paramwise_cfg is None else copied(paramwise_cfg)
+        )
+        self.base_lr = self.optimizer_cfg.get("lr")
+        self.base_wd = self.optimizer_cfg.get("weight_decay")
+        self._verdicts: dict[str, Verdict] = {}
+        self._validate_cfg()
+
+    def _validate_cfg(self) -> None:
+        rules = self._rules()
+        needed = (("lr", "lr", self.base_lr), ("decay", "weight_decay", self.base_wd))
+        for kind, key, base in needed:
+            multiplying = rules.of(kind)
+            if base is None and multiplying:
+                msg = (
+                    f"base_{'lr' if kind == 'lr' else 'wd'} should not be None: "
+                    f"{multiplying[0]} in paramwise_cfg multiplies {key}, which the "
+                    f"config of the optimizer lacks; write {key}=... into it"
+                )
+                raise ValueError(msg)
+            check_number(key, base, multiplied=bool(self.paramwise_cfg))
+
+    def _rules(self) -> ParamwiseRules:
+        # Derived classes may change the config, and have keys of their own in it.
+        strict = type(self) is DefaultOptimWrapperConstructor
+        return ParamwiseRules(self.paramwise_cfg, strict=strict)
+
+    def _is_in(
+        self, param_group: Mapping[str, Any], param_group_list: list[dict[str, Any]]
+    ) -> bool:
+        """Tell whether a parameter of a group is in a list of groups."""
+        present = {id(p) for group in param_group_list for p in group["params"]}
+        return any(id(p) in present for p in param_group["params"])
+
+    def add_params(
+        self,
+        params: list[dict[str, Any]],
+        module: nn.Module,
+        prefix: str = "",
+        is_dcn_module: float | None = None,
+    ) -> None:
+        """Add a group for each parameter of a module, and of the modules in it.
+
+        Args:
+            params: The groups so far; new ones come behind.
+            module: The module.
+            prefix: Its name in the model.
+            is_dcn_module: Whether it is a child of a deformable convolution.
+
+        Raises:
+            ValueError: a setting becomes infinite.
+        """
+        rules = self._rules()
+        for name, param in module.named_parameters(recurse=False):
+            place = Place(module, name, prefix, bool(is_dcn_module))
+            group: dict[str, Any] = {"params": [param]}
+            if rules.bypass_duplicate and self._is_in(group, params):
+                _logger.warning(
+                    "%s is duplicate. It is skipped since bypass_duplicate=True "
+                    "(parameter %s)",
+                    prefix or place.full_name,
+                    place.full_name,
+                )
+                continue
+            if not param.requires_grad:
+                _logger.warning(
+                    "%s is skipped since its requires_grad=False", place.full_name
+                )
+                continue
+            verdict = rules.judge(place, param.ndim)
+            self._verdicts[place.full_name] = verdict
+            settings = self._settings_of(verdict, place.full_name)
+            params.append(group | settings)
+            self._log(place, settings)
+        children = children_of(module, prefix, in_deformable=bool(is_dcn_module))
+        for child, child_prefix, in_deformable in children:
+            self.add_params(
+                params, child, prefix=child_prefix, is_dcn_module=in_deformable
+            )
+
+    def _settings_of(self, verdict: Verdict, name: str) -> dict[str, Any]:
+        settings = {}
+        for key, base, multiplier in (
+            ("lr", self.base_lr, verdict.lr),
+            ("weight_decay", self.base_wd, verdict.weight_decay),
+        ):
+            if base is None or multiplier is None:
+                continue
+            settings[key] = base * multiplier
+            if isinstance(settings[key], float) and not math.isfinite(settings[key]):
+                msg = f"{key} of {name} would be {base} * {multiplier}, not finite"
+                raise ValueError(msg)
+        return settings | verdict.options
+
+    def _log(self, place: Place, settings: dict[str, Any]) -> None:
+        shown: dict[str, Any] = {}
+        if place.name == "bias" and not (place.in_deformable or is_norm(place.module)):
+            # As in MMEngine's guide, whose rules for biases are 1 if not given.
+            base = {"lr": self.base_lr, "weight_decay": self.base_wd}
+            shown = {key: value for key, value in base.items() if value is not None}
+        for key, value in (shown | settings).items():
+            _logger.info("paramwise_options -- %s:%s=%s", place.full_name, key, value)
+
+    def __call__(self, model: nn.Module) -> OptimWrapper:
+        """Build the wrapper for a model.
+
+        A parallel wrapper around the model, such as DDP, is looked through.
+
+        Args:
+            model: The model.
+
+        Raises:
+            TypeError: it is no module, or an argument in a config is unknown.
+            ValueError: a parameter would get into the optimizer twice.
+        """
+        if not isinstance(model, nn.Module):
+            msg = f"model must be a torch.nn.Module, got a {type(model).__name__}"
+            raise TypeError(msg)
+        model = unwrapped(model)
+        wrapper_cfg = {"type": OptimWrapper.__name__, **self.optim_wrapper_cfg}
+        if "type" not in self.optimizer_cfg:
+            msg = (
+                f'optimizer must have a "type", such as "SGD", got {self.optimizer_cfg}'
+            )
+            raise MistakenValueError(msg)
+        kind = OPTIMIZERS.resolve(self.optimizer_cfg["type"])
+        first = first_argument_of(kind)
+        if first in self.optimizer_cfg:
+            msg = (
+                f"leave {first} out of optimizer: the parameters are those of the model"
+            )
+            raise ValueError(msg)
+        check_places(
+            wrapper_cfg,
+            OPTIM_WRAPPERS.resolve(wrapper_cfg["type"]),
+            self.optimizer_cfg,
+            kind,
+        )
+        names = {id(p): seen_name(name) for name, p in model.named_parameters()}
+        params: list[Any] = list(model.parameters())
+        self._verdicts = {}
+        if self.paramwise_cfg:
+            params = []
+            self.add_params(params, model)
+            _check_once(params, model)
+            if self._verdicts:
+                self._rules().warn_of_idle(self._verdicts.values())
+        if kind is TransformOptimizer or isinstance(kind, PresetOptimizer):
+            params = _with_names(params, names)
+        optimizer = OPTIMIZERS.build({**self.optimizer_cfg, first: params})
+        wrapper: OptimWrapper = OPTIM_WRAPPERS.build(
+            wrapper_cfg, default_args={"optimizer": optimizer}
+        )
+        if hasattr(wrapper, "parameter_names"):
+            wrapper.parameter_names = names
+        if hasattr(wrapper, "paramwise_sources"):
+            wrapper.paramwise_sources = {
+                name: ", ".join(self._verdicts[name].rules)
+                if name in self._verdicts
+                else ""
+                for name in names.values()
+            }
+        return wrapper
+
+
+def _check_once(groups: list[dict[str, Any]], model: nn.Module) -> None:
+    """Refuse groups that have a parameter twice.
+
+    Raises:
+        ValueError: with all names of the parameter.
+    """
+    seen = set()
+    for param in (p for group in groups for p in group["params"]):
+        if id(param) in seen:
+            everyone = model.named_parameters(remove_duplicate=False)
+            same = [repr(name) for name, other in everyone if other is param]
+            msg = (
+                f"{' and '.join(same)} are the same parameter, which would get into "
+                "the optimizer twice; bypass_duplicate=True in paramwise_cfg keeps the "
+                "first"
+            )
+            raise ValueError(msg)
+        seen.add(id(param))
+
+
+def _with_names(params: list[Any], names: Mapping[int, str]) -> list[Any]:
+    """Return parameters, or groups of them, as `(name, parameter)` pairs."""
+    if params and isinstance(params[0], dict):
+        return [{**g, "params": _with_names(g["params"], names)} for g in params]
+    return [(names[id(p)], p) for p in params]
