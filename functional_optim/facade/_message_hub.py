@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,6 +26,11 @@ class Scalar:
 class MessageHub:
     """What a wrapper has to tell, such as `train/grad_norm`.
 
+    Attributes:
+        host: The hub of the framework that trains, if one is connected; see
+            `functional_optim.integrations`. All is told to it as well, and what is not
+            known here it is asked for.
+
     Example:
         >>> import torch
         >>> hub = MessageHub()
@@ -34,20 +39,41 @@ class MessageHub:
         2.0
     """
 
+    host: ClassVar[Any] = None
+
     def __init__(self) -> None:
         self._scalars: dict[str, Scalar] = {}
 
-    def update_scalar(self, key: str, value: float | Tensor) -> None:
-        """Note a number under a name."""
-        self._scalars[key] = Scalar(value)
+    def update_scalar(
+        self, key: str, value: float | Tensor, *args: Any, **kwargs: Any
+    ) -> None:
+        """Note a number under a name.
 
-    def get_scalar(self, key: str) -> Scalar:
-        """Return what was noted last under a name.
+        Args:
+            key: The name.
+            value: The number.
+            args: What else the host wants to know.
+            kwargs: The same.
+        """
+        self._scalars[key] = Scalar(value)
+        if self.host is not None:
+            self.host.update_scalar(key, value, *args, **kwargs)
+
+    def get_scalar(self, key: str) -> Any:
+        """Return what was noted under a name: the history of the host, else the latest.
 
         Raises:
             KeyError: nothing was.
         """
+        if self.host is not None:
+            return self.host.get_scalar(key)
         if key not in self._scalars:
             msg = f"nothing was noted under {key!r}, only under {list(self._scalars)}"
             raise KeyError(msg)
         return self._scalars[key]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or self.host is None:
+            msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+            raise AttributeError(msg)
+        return getattr(self.host, name)

@@ -1,0 +1,1 @@
+"""Connections to frameworks, each imported only by who asks for it."""

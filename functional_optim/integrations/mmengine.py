@@ -1,0 +1,174 @@
+"""MMEngine: `register()` lets its Runner train with the wrappers of this library.
+
+Call it once, before the Runner is built:
+
+    from functional_optim.integrations.mmengine import register
+
+    register()
+    runner = Runner(
+        ...,
+        optim_wrapper=dict(
+            type="functional_optim.OptimWrapper",
+            optimizer=dict(type="SGD", lr=0.01, momentum=0.9),
+            clip_grad=dict(max_norm=1.0),
+        ),
+    )
+
+An instance works as well, and so does `optimizer=dict(type="fo.adamw", lr=1e-3)`. Rules
+in `paramwise_cfg` are read by MMEngine's constructor, as long as the config does not
+have `constructor="functional_optim.DefaultOptimWrapperConstructor"`.
+
+Resuming needs what it needs without this library, too: MMEngine 0.10 saves objects, so
+since torch 2.6 set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 to load what you trust.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import logging
+from typing import Any
+
+from torch import Tensor
+
+from functional_optim.facade._amp_wrapper import AmpOptimWrapper
+from functional_optim.facade._message_hub import MessageHub
+from functional_optim.facade._registries import (
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+)
+from functional_optim.facade._registry import Registry
+from functional_optim.facade._wrapper import OptimWrapper
+from functional_optim.facade._wrapper_dict import OptimWrapperDict
+
+__all__ = ["register"]
+
+_logger = logging.getLogger("functional_optim")
+
+
+def register() -> None:
+    """Make this library known to MMEngine; nothing of MMEngine changes before.
+
+    - Its registries find `functional_optim.OptimWrapper` and all other names in our
+      registries, and the presets as `fo.adamw` and so on.
+    - Its `isinstance` checks take our wrappers for its own, in Runner and schedulers.
+    - The gradient norm goes to its current message hub as `train/grad_norm`, and is
+      read on the host only when the Runner writes a line of its log.
+    - What we log goes to its current logger, and nowhere else.
+
+    Calling it again changes nothing.
+
+    Raises:
+        ImportError: MMEngine is not installed.
+
+    Example:
+        >>> register()  # doctest: +SKIP
+        >>> runner = Runner(..., optim_wrapper=wrapper)  # doctest: +SKIP
+    """
+    try:
+        optim = importlib.import_module("mmengine.optim")
+    except ModuleNotFoundError as error:
+        if error.name != "mmengine":
+            raise
+        msg = (
+            "functional_optim.integrations.mmengine needs MMEngine, which is not "
+            "installed: pip install 'mmengine>=0.10'"
+        )
+        raise ImportError(msg) from error
+    for wrapper in (OptimWrapper, AmpOptimWrapper, OptimWrapperDict):
+        getattr(optim, wrapper.__name__).register(wrapper)
+    registry = importlib.import_module("mmengine.registry")
+    for root, own in (
+        (registry.OPTIM_WRAPPERS, OPTIM_WRAPPERS),
+        (registry.OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPER_CONSTRUCTORS),
+        (registry.OPTIMIZERS, OPTIMIZERS),
+    ):
+        _open_scope("functional_optim", root, own)
+    _open_scope("fo", registry.OPTIMIZERS, OPTIMIZERS)
+    if MessageHub.host is None:
+        MessageHub.host = CurrentHub()
+    _connect_logger()
+
+
+def _open_scope(scope: str, root: Any, own: Registry) -> None:
+    """Let a registry of MMEngine find names of one of ours behind a scope and a dot."""
+    if scope in root.children:
+        return
+
+    def get(_: Any, key: str) -> Any:
+        # As a whole: what is registered under it, such as fo.adamw, or can be imported.
+        return own.get(key) or own.get(f"{scope}.{key}")
+
+    # Looked up in ours each time, where users may register more.
+    kind = type("Scope", (type(root),), {"get": get})
+    kind(root.name, parent=root, scope=scope)
+
+
+class CurrentHub:
+    """MMEngine's message hub: whichever is the current one, which is the Runner's.
+
+    MMEngine's own wrapper stays with the one that was current when it was built, so
+    that the norm of an instance built before its Runner gets lost.
+    """
+
+    def __init__(self) -> None:
+        logs = importlib.import_module("mmengine.logging")
+        self._hubs: Any = logs.MessageHub
+        self._plain: Any = logs.HistoryBuffer
+        module = importlib.import_module(
+            "functional_optim.integrations._deferred_history"
+        )
+        bases = (module.DeferredHistory, logs.HistoryBuffer)
+        self._deferred: Any = type("DeferredHistoryBuffer", bases, {})
+
+    def update_scalar(self, key: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Note a number under a name; a tensor is not read before somebody looks.
+
+        Args:
+            key: The name.
+            value: The number.
+            args: As MMEngine's method takes them: `count` and `resumed`.
+            kwargs: The same.
+        """
+        hub = self._hubs.get_current_instance()
+        if not isinstance(value, Tensor) or key not in hub.log_scalars:
+            # Whether it is resumed, the hub decides on the first.
+            hub.update_scalar(key, value, *args, **kwargs)
+            return
+        history = hub.log_scalars[key]
+        if type(history) is self._plain:
+            history = self._deferred(*history.data, history.max_length)
+            hub.log_scalars[key] = history
+        history.update(value, args[0] if args else kwargs.get("count", 1))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # Asked for in copying, before there is anything.
+            raise AttributeError(name)
+        return getattr(self._hubs.get_current_instance(), name)
+
+
+class _ToCurrentLogger(logging.Handler):
+    """Hands records to MMEngine's current logger, which writes them as its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._loggers: Any = importlib.import_module("mmengine.logging").MMLogger
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand on a record."""
+        current = self._loggers.get_current_instance()
+        handed = copy.copy(record)
+        # Its filter knows warnings that came before by `msg`.
+        handed.name, handed.msg, handed.args = current.name, record.getMessage(), None
+        current.handle(handed)
+
+
+def _connect_logger() -> None:
+    if any(isinstance(handler, _ToCurrentLogger) for handler in _logger.handlers):
+        return
+    _logger.addHandler(_ToCurrentLogger())
+    # As MMEngine's loggers: a line stands there once, and handlers choose the level.
+    _logger.propagate = False
+    if _logger.level == logging.NOTSET:
+        _logger.setLevel(logging.INFO)
