@@ -65,6 +65,8 @@ class Cohorts:
         if not self._steps or self._calm <= _CALM:
             return False
         parted = len(set(kinds.values())) > 1
-        left = {name: (kind,) for name, kind in kinds.items()} if parted else {}
+        left: dict[str, tuple[Hashable, ...]] = {}
+        if parted:
+            left = {name: (kind,) for name, kind in kinds.items()}
         changed, self._steps = left != self._steps, left
         return changed

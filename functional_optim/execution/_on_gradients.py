@@ -54,7 +54,7 @@ class GradientExecutor:
         context: Context,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Let gradients become what the transform makes of them.
+        """Let gradients become what the transform makes of them, in no-grad mode.
 
         Args:
             grads: The gradients by name, detached; they are written into.
@@ -71,7 +71,7 @@ class GradientExecutor:
         if found_inf is not None:
             transform = scaled(transform, None, found_inf)
             state = wrapped_state(state, None)
-        with self._workspace, torch.no_grad():
+        with self._workspace:
             moved, new = transform.update(given, state, params, context=context)
             _check_all_moved(self._transform, moved, grads)
             if found_inf is not None:

@@ -107,11 +107,12 @@ class AmpOptimWrapper(OptimWrapper):
         self._found_inf = []
         if not scaler.is_enabled():
             return super().step(**kwargs)
-        if all(param.grad is None for param in self._parameters()):
+        pushed = next((p for p in self._parameters() if p.grad is not None), None)
+        if pushed is None:
             # Nothing to check; a GradScaler takes that for a mistake.
             result = self.optimizer.step(**kwargs)
         else:
-            pending.reopen(self.optimizer)
+            pending.reopen(self.optimizer, pushed)
             result = self._scaled_step(kwargs)
         pending.update(self._scale_update_param)
         return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from functional_optim._chain import checked_transform
@@ -68,7 +69,8 @@ class Between:
         grads = {name: grad.detach() for name, grad in gradients_of(wanted).items()}
         if grads:
             shown = {name: param.detach() for param, name in self._names.items()}
-            executor.run(grads, shown, context=_CONTEXT, found_inf=found_inf)
+            with torch.no_grad():
+                executor.run(grads, shown, context=_CONTEXT, found_inf=found_inf)
 
     def state(self, params: Sequence[Tensor], names: Mapping[int, str]) -> Any:
         """Return the state of the transform."""

@@ -144,11 +144,18 @@ class Pending:
         # `update` adds up the findings of all optimizers in one of these.
         return [tensor.clone() for tensor in found]
 
-    def reopen(self, optimizer: Any) -> None:
+    def reopen(self, optimizer: Any, param: Tensor) -> None:
         """Let an optimizer step again although the scale was not updated meanwhile.
 
         What its last step found still counts when it is: under a key of its own.
+
+        Args:
+            optimizer: The optimizer.
+            param: One of its parameters.
         """
+        scaler: Any = self._scaler()
+        if scaler._scale is None:  # Gradients were loaded, and no loss was scaled yet.
+            scaler.scale(param.detach().new_zeros(()))
         states = self._states()
         if states[id(optimizer)]["stage"] is OptState.STEPPED:
             self._earlier += 1

@@ -58,7 +58,7 @@ class Registry:
         replace: Callable[[Any], Any] | None = None,
     ) -> None:
         self._name = name
-        self._find = find
+        self._finds = [] if find is None else [find]
         self._replace = replace
         self._module_dict: dict[str, Callable[..., Any]] = {}
 
@@ -94,8 +94,9 @@ class Registry:
             msg = f"a name in the {self._name} registry is a string, got {key!r}"
             raise TypeError(msg)
         found = self._module_dict.get(key)
-        if found is None and self._find is not None:
-            found = self._find(key)
+        for find in self._finds:
+            if found is None:
+                found = find(key)
         if found is None:
             imported = _imported(key)
             found = self._in_place_of(imported) if callable(imported) else None
@@ -127,6 +128,14 @@ class Registry:
             )
             raise TypeError(msg)
         return self._in_place_of(kind)
+
+    def look_also(self, find: Callable[[str], Any]) -> None:
+        """Look a name up elsewhere, too, where it is not found before.
+
+        Args:
+            find: Returns what stands under a name, None if nothing does.
+        """
+        self._finds.append(find)
 
     def register_module(
         self,

@@ -36,7 +36,7 @@ class Suppression:
             stack.close()
 
 
-def _suppressing(model: nn.Module) -> Iterator[contextlib.AbstractContextManager[Any]]:
+def _suppressing(model: Any) -> Iterator[contextlib.AbstractContextManager[Any]]:
     if hasattr(model, "no_sync"):
         yield model.no_sync()
     elif hasattr(model, "set_requires_gradient_sync"):
@@ -46,7 +46,8 @@ def _suppressing(model: nn.Module) -> Iterator[contextlib.AbstractContextManager
 @contextlib.contextmanager
 def _without_reduction(model: nn.Module) -> Iterator[None]:
     """Suppress as FSDP2 does it, and restore what each of its modules was set to."""
-    parts = [m for m in model.modules() if hasattr(m, "set_requires_gradient_sync")]
+    found: Iterator[Any] = model.modules()
+    parts = [part for part in found if hasattr(part, "set_requires_gradient_sync")]
     before = [_reduces(part) for part in parts]
     for part in parts:
         part.set_requires_gradient_sync(False, recurse=False)

@@ -1,0 +1,97 @@
+"""A wrapper is the plain loop, bit for bit after every micro-batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from plain_loops import Batch, PlainLoop, Setup, batches, bits_of, overflowing, setups
+
+import functional_optim as fo
+
+
+@given(setup=setups, micro_batches=st.lists(batches, min_size=1, max_size=9))
+def test_wrapper_is_the_plain_loop(setup: Setup, micro_batches: list[Batch]) -> None:
+    """Accumulation, clipping, remainders, groups and schedules change no bit."""
+    plain, model = PlainLoop(setup), setup.model()
+    optimizer = setup.optimizer_for(model)
+    schedulers = setup.schedulers_for(optimizer)
+    kept = None if setup.clip is None else dict(setup.clip)
+    wrapper = fo.OptimWrapper(optimizer, setup.every, setup.clip)
+    if setup.end > 0:
+        wrapper.initialize_count_status(model, 0, setup.end)
+    for batch in micro_batches:
+        with wrapper.optim_context(model):
+            loss = batch.loss(model, setup.loss, setup.dtype)
+        wrapper.update_params(loss)
+        stepped = plain.update(batch)
+        assert stepped == wrapper.should_update()
+        if stepped:
+            for scheduler in [*plain.schedulers, *schedulers]:
+                scheduler.step()
+        assert bits_of(model, optimizer) == bits_of(plain.model, plain.optimizer)
+    if plain.norm is not None and stepped:
+        logged = wrapper.message_hub.get_scalar("train/grad_norm").current()
+        assert logged == float(plain.norm) or plain.norm.isnan()
+    assert setup.clip == kept
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of:UserWarning")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", None])
+@given(
+    setup=setups.filter(lambda setup: setup.dtype is torch.float32),
+    scale=st.sampled_from([2.0, 1024.0, 65536.0]),
+    interval=st.integers(1, 4),
+    scales=st.sampled_from(["options", "static", "default"]),
+    micro_batches=st.lists(overflowing, min_size=1, max_size=9),
+)
+def test_mixed_precision_is_the_plain_loop(
+    dtype: str | None,
+    setup: Setup,
+    scale: float,
+    interval: int,
+    scales: str,
+    micro_batches: list[Batch],
+) -> None:
+    """With overflows, and with a scale that falls and grows."""
+    loss_scale: Any = {
+        "options": {"init_scale": scale, "growth_interval": interval},
+        "static": scale,
+        "default": "dynamic",
+    }[scales]
+    scaler = None
+    if scales == "options":
+        scaler = torch.amp.GradScaler("cpu", **loss_scale)
+    elif scales == "static":
+        scaler = torch.amp.GradScaler("cpu", scale)
+    elif dtype != "bfloat16":
+        scaler = torch.amp.GradScaler("cpu")
+    autocast = getattr(torch, dtype or "bfloat16")
+    static = scale if scales == "static" else None
+    plain = PlainLoop(setup, scaler, autocast, static)
+    model = setup.model()
+    optimizer = setup.optimizer_for(model)
+    schedulers = setup.schedulers_for(optimizer)
+    wrapper = fo.AmpOptimWrapper(
+        loss_scale,
+        dtype,
+        optimizer=optimizer,
+        accumulative_counts=setup.every,
+        clip_grad=setup.clip,
+    )
+    if setup.end > 0:
+        wrapper.initialize_count_status(model, 0, setup.end)
+    for batch in micro_batches:
+        with wrapper.optim_context(model):
+            loss = batch.loss(model, setup.loss, setup.dtype)
+        wrapper.update_params(loss)
+        if plain.update(batch):
+            for scheduler in [*plain.schedulers, *schedulers]:
+                scheduler.step()
+        assert bits_of(model, optimizer) == bits_of(plain.model, plain.optimizer)
+        assert ("loss_scaler" in wrapper.state_dict()) == (scaler is not None)
+        if scaler is not None:
+            assert wrapper.loss_scaler.state_dict() == scaler.state_dict()
