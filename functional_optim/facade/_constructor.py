@@ -26,6 +26,7 @@ from functional_optim.facade._registries import (
     OPTIM_WRAPPERS,
     OPTIMIZERS,
 )
+from functional_optim.facade._registry import RegistryError
 from functional_optim.facade._wrapper import OptimWrapper
 
 _logger = logging.getLogger("functional_optim")
@@ -237,7 +238,7 @@ class DefaultOptimWrapperConstructor:
             msg = (
                 f'optimizer must have a "type", such as "SGD", got {self.optimizer_cfg}'
             )
-            raise MistakenValueError(msg)
+            raise RegistryError(msg)
         kind = OPTIMIZERS.resolve(self.optimizer_cfg["type"])
         first = first_argument_of(kind)
         if first in self.optimizer_cfg:
