@@ -64,9 +64,8 @@ class Cohorts:
         self._calm += 1
         if not self._steps or self._calm <= _CALM:
             return False
-        parted = len(set(kinds.values())) > 1
         left: dict[str, tuple[Hashable, ...]] = {}
-        if parted:
+        if len(set(kinds.values())) > 1:
             left = {name: (kind,) for name, kind in kinds.items()}
         changed, self._steps = left != self._steps, left
         return changed
