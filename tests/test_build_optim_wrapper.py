@@ -592,12 +592,16 @@ def test_wrong_arguments_are_refused() -> None:
         build([torch.ones(1)])
 
 
-def test_schedule_cannot_be_multiplied() -> None:
-    """A learning rate with a schedule and rules: the error names the way out."""
-    schedule = fo.schedules.cosine(0.1, 10) if hasattr(fo.schedules, "cosine") else len
-    optimizer = {"type": "fo.sgd", "lr": schedule}
-    with pytest.raises(TypeError, match="schedule by MultiplyParamwise"):
-        build(ToyModel(), optimizer=optimizer, paramwise_cfg={"lr_mult": 1.0})
+@pytest.mark.parametrize(
+    "lr", [lambda step: 0.1 / (1 + step), {"a.weight": 0.1, "a.bias": 0.2}]
+)
+def test_schedule_or_map_cannot_be_multiplied(lr) -> None:
+    """Presets take schedules and maps; with rules the error names the way out."""
+    optimizer = {"type": "fo.sgd", "lr": lr}
+    model = nn.ModuleDict({"a": nn.Linear(1, 1)})
+    build(model, optimizer=optimizer)
+    with pytest.raises(TypeError, match="map by name, by MultiplyParamwise"):
+        build(model, optimizer=optimizer, paramwise_cfg={"lr_mult": 1.0})
 
 
 def test_products_must_be_finite() -> None:

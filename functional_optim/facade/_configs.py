@@ -100,12 +100,12 @@ def first_argument_of(optimizer: Callable[..., Any]) -> str:
 def check_number(key: str, value: Any, *, multiplied: bool) -> None:
     """Refuse a setting of the optimizer that is no number, or that nobody can use."""
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if isinstance(value, (bool, str)) or (
-        multiplied and not (value is None or is_number or isinstance(value, Tensor))
-    ):
+    by_step_or_name = callable(value) or isinstance(value, Mapping)
+    fine = value is None or is_number or isinstance(value, Tensor)
+    if not fine and (multiplied or not by_step_or_name):
         msg = f"{key} in optimizer must be a number, got {value!r}"
-        if callable(value):
-            msg += "; multiply what has a schedule by MultiplyParamwise"
+        if by_step_or_name:
+            msg += "; multiply a schedule, or a map by name, by MultiplyParamwise"
         raise TypeError(msg)
     if is_number and not (math.isfinite(value) and value >= 0):
         msg = f"{key} in optimizer must be finite and >= 0, got {value!r}"
