@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from functional_optim.facade._loss_scale import Pending, checked_dtype, scaler_of
+from functional_optim.facade._loss_scale import (
+    Pending,
+    check_scaler_state,
+    checked_dtype,
+    scaler_of,
+)
 from functional_optim.facade._merging import merged_groups
-from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
 from functional_optim.facade._registries import OPTIM_WRAPPERS
 from functional_optim.facade._wrapper import OptimWrapper
 
@@ -163,17 +167,10 @@ class AmpOptimWrapper(OptimWrapper):
 
     def _checked(self, given: dict[str, Any]) -> Iterator[Take]:
         data = given.pop("loss_scaler", None)
-        if data is not None and self.loss_scaler.is_enabled():
-            needed = self.loss_scaler.state_dict().keys()
-            if not isinstance(data, dict):
-                msg = f"state_dict['loss_scaler'] must be a dict, got {data!r}"
-                raise MistakenTypeError(msg)
-            if data and not needed <= data.keys():
-                lacking = sorted(needed - data.keys())
-                msg = f"state_dict['loss_scaler'] lacks {lacking}, it has {list(data)}"
-                raise MistakenValueError(msg)
-            if data:  # Empty where it was saved without scaling.
-                yield lambda: self.loss_scaler.load_state_dict(data)
+        # It is empty where it was saved without scaling.
+        if data is not None and data != {} and self.loss_scaler.is_enabled():
+            check_scaler_state(data, self.loss_scaler.state_dict())
+            yield lambda: self.loss_scaler.load_state_dict(dict(data))
         yield from super()._checked(given)
 
 

@@ -60,7 +60,7 @@ def clip_grad_of(config: Any) -> ClipGrad:
         raise MistakenTypeError(msg)
     kwargs = dict(config)
     kind = kwargs.pop("type", "norm")
-    if kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _KEYS:
         msg = (
             "If `clip_grad` is not None, its type must be 'norm' or 'value', got "
             f"{kind!r}"

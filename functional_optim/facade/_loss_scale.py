@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import OptState
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -87,6 +87,9 @@ def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
             raise MistakenValueError(msg)
         if key in _ABOVE:
             _check_above(f"loss_scale[{key!r}]", value, _ABOVE[key])
+    if not isinstance(given.get("enabled", True), bool):
+        msg = f"loss_scale['enabled'] must be a bool, got {given['enabled']!r}"
+        raise MistakenTypeError(msg)
     interval = given.get("growth_interval", 1)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
         msg = f"loss_scale['growth_interval'] must be an int >= 1, got {interval!r}"
@@ -95,6 +98,30 @@ def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
         msg = f"loss_scale['backoff_factor'] must be < 1, got {given['backoff_factor']}"
         raise MistakenValueError(msg)
     return dict(given)
+
+
+def check_scaler_state(data: Any, needed: Iterable[str]) -> None:
+    """Refuse what no scaler saved.
+
+    Args:
+        data: What may be its state.
+        needed: The keys that it needs.
+
+    Raises:
+        MistakenTypeError: it is no dict, or holds something else than numbers.
+        MistakenValueError: a key is missing.
+    """
+    place = "state_dict['loss_scaler']"
+    if not isinstance(data, Mapping):
+        msg = f"{place} must be a dict, got {data!r}"
+        raise MistakenTypeError(msg)
+    for key in needed:
+        if key not in data:
+            msg = f"{place} lacks {key!r}, it has {', '.join(map(str, data))}"
+            raise MistakenValueError(msg)
+        if isinstance(data[key], bool) or not isinstance(data[key], (int, float)):
+            msg = f"{place}[{key!r}] must be a number, got {data[key]!r}"
+            raise MistakenTypeError(msg)
 
 
 def _check_above(name: str, value: Any, least: float) -> None:

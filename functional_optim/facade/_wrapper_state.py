@@ -137,17 +137,26 @@ class WrapperState(Windowed, ShownSettings):
         for key, least in _COUNTS.items():
             check_counts(f"{place}[{key!r}]", data[key], least)
         params = self._parameters()
-        grads = data.get("gradients") or {}
-        for index, grad in grads.items():
-            fits = isinstance(index, int) and 0 <= index < len(params)
-            if not fits or params[index].shape != grad.shape:
-                shape = tuple(params[index].shape) if fits else "no such parameter"
+        grads, zeros = data.get("gradients", {}), data.get("zeros", [])
+        if not isinstance(grads, Mapping) or not isinstance(zeros, list):
+            msg = f"{place} must have gradients by index and zeros as a list of them"
+            raise MistakenTypeError(msg)
+        for index in [*grads, *zeros]:
+            if not isinstance(index, int) or not 0 <= index < len(params):
                 msg = (
-                    f"{place} has a gradient of shape {tuple(grad.shape)} for "
-                    f"parameter {index}, which is {shape}; it is of another model"
+                    f"{place} has a gradient for parameter {index!r}, the optimizer "
+                    f"has {len(params)} parameters; it is of another model"
                 )
                 raise MistakenValueError(msg)
-        zeros = [i for i in data.get("zeros") or () if i < len(params)]
+        for index, grad in grads.items():
+            shape = tuple(params[index].shape)
+            if not isinstance(grad, Tensor) or grad.shape != shape:
+                told = tuple(grad.shape) if isinstance(grad, Tensor) else repr(grad)
+                msg = (
+                    f"{place}['gradients'][{index}] must have the shape of its "
+                    f"parameter, {shape}, got {told}; it is of another model"
+                )
+                raise MistakenValueError(msg)
 
         def take() -> None:
             for key in _COUNTS:
