@@ -48,7 +48,7 @@ def merged_groups(optimizer: Any) -> Iterator[None]:
 def _may_merge(optimizer: Any) -> bool:
     kind = type(optimizer)
     return (
-        kind.__module__.startswith("torch.optim.")
+        f"{kind.__module__}.".startswith("torch.optim.")
         and not isinstance(optimizer, torch.optim.LBFGS)
         and not optimizer._optimizer_step_pre_hooks
         and not optimizer._optimizer_step_post_hooks

@@ -1,0 +1,124 @@
+"""Groups with equal settings step as one, and nobody sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import functional_optim as fo
+from functional_optim.facade._merging import merged_groups
+
+KINDS: list[tuple[Any, dict[str, Any]]] = [
+    (torch.optim.SGD, {"momentum": 0.9}),
+    (torch.optim.Adam, {}),
+    (torch.optim.AdamW, {"amsgrad": True}),
+    (torch.optim.RMSprop, {}),
+    (torch.optim.Adagrad, {}),
+    (torch.optim.Adadelta, {}),
+    (torch.optim.Adamax, {}),
+    (torch.optim.NAdam, {}),
+    (torch.optim.RAdam, {}),
+    (torch.optim.Rprop, {}),
+    (torch.optim.ASGD, {}),
+    (torch.optim.Adafactor, {}),
+]
+
+
+def _groups(options: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"params": [nn.Parameter(torch.randn(2, 3, generator=generator))], **own}
+        for own in options
+    ]
+
+
+def _train(optimizer: Any, *, merge: bool) -> tuple[list[Any], int]:
+    """Return parameters and state after some steps, and how often groups were seen."""
+    wrapper = fo.OptimWrapper(optimizer, merge_groups=merge)
+    seen = []
+    step = type(optimizer).step
+
+    def spied(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(len(self.param_groups))
+        return step(self, *args, **kwargs)
+
+    optimizer.step = spied.__get__(optimizer)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        for index, group in enumerate(optimizer.param_groups):
+            (param,) = group["params"]
+            param.grad = torch.randn(2, 3, generator=generator) if index != 2 else None
+        own = optimizer.param_groups
+        wrapper.step()
+        assert optimizer.param_groups is own
+        schedule.step()
+    params = [group["params"][0] for group in optimizer.param_groups]
+    state = [dict(optimizer.state[param]) for param in params]
+    return [params, state, [g["lr"] for g in optimizer.param_groups]], seen[0]
+
+
+OPTIONS = [{"lr": 0.1}, {"lr": 0.2}, {"lr": 0.1}, {"lr": 0.1, "weight_decay": 0.01}, {}]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"), KINDS, ids=lambda v: getattr(v, "__name__", str(v))
+)
+def test_the_same_bits(kind: Any, options: dict[str, Any]) -> None:
+    merged, count = _train(kind(_groups(OPTIONS), lr=0.2, **options), merge=True)
+    single, whole = _train(kind(_groups(OPTIONS), lr=0.2, **options), merge=False)
+    assert (count, whole) == (3, 5)
+    flat = torch.utils._pytree.tree_leaves
+    for a, b in zip(flat(merged), flat(single), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_groups_come_back_after_an_error() -> None:
+    optimizer = torch.optim.SGD(_groups([{}, {}]), lr=0.1)
+    own = optimizer.param_groups
+
+    def closure() -> float:
+        assert len(optimizer.param_groups) == 1
+        msg = "closure"
+        raise RuntimeError(msg)
+
+    with pytest.raises(RuntimeError, match="closure"):
+        fo.OptimWrapper(optimizer).step(closure=closure)
+    assert optimizer.param_groups is own
+
+
+def _hooked() -> Any:
+    optimizer = torch.optim.SGD(_groups([{}, {}]), lr=0.1)
+    optimizer.register_step_pre_hook(lambda *_: None)
+    return optimizer
+
+
+class _OwnSGD(torch.optim.SGD):
+    """Somebody's optimizer, which may look at its groups."""
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _hooked,
+        lambda: _OwnSGD(_groups([{}, {}]), lr=0.1),
+        lambda: fo.TransformOptimizer(_groups([{}, {}]), fo.sgd(0.1)),
+        lambda: torch.optim.SGD(_groups([{"lr": torch.tensor(0.1)}, {}]), lr=0.1),
+    ],
+    ids=["hook", "subclass", "ours", "tensor"],
+)
+def test_nothing_is_merged_where_others_look(make: Any) -> None:
+    optimizer = make()
+    with merged_groups(optimizer):
+        assert len(optimizer.param_groups) == 2
+
+
+def test_tensors_are_merged_by_identity() -> None:
+    rate = torch.tensor(0.1)
+    options = [{"lr": rate}, {"lr": rate}, {"lr": rate.clone()}]
+    optimizer = torch.optim.SGD(_groups(options), lr=0.1)
+    with merged_groups(optimizer):
+        assert [len(g["params"]) for g in optimizer.param_groups] == [2, 1]
