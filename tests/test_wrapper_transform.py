@@ -218,3 +218,33 @@ def test_a_model_that_moved_is_followed() -> None:
     loss = model(torch.zeros(1, 3, dtype=torch.float64)).sum() * 0.0
     wrapper.update_params(loss)
     torch.testing.assert_close(model[0].weight, before * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize("kind", [fo.OptimWrapper, fo.AmpOptimWrapper])
+def test_our_optimizer_inside_a_wrapper(kind: Any) -> None:
+    """The same as alone, also after a resume in the middle of a window."""
+    transform = fo.chain(fo.ClipByGlobalNorm(0.5), fo.adamw(0.1))
+    plain = _model()
+    optimizer = fo.TransformOptimizer(plain.parameters(), transform)
+
+    def new() -> tuple[nn.Module, Any]:
+        model = _model()
+        groups = [{"params": [p]} for p in model.parameters()]
+        inner = fo.TransformOptimizer(groups, transform)
+        return model, kind(optimizer=inner, accumulative_counts=2)
+
+    model, wrapper = new()
+    for step in range(7):
+        if step == 3:
+            state, params = wrapper.state_dict(), model.state_dict()
+            model, wrapper = new()
+            model.load_state_dict(params)
+            wrapper.load_state_dict(state)
+        wrapper.update_params(_loss(model, step))
+        (_loss(plain, step) / 2).backward()
+        if step % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+        for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert wrapper.get_lr()["lr"] == [0.1] * 4

@@ -73,6 +73,7 @@ class WrapperState(Windowed, ShownSettings):
             raise MistakenTypeError(msg)
         given = dict(state_dict)
         takes = list(self._checked(given))
+        given.pop("loss_scaler", None)  # Of mixed precision, which may be off now.
         _check_fits(given, self.optimizer.param_groups)
         self.optimizer.load_state_dict(given)
         for take in takes:
