@@ -16,12 +16,15 @@ from functional_optim.facade._loss_scale import (
 )
 from functional_optim.facade._merging import merged_groups
 from functional_optim.facade._registries import OPTIM_WRAPPERS
+from functional_optim.facade._registry import Switch
 from functional_optim.facade._wrapper import OptimWrapper
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from functional_optim.facade._wrapper_state import Take
+
+_OFF: Switch = False
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -67,8 +70,8 @@ class AmpOptimWrapper(OptimWrapper):
         self,
         loss_scale: str | float | dict[str, Any] = "dynamic",
         dtype: str | torch.dtype | None = None,
+        use_fsdp: Switch = _OFF,
         *,
-        use_fsdp: bool = False,
         autocast: bool = True,
         **kwargs: Any,
     ) -> None:
