@@ -54,14 +54,14 @@ class Between:
     def run(
         self,
         params: Sequence[Tensor],
-        names: Mapping[int, str],
+        names: Mapping[Tensor, str],
         found_inf: Tensor | None = None,
     ) -> None:
         """Run the transform on the gradients that there are.
 
         Args:
             params: The parameters of the optimizer.
-            names: Names of parameters by `id`, as far as they are known.
+            names: Names of parameters, as far as they are known.
             found_inf: Nonzero if the step will be skipped. Tensor, one element.
         """
         executor = self._ready(params, names)
@@ -72,7 +72,7 @@ class Between:
             with torch.no_grad():
                 executor.run(grads, shown, context=_CONTEXT, found_inf=found_inf)
 
-    def state(self, params: Sequence[Tensor], names: Mapping[int, str]) -> Any:
+    def state(self, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> Any:
         """Return the state of the transform."""
         return self._ready(params, names).state
 
@@ -95,12 +95,12 @@ class Between:
             return {}
         return dict(readings(self.transform, self._executor.state))
 
-    def saved(self, params: Sequence[Tensor], names: Mapping[int, str]) -> Any:
+    def saved(self, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> Any:
         """Return the state as plain data."""
         return state_dict(self.state(params, names))
 
     def loaded(
-        self, data: Any, params: Sequence[Tensor], names: Mapping[int, str]
+        self, data: Any, params: Sequence[Tensor], names: Mapping[Tensor, str]
     ) -> Any:
         """Return the state that plain data describes; nothing changes.
 
@@ -123,12 +123,12 @@ class Between:
         return len(params) == len(known) and all(map(operator.is_, params, known))
 
     def _ready(
-        self, params: Sequence[Tensor], names: Mapping[int, str]
+        self, params: Sequence[Tensor], names: Mapping[Tensor, str]
     ) -> GradientExecutor:
         """Return the executor for these parameters, with the state that there was."""
         executor = self._executor
         if executor is None or not self._knows(params):
-            self._names = {p: names.get(id(p), str(i)) for i, p in enumerate(params)}
+            self._names = {p: names.get(p, str(i)) for i, p in enumerate(params)}
             shown = {name: param.detach() for param, name in self._names.items()}
             old, executor = executor, GradientExecutor(self.transform, shown)
             if old is not None:

@@ -29,11 +29,11 @@ class ShownSettings:
     base_param_settings: dict[str, Any] | None
     paramwise_sources: dict[str, str]
     _between: Between | None
-    _parameter_names: dict[int, str]
+    _named: dict[Tensor, str]
     _accumulative_counts: int
 
     def _start_settings(self) -> None:
-        self._parameter_names = {}
+        self._named = {}
         self.paramwise_sources = {}
         self.base_param_settings = None
         if len(self.optimizer.param_groups) > 1:
@@ -43,11 +43,13 @@ class ShownSettings:
     @property
     def parameter_names(self) -> dict[int, str]:
         """Names of the parameters by `id`, for rules by name and for messages."""
-        return self._parameter_names
+        return {id(param): name for param, name in self._named.items()}
 
     @parameter_names.setter
     def parameter_names(self, names: Mapping[int, str]) -> None:
-        self._parameter_names = dict(names)
+        # By the tensors themselves, which copies and pickles of a wrapper keep.
+        params = self._parameters()
+        self._named = {p: names[id(p)] for p in params if id(p) in names}
         if self._between is not None:
             self._between.forget_names()
 
@@ -86,7 +88,7 @@ class ShownSettings:
         print_fn(
             summary_of(
                 self.optimizer.param_groups,
-                self._parameter_names,
+                self.parameter_names,
                 self.paramwise_sources,
             )
         )

@@ -208,10 +208,10 @@ class OptimWrapper(WrapperState):
             return
         params = self._parameters()
         if self.clip_grad_kwargs is None:
-            between.run(params, self._parameter_names, found_inf)
+            between.run(params, self._named, found_inf)
             return
         if between.can_run(params):
-            between.run(params, self._parameter_names)
+            between.run(params, self._named)
             norm = between.norm
         else:  # On several devices: torch joins their norms itself.
             moved = [p for p in params if p.requires_grad and p.grad is not None]
