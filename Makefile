@@ -1,6 +1,6 @@
 # make train      install and run the main job: a language model, trained in three ways
 # make test       install, then lint, types, doctests, tests and property tests
-# make test-hosts install, then train inside Accelerate, Lightning and transformers
+# make test-hosts install, then train inside Accelerate, Lightning, MMEngine and transformers
 # make mutants    install, then break one formula at a time and see that the tests notice
 # make laws       write docs/laws.md from a run of every law on every transform
 # make bench      install and time one step, pure and in place, against torch.optim and TorchOpt

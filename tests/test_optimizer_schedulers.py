@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -208,3 +209,22 @@ def test_zero_momentum_is_left_out_as_documented(pair: str) -> None:
     optimizer = fo.TransformOptimizer(parameters().items(), transform)
     with pytest.raises(ValueError, match="must support momentum or beta1"):
         lr_scheduler.OneCycleLR(optimizer, 0.1, 5)
+
+
+def test_momentum_beside_betas_that_follow_it() -> None:
+    """As MMEngine's momentum schedulers write it; without betas it means nothing."""
+    params = parameters()
+    optimizer = fo.TransformOptimizer(params.items(), fo.adamw(0.1))
+    twin = copy.deepcopy(params)
+    reference = fo.TransformOptimizer(twin.items(), fo.adamw(0.1))
+    for seed, momentum in enumerate((0.5, 0.6, 0.7)):
+        optimizer.param_groups[0]["momentum"] = momentum
+        for each in (optimizer, reference):
+            each.param_groups[0]["betas"] = (momentum, 0.999)
+        for each, given in ((optimizer, params), (reference, twin)):
+            set_gradients(given, seed)
+            each.step()
+    assert_same(values(params), values(twin), "weights")
+    optimizer.param_groups[0]["momentum"] = 0.1
+    with pytest.raises(ValueError, match="'momentum', which no transform here has"):
+        optimizer.step()

@@ -74,6 +74,9 @@ def check_keys(
         if key in _NOTHING_AT_ZERO and isinstance(value, (int, float)) and value == 0:
             changeable = True
             continue
+        if key == "momentum" and "betas" in own and group["betas"][0] == value:
+            changeable = True  # MMEngine's schedulers set it, and then betas by it.
+            continue
         if key in _MEANINGFUL:
             remedy = "leave it out, or add a transform that has it"
             if key == "max_norm":

@@ -120,10 +120,12 @@ class WrapperState(Windowed, ShownSettings):
             for index, param in enumerate(self._parameters())
             if param.grad is not None
         }
-        if counts == _COUNTS and not (grads and self._unspent):
+        # Outside a window there may be some of other wrappers' backwards.
+        unspent = self._unspent or any(g.is_sparse or g.any() for g in grads.values())
+        if counts == _COUNTS and not (grads and unspent):
             return None
         found: dict[str, Any] = dict(counts)
-        if self._unspent:
+        if unspent:
             found["gradients"] = {i: g.detach().clone() for i, g in grads.items()}
         elif grads:
             # zero_grad(set_to_none=False): a zero is not the same as no gradient.

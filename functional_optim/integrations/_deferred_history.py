@@ -25,6 +25,7 @@ class DeferredHistory:
     """
 
     max_length: int
+    _statistics_methods: dict[str, Any]
 
     def update(self, log_val: float | Tensor, count: int = 1) -> None:
         """Note a number.
@@ -89,4 +90,5 @@ class DeferredHistory:
     def __reduce_ex__(self, protocol: Any) -> Any:
         plain = type(self).__mro__[2]
         data = self._log_history, self._count_history
-        return plain(*data, self.max_length).__reduce_ex__(protocol)
+        statistics = {"statistics_methods": self._statistics_methods}
+        return plain, (*data, self.max_length), statistics

@@ -27,7 +27,7 @@ from __future__ import annotations
 import copy
 import importlib
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -42,8 +42,12 @@ from functional_optim.facade._registry import Registry
 from functional_optim.facade._wrapper import OptimWrapper
 from functional_optim.facade._wrapper_dict import OptimWrapperDict
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["register"]
 
+_SCOPES = ("functional_optim", "fo")
 _logger = logging.getLogger("functional_optim")
 
 
@@ -51,7 +55,7 @@ def register() -> None:
     """Make this library known to MMEngine; nothing of MMEngine changes before.
 
     - Its registries find `functional_optim.OptimWrapper` and all other names in our
-      registries, and the presets as `fo.adamw` and so on.
+      registries, and the presets as `fo.adamw` and so on; ours find what is in its.
     - Its `isinstance` checks take our wrappers for its own, in Runner and schedulers.
     - The gradient norm goes to its current message hub as `train/grad_norm`, and is
       read on the host only when the Runner writes a line of its log.
@@ -67,15 +71,14 @@ def register() -> None:
         >>> runner = Runner(..., optim_wrapper=wrapper)  # doctest: +SKIP
     """
     try:
-        optim = importlib.import_module("mmengine.optim")
+        importlib.import_module("mmengine")
     except ModuleNotFoundError as error:
-        if error.name != "mmengine":
-            raise
         msg = (
             "functional_optim.integrations.mmengine needs MMEngine, which is not "
             "installed: pip install 'mmengine>=0.10'"
         )
         raise ImportError(msg) from error
+    optim = importlib.import_module("mmengine.optim")
     for wrapper in (OptimWrapper, AmpOptimWrapper, OptimWrapperDict):
         getattr(optim, wrapper.__name__).register(wrapper)
     registry = importlib.import_module("mmengine.registry")
@@ -84,7 +87,9 @@ def register() -> None:
         (registry.OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPER_CONSTRUCTORS),
         (registry.OPTIMIZERS, OPTIMIZERS),
     ):
-        _open_scope("functional_optim", root, own)
+        if "functional_optim" not in root.children:
+            own.look_also(_found_in(root))
+            _open_scope("functional_optim", root, own)
     _open_scope("fo", registry.OPTIMIZERS, OPTIMIZERS)
     if MessageHub.host is None:
         MessageHub.host = CurrentHub()
@@ -103,6 +108,21 @@ def _open_scope(scope: str, root: Any, own: Registry) -> None:
     # Looked up in ours each time, where users may register more.
     kind = type("Scope", (type(root),), {"get": get})
     kind(root.name, parent=root, scope=scope)
+
+
+def _found_in(root: Any) -> Callable[[str], Any]:
+    """Return what looks a name up as MMEngine does, in the scope that is set now."""
+
+    def find(key: str) -> Any:
+        if key.partition(".")[0] in _SCOPES:
+            return None  # That would lead back here.
+        with root.switch_scope_and_registry(None) as registry:
+            try:
+                return (root if registry.scope in _SCOPES else registry).get(key)
+            except RuntimeError:  # It tried to import a dotted name.
+                return None
+
+    return find
 
 
 class CurrentHub:
