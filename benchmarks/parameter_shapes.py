@@ -12,21 +12,31 @@ Shapes: TypeAlias = list[tuple[int, ...]]
 
 def resnet50_shapes() -> Shapes:
     """Return the parameter shapes of torchvision's ResNet-50, in order."""
-    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
-    inputs = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
+    return [*_convolutions((3, 4, 6, 3), 64), (1000, 2048), (1000,)]
+
+
+def narrow_resnet152_shapes() -> Shapes:
+    """Return those of a ResNet-152 without head, 4 channels wide: 465 of them."""
+    return _convolutions((3, 8, 36, 3), 4)
+
+
+def _convolutions(blocks: tuple[int, ...], width: int) -> Shapes:
+    shapes: Shapes = [(width, 3, 7, 7), (width,), (width,)]
+    inputs = width
+    for stage, count in enumerate(blocks):
+        inner = width * 2**stage
+        for block in range(count):
             for shape in (
-                (width, inputs, 1, 1),
-                (width, width, 3, 3),
-                (4 * width, width, 1, 1),
+                (inner, inputs, 1, 1),
+                (inner, inner, 3, 3),
+                (4 * inner, inner, 1, 1),
             ):
                 shapes += [shape, shape[:1], shape[:1]]
             if block == 0:
-                downsample = (4 * width, inputs, 1, 1)
+                downsample = (4 * inner, inputs, 1, 1)
                 shapes += [downsample, downsample[:1], downsample[:1]]
-            inputs = 4 * width
-    return [*shapes, (1000, 2048), (1000,)]
+            inputs = 4 * inner
+    return shapes
 
 
 def gpt2_shapes() -> Shapes:

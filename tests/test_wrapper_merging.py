@@ -122,3 +122,43 @@ def test_tensors_are_merged_by_identity() -> None:
     optimizer = torch.optim.SGD(_groups(options), lr=0.1)
     with merged_groups(optimizer):
         assert [len(g["params"]) for g in optimizer.param_groups] == [2, 1]
+
+
+def test_changes_between_steps_are_seen() -> None:
+    """Groups are merged anew after any change: settings, keys, parameters, order."""
+    optimizer = torch.optim.SGD(_groups([{} for _ in range(3)]), lr=0.1)
+
+    def merged() -> list[tuple[float, int]]:
+        with merged_groups(optimizer):
+            found = optimizer.param_groups
+            return [(group["lr"], len(group["params"])) for group in found]
+
+    groups = optimizer.param_groups
+    assert merged() == merged() == [(0.1, 3)]
+    groups[1]["lr"] = 0.2
+    assert merged() == [(0.1, 2), (0.2, 1)]
+    groups[1]["lr"] = 0.1
+    groups[2]["mark"] = None
+    assert merged() == [(0.1, 2), (0.1, 1)]
+    groups[1]["sign"] = groups[2].pop("mark")
+    groups[0]["sign"] = None
+    assert merged() == [(0.1, 2), (0.1, 1)]
+    for group in groups:
+        group["lr"] = 0.0
+        group["sign"] = None
+    groups[2]["lr"] = -0.0
+    assert merged() == [(0.0, 2), (0.0, 1)]
+    groups.reverse()
+    assert merged() == [(0.0, 1), (0.0, 2)]
+    replaced = nn.Parameter(torch.ones(2))
+    groups[0]["params"][0] = replaced
+    groups[2]["lr"] = groups[1]["lr"] = groups[0]["lr"]
+    with merged_groups(optimizer):
+        assert optimizer.param_groups[0]["params"][0] is replaced
+    groups[1]["params"][0] = other = nn.Parameter(torch.ones(2))
+    with merged_groups(optimizer):
+        assert optimizer.param_groups[0]["params"][1] is other
+    groups[0]["params"].append(nn.Parameter(torch.ones(1)))
+    assert merged() == [(-0.0, 4)]
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -0.0})
+    assert [count for _, count in merged()] == [4, 1]
