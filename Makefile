@@ -1,4 +1,5 @@
 # make train      install and run the main job: a language model, trained in three ways
+# make examples   install and train on digits: a GAN with two wrappers, a net from configs
 # make test       install, then lint, types, doctests, tests and property tests
 # make test-hosts install, then train inside Accelerate, Lightning, MMEngine and transformers
 # make mutants    install, then break one formula at a time and see that the tests notice
@@ -14,10 +15,14 @@ ARGS ?=
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: train test test-hosts test-thorough mutants laws lint bench clean
+.PHONY: train examples test test-hosts test-thorough mutants laws lint bench clean
 
 train: $(VENV)/examples.installed
 	$(BIN)/python examples/train_language_model.py $(ARGS)
+
+examples: $(VENV)/examples.installed
+	$(BIN)/python examples/from_config.py
+	$(BIN)/python examples/gan.py
 
 test: lint
 	$(BIN)/python -m pytest --quiet -n auto --doctest-modules functional_optim tests property_tests

@@ -1,4 +1,4 @@
-"""The example and the benchmarks run, on the smallest settings."""
+"""The examples and the benchmarks run, on the smallest settings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 import subprocess
 import sys
 from types import ModuleType
@@ -48,6 +49,47 @@ def test_train_language_model(tmp_path: pathlib.Path) -> None:
     # Three steps of float64 on weights of about 1.
     assert differences["pure updates"] < 1e-13
     assert differences["torch.func"] < 1e-13
+
+
+def run_example(name: str, flags: str, *more: str) -> str:
+    """Run an example and return what it prints."""
+    script = str(ROOT / "examples" / name)
+    done = subprocess.run(
+        [sys.executable, script, *flags.split(), *more],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    return done.stdout
+
+
+def test_gan(tmp_path: pathlib.Path) -> None:
+    """Training in two sessions, from file to file, ends in the bits of one session."""
+    ends = []
+    for sessions in (1, 2):
+        out = tmp_path / str(sessions)
+        flags = f"--steps 10 --width 16 --batch-size 8 --sessions {sessions}"
+        printed = run_example("gan.py", flags, "--out", str(out))
+        assert "gen.lr 0.0005  disc.lr 0.0005" in printed
+        assert printed.count("a new session") == sessions - 1
+        assert (out / "digits.png").stat().st_size > 10_000
+        ends.append(torch.load(out / "checkpoint.pt", weights_only=True))
+    for part in ("models", "wrappers", "random"):
+        torch.testing.assert_close(ends[0][part], ends[1][part], rtol=0, atol=0)
+
+
+def test_from_config() -> None:
+    """Both configs show their settings before training, and train."""
+    printed = run_example("from_config.py", "--epochs 1 --width 8 --blocks 1")
+    rules, decay = printed.split("rules and layer decay, fo.adamw")
+    for text, stem in ((rules, "0.0025"), (decay, "0.001225")):  # 0.005 * 0.5 * 0.7^2
+        row = re.search(r"stem\.weight +\(8, 1, 3, 3\) +(\S+)", text)
+        assert row is not None
+        assert row[1] == stem
+        assert "blocks.0.norm.weight" in text
+        assert "accuracy on 400 held-out pictures: " in text
 
 
 @pytest.fixture

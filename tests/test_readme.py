@@ -33,6 +33,18 @@ def test_every_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert textwrap.indent(table, "    ") in README.read_text()
 
 
+def test_tests_that_are_named_exist() -> None:
+    """Every test and file of tests that the README names is there."""
+    text = README.read_text()
+    files = re.findall(r"`(\w+_?tests/\w+\.py|tests/\w+\.py)`", text)
+    assert len(files) > 6
+    for file in files:
+        assert (README.parent / file).is_file(), file
+    defined = (README.parent / "tests" / "test_wrapper_better.py").read_text()
+    named = set(re.findall(r"`(test_\w+)`", text))
+    assert named == set(re.findall(r"^def (test_\w+)", defined, re.MULTILINE))
+
+
 def test_no_figure_is_missing() -> None:
     """The table of speed holds measured numbers, and the picture exists."""
     text = README.read_text()
