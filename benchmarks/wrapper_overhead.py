@@ -43,6 +43,7 @@ from torch.nn import Parameter
 
 import functional_optim as fo
 from functional_optim.facade._message_hub import MessageHub
+from functional_optim.integrations import mmengine as integration
 
 MAX_NORM = 1.0
 CHECKED_STEPS = 5
@@ -94,8 +95,8 @@ def wrapped_step(
 ) -> Callable[..., None]:
     """Return a wrapper's `update_params`."""
     wrapper = kind(optimizer, clip_grad={"max_norm": MAX_NORM} if clip else None)
-    if hub is not None:
-        wrapper.message_hub = hub
+    if hub is not None:  # Under a name of its own: MMEngine's has a history, too.
+        wrapper.message_hub, wrapper.grad_name = hub, "grad_norm_of_ours"
     update: Callable[..., None] = wrapper.update_params
     return update
 
@@ -109,8 +110,6 @@ def overhead_contestants(*, clip: bool) -> Contestants:
     if optim := mmengine():
         makers[THEIRS] = functools.partial(wrapped_step, kind=optim.OptimWrapper)
         if clip:  # Only the norm goes to its message hub.
-            integration = importlib.import_module("functional_optim.integrations")
-            integration = importlib.import_module(f"{integration.__name__}.mmengine")
             connected = {"host": integration.CurrentHub()}
             hub: Any = type("ConnectedHub", (MessageHub,), connected)()
             makers[OURS_THERE] = functools.partial(

@@ -66,11 +66,17 @@ class Between:
         """
         executor = self._ready(params, names)
         wanted = {p: name for p, name in self._names.items() if p.requires_grad}
-        grads = {name: grad.detach() for name, grad in gradients_of(wanted).items()}
-        if grads:
+        grads = {
+            name: grad.detach() if grad.requires_grad else grad
+            for name, grad in gradients_of(wanted).items()
+        }
+        if not grads:
+            return
+        shown = grads
+        if self.has_state:  # A clip alone does not look at parameters.
             shown = {name: param.detach() for param, name in self._names.items()}
-            with torch.no_grad():
-                executor.run(grads, shown, context=_CONTEXT, found_inf=found_inf)
+        with torch.no_grad():
+            executor.run(grads, shown, context=_CONTEXT, found_inf=found_inf)
 
     def state(self, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> Any:
         """Return the state of the transform."""

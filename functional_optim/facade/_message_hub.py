@@ -28,8 +28,7 @@ class MessageHub:
 
     Attributes:
         host: The hub of the framework that trains, if one is connected; see
-            `functional_optim.integrations`. All is told to it as well, and what is not
-            known here it is asked for.
+            `functional_optim.integrations`. All is told to it and asked for there.
 
     Example:
         >>> import torch
@@ -55,8 +54,9 @@ class MessageHub:
             args: What else the host wants to know.
             kwargs: The same.
         """
-        self._scalars[key] = Scalar(value)
-        if self.host is not None:
+        if self.host is None:
+            self._scalars[key] = Scalar(value)
+        else:
             self.host.update_scalar(key, value, *args, **kwargs)
 
     def get_scalar(self, key: str) -> Any:

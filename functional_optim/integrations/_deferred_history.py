@@ -13,6 +13,11 @@ _MOST = 1024
 """How many numbers may wait for a reader; each holds a small piece of the device."""
 
 
+def _lies_here(value: Tensor) -> bool:
+    """Whether reading a tensor waits for nothing."""
+    return value.is_cpu
+
+
 class DeferredHistory:
     """What a MMEngine `HistoryBuffer` does, with tensors that stay where they are.
 
@@ -25,6 +30,7 @@ class DeferredHistory:
     """
 
     max_length: int
+    _waiting: list[tuple[float | Tensor, int]]
     _statistics_methods: dict[str, Any]
 
     def update(self, log_val: float | Tensor, count: int = 1) -> None:
@@ -37,31 +43,30 @@ class DeferredHistory:
         Raises:
             TypeError: it is no number.
         """
-        if not isinstance(log_val, (int, float, Tensor)):
+        if isinstance(log_val, Tensor):
+            if _lies_here(log_val):
+                log_val = log_val.item()
+            else:  # Whoever noted it may write into it afterwards.
+                log_val = log_val.detach().reshape(()).clone()
+        elif not isinstance(log_val, (int, float)):
             kind = type(log_val).__name__
             msg = f"log_val must be a number or a tensor of one element, got a {kind}"
             raise TypeError(msg)
-        if isinstance(log_val, Tensor):
-            # Whoever noted it may write into it afterwards.
-            log_val = log_val.detach().reshape(()).clone()
-        self._pending.append((log_val, count))
-        if len(self._pending) >= _MOST:
+        self._waiting.append((log_val, count))
+        if len(self._waiting) >= _MOST:
             self._read()
-
-    @property
-    def _pending(self) -> list[tuple[float | Tensor, int]]:
-        found: list[tuple[float | Tensor, int]] = self.__dict__.setdefault("waits", [])
-        return found
 
     def _read(self) -> None:
         """Bring to the host what waits."""
-        pending, self.__dict__["waits"] = self._pending, []
-        if not pending:
+        if not self._waiting:
             return
-        values, counts = zip(*pending, strict=True)
-        named = {str(index): value for index, value in enumerate(values)}
-        read = fetch({k: v for k, v in named.items() if isinstance(v, Tensor)})
-        numbers: Any = list({**named, **read}.values())
+        values, counts = zip(*self._waiting, strict=True)
+        self._waiting = []
+        waiting = {str(i): v for i, v in enumerate(values) if isinstance(v, Tensor)}
+        read = fetch(waiting)
+        numbers: Any = (
+            [read.get(str(i), v) for i, v in enumerate(values)] if read else values
+        )
         # Beyond max_length the oldest go.
         start = -self.max_length
         self._log_history = np.append(self._log_history, numbers)[start:]
@@ -76,7 +81,7 @@ class DeferredHistory:
 
     @_log_history.setter
     def _log_history(self, values: Any) -> None:
-        self.__dict__["values"] = values
+        self.__dict__["values"], self._waiting = values, []
 
     @property
     def _count_history(self) -> Any:

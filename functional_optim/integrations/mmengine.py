@@ -152,11 +152,11 @@ class CurrentHub:
             kwargs: The same.
         """
         hub = self._hubs.get_current_instance()
-        if not isinstance(value, Tensor) or key not in hub.log_scalars:
+        history = hub.log_scalars.get(key)
+        if history is None or not isinstance(value, Tensor):
             # Whether it is resumed, the hub decides on the first.
             hub.update_scalar(key, value, *args, **kwargs)
             return
-        history = hub.log_scalars[key]
         if type(history) is self._plain:
             history = self._deferred(*history.data, history.max_length)
             hub.log_scalars[key] = history
