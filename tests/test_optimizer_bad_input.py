@@ -125,7 +125,7 @@ TWICE = fo.Partition(
         ("betas", (0.9,), "betas must be a pair"),
         ("eps", -1.0, "eps must be finite and >= 0"),
         ("weight_decay", "no", "weight_decay must be a number"),
-        ("momentum", 0.9, "'momentum', which no transform"),
+        ("momentum", 0.5, "'momentum', which no transform"),
         ("max_norm", 1.0, "'max_norm'.* set it in the transform"),
         ("weight_deacy", 0.1, "did you mean 'weight_decay'"),
         ("LR", 0.1, "did you mean 'lr'"),

@@ -107,3 +107,86 @@ def test_a_state_may_be_loaded_in_inference_mode(size: int) -> None:
         optimizer.load_state_dict(optimizer.state_dict())
     optimizer.step()
     assert optimizer.state[a]["step"].item() == 2.0
+
+
+def test_pools_that_share_memory_gather_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the pass for a norm and the update others have gathered there."""
+    monkeypatch.setattr(_plan, "SCRATCH_BYTES", 0)
+    params = [Parameter(torch.full((4,), float(i + 1))) for i in range(30)]
+    twins = [Parameter(p.detach().clone()) for p in params]
+    for index, (a, b) in enumerate(zip(params, twins, strict=True)):
+        a.grad = torch.full((4,), index / 10.0)
+        b.grad = a.grad.clone()
+    chain = fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(0.1))
+    fo.TransformOptimizer(params, chain).step()
+    torch.nn.utils.clip_grad_norm_(twins, 1.0)
+    torch.optim.SGD(twins, 0.1).step()
+    for a, b in zip(params, twins, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_state_is_cut_as_its_parameter_lies() -> None:
+    """A parameter that became channels_last, with moments that are contiguous."""
+    a = Parameter(torch.linspace(-1.0, 1.0, 240).view(2, 3, 5, 8))
+    b = Parameter(a.detach().clone())
+    optimizer = fo.TransformOptimizer([a], fo.adam(0.1))
+    reference = torch.optim.Adam([b], 0.1)
+    grad = torch.linspace(1.0, 3.0, 240).view(2, 3, 5, 8).sin()
+    for step in range(4):
+        if step == 2:
+            a.data = a.data.to(memory_format=torch.channels_last)
+        a.grad, b.grad = grad * (step + 1), grad * (step + 1)
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(a, b)
+
+
+class _Counted:
+    """Divides by the largest count of the names in one call: by its own, alone."""
+
+    scope = fo.Scope.ELEMENTWISE
+
+    def init(self, params: fo.TensorMap) -> tuple[fo.TensorMap]:
+        return ({name: torch.zeros(()) for name in params},)
+
+    def update(
+        self,
+        updates: fo.TensorMap,
+        state: tuple[fo.TensorMap],
+        params: fo.TensorMap,
+        *,
+        context: fo.Context,
+    ) -> tuple[fo.TensorMap, tuple[fo.TensorMap]]:
+        counts = {**state[0], **{name: state[0][name] + 1 for name in updates}}
+        divided = {name: u / counts[name].max() for name, u in updates.items()}
+        return divided, (counts,)
+
+
+def test_a_number_of_a_number_is_not_a_tensor_like_it() -> None:
+    """Counts of 0-dim parameters stay numbers of one parameter each."""
+    a, b = Parameter(torch.tensor(1.0)), Parameter(torch.tensor(1.0))
+    chain = fo.chain(_Counted(), fo.ScaleByLearningRate(1.0))
+    optimizer = fo.TransformOptimizer([a, b], chain)
+    a.grad = torch.tensor(1.0)
+    optimizer.step()
+    # A fresh one does not know who took which step; only the counts tell.
+    fresh = fo.TransformOptimizer([a, b], chain)
+    fresh.load_state_dict(optimizer.state_dict())
+    b.grad = torch.tensor(1.0)
+    fresh.step()
+    assert a.item() == 1.0 - 1.0 - 0.5
+    assert b.item() == 0.0
+
+
+def test_a_window_that_closes_reaches_the_one_behind_it() -> None:
+    """Also for a parameter whose only gradient came before, while that stays open."""
+    a, b = _two(10)
+    chain = fo.chain(fo.Accumulate(2), fo.Accumulate(2), fo.sgd(1.0))
+    optimizer = fo.TransformOptimizer([a, b], chain)
+    for step in range(4):
+        a.grad = torch.ones(10)
+        b.grad = torch.full((10,), 4.0) if step == 0 else None
+        optimizer.step()
+    assert torch.equal(a, torch.zeros(10))
+    # Its windows: the mean of 4 and of nothing, over two; the second window has none.
+    assert torch.equal(b, torch.full((10,), 0.0))

@@ -47,7 +47,12 @@ INERT_AT_ZERO = _NOTHING_AT_ZERO - {"momentum"}
 
 
 def check_keys(
-    group: Mapping[str, Any], own: set[str], elsewhere: Iterable[str], place: str
+    group: Mapping[str, Any],
+    own: set[str],
+    elsewhere: Iterable[str],
+    place: str,
+    *,
+    new: bool,
 ) -> bool:
     """Refuse a key that looks as if it meant something, and does not.
 
@@ -59,6 +64,7 @@ def check_keys(
         own: The keys that mean something in it.
         elsewhere: Those that mean something in other groups.
         place: How to call the group in an error.
+        new: Whether the group is the user's own, and no scheduler wrote into it yet.
 
     Returns:
         Whether the answer may become another one with the same keys.
@@ -74,7 +80,8 @@ def check_keys(
         if key in _NOTHING_AT_ZERO and isinstance(value, (int, float)) and value == 0:
             changeable = True
             continue
-        if key == "momentum" and "betas" in own and group["betas"][0] == value:
+        follows = not new and key == "momentum" and "betas" in own
+        if follows and group["betas"][0] == value:
             changeable = True  # MMEngine's schedulers set it, and then betas by it.
             continue
         if key in _MEANINGFUL:

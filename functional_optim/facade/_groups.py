@@ -104,7 +104,7 @@ class Groups:
             for key, value in given.items()
             if key not in defaults or not same(value, defaults[key])
         }
-        check_keys(meant, own, (), place)
+        check_keys(meant, own, (), place, new=True)
         return [self._own_values(labels, given, defaults) for labels in choices]
 
     def _own_values(
@@ -198,7 +198,8 @@ class Groups:
         ):
             own, place = self._own[index], f"param_groups[{index}]"
             if len(group) != self._sizes[index]:
-                again = check_keys(group, own, set().union(*self._own), place)
+                everywhere = set().union(*self._own)
+                again = check_keys(group, own, everywhere, place, new=False)
                 self._sizes[index] = -1 if again else len(group)
             check_inert(group, own, place)
             try:

@@ -52,7 +52,7 @@ class WrapperState(Windowed, ShownSettings):
         if self.base_param_settings is not None:
             found["base_param_settings"] = copy.deepcopy(self.base_param_settings)
         if self._between is not None and self._between.has_state:
-            given = self._parameters(), self._parameter_names
+            given = self._parameters(), self._named
             found["transform"] = self._between.saved(*given)
         accumulation = self._saved_accumulation()
         if accumulation is not None:
@@ -93,7 +93,7 @@ class WrapperState(Windowed, ShownSettings):
                     "build it with the same transform=..."
                 )
                 raise MistakenValueError(msg)
-            state = between.loaded(data, self._parameters(), self._parameter_names)
+            state = between.loaded(data, self._parameters(), self._named)
             yield lambda: between.take(state)
         accumulation = given.pop("accumulation", None)
         if accumulation is not None:
