@@ -4,7 +4,7 @@
 # make test-hosts install, then train inside Accelerate, Lightning, MMEngine and transformers
 # make mutants    install, then break one formula at a time and see that the tests notice
 # make laws       write docs/laws.md from a run of every law on every transform
-# make bench      install and time one step, pure and in place, against torch.optim and TorchOpt
+# make bench      install and time one step, pure, in place, wrapped, against torch.optim and TorchOpt
 #
 # Each works on a fresh machine with Python 3.10 to 3.13 and nothing else.
 
@@ -48,6 +48,7 @@ lint: $(VENV)/dev.installed
 bench: $(VENV)/bench.installed
 	$(BIN)/python benchmarks/update_step.py --out benchmarks/results $(ARGS)
 	$(BIN)/python benchmarks/optimizer_step.py --out benchmarks/results $(ARGS)
+	$(BIN)/python benchmarks/wrapper_overhead.py --out benchmarks/results $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -201,6 +201,20 @@ def test_other_ways_to_say_it(way: str, tmp_path: pathlib.Path) -> None:
     assert got.norms == reference.norms
 
 
+def test_norm_of_an_instance_reaches_its_runner(tmp_path: pathlib.Path) -> None:
+    """Also if it was built before; MMEngine's tells the hub of that time."""
+
+    def logs_norm(kind: Any, folder: str) -> bool:
+        model = mmengine_runs.Regression()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapper = kind(optimizer, clip_grad={"max_norm": 0.5})
+        got = train(tmp_path / folder, wrapper, model=lambda: model)
+        return "grad_norm" in got.log[-1]
+
+    assert logs_norm(fo.OptimWrapper, "a")
+    assert not logs_norm(mmengine.optim.OptimWrapper, "b")
+
+
 def test_registries_know_each_other() -> None:
     """Names of ours behind a scope, later ones too; names of MMEngine's in ours."""
     for name in ("functional_optim.AdamW", "AdamW"):

@@ -140,12 +140,9 @@ def test_changes_between_steps_are_seen() -> None:
     groups[1]["lr"] = 0.1
     groups[2]["mark"] = None
     assert merged() == [(0.1, 2), (0.1, 1)]
-    groups[1]["sign"] = groups[2].pop("mark")
-    groups[0]["sign"] = None
-    assert merged() == [(0.1, 2), (0.1, 1)]
     for group in groups:
         group["lr"] = 0.0
-        group["sign"] = None
+        group["mark"] = None
     groups[2]["lr"] = -0.0
     assert merged() == [(0.0, 2), (0.0, 1)]
     groups.reverse()

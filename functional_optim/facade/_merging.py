@@ -82,9 +82,9 @@ def _merging_of(optimizer: Any) -> _Merging:
 
 
 def _held(groups: list[dict[str, Any]]) -> tuple[list[Any], ...]:
+    # Not the keys: those that torch reads are there in every group, from the start.
     flat = itertools.chain.from_iterable
     return (
-        list(flat(groups)),
         list(flat([group.values() for group in groups])),
         list(flat([group["params"] for group in groups])),
     )
