@@ -48,14 +48,21 @@ def once(compute: Callable[..., T], *inputs: Any) -> T:
     known = _current.known
     if known is None:
         return compute(*inputs)
-    # In a tuple of its own no number is taken for an address.
-    key = id(compute), *[(i,) if type(i) in _VALUES else id(i) for i in inputs]
+    key = id(compute), *map(_told_apart, inputs)
     found = known.get(key)
     if found is None:
         # All are kept: an address is not given to another object meanwhile.
         found = known[key] = compute(*inputs), compute, inputs
     result: T = found[0]
     return result
+
+
+def _told_apart(value: Any) -> Any:
+    """Return what is equal only for inputs that are the same."""
+    kind = type(value)
+    if kind not in _VALUES:
+        return id(value)
+    return kind, value or str(value)  # 0.0 is equal to -0.0.
 
 
 @contextlib.contextmanager

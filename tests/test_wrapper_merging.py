@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import functional_optim as fo
 from functional_optim.facade._merging import merged_groups
@@ -79,15 +80,44 @@ def test_the_same_bits(kind: Any, options: dict[str, Any]) -> None:
 def test_groups_come_back_after_an_error() -> None:
     optimizer = torch.optim.SGD(_groups([{}, {}]), lr=0.1)
     own = optimizer.param_groups
+    with pytest.raises(ZeroDivisionError), merged_groups(optimizer):
+        assert len(optimizer.param_groups) == 1 / 0
+    assert optimizer.param_groups is own
+
+
+def test_a_closure_sees_its_groups() -> None:
+    optimizer = torch.optim.SGD(_groups([{}, {}]), lr=0.1)
 
     def closure() -> float:
-        assert len(optimizer.param_groups) == 1
-        msg = "closure"
-        raise RuntimeError(msg)
+        optimizer.param_groups[1]["lr"] = 0.5
+        return 1.0
 
-    with pytest.raises(RuntimeError, match="closure"):
-        fo.OptimWrapper(optimizer).step(closure=closure)
-    assert optimizer.param_groups is own
+    assert fo.OptimWrapper(optimizer).step(closure=closure) == 1.0
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.5]
+
+
+def test_a_parameter_that_changes_its_group_takes_its_rate() -> None:
+    optimizer = torch.optim.SGD(_groups([{}, {}, {"lr": 0.5}]), lr=0.1)
+    wrapper = fo.OptimWrapper(optimizer)
+    wrapper.step()
+    moved = optimizer.param_groups[1]["params"].pop()
+    optimizer.param_groups[2]["params"].insert(0, moved)
+    before = moved.detach().clone()
+    moved.grad = torch.ones(2, 3)
+    wrapper.step()
+    assert torch.equal(moved, before - 0.5)
+
+
+def test_global_hooks_see_the_groups() -> None:
+    seen: list[int] = []
+    handle = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: seen.append(len(optimizer.param_groups))
+    )
+    try:
+        fo.OptimWrapper(torch.optim.SGD(_groups([{}, {}]), lr=0.1)).step()
+    finally:
+        handle.remove()
+    assert seen == [2]
 
 
 def _hooked() -> Any:

@@ -57,7 +57,8 @@ def apart(tensors: Sequence[Tensor], taken: Iterable[Tensor]) -> list[Tensor]:
 
 def memory_of(tensor: Tensor) -> int:
     """Return what tells whether two tensors lie in the same memory."""
-    return tensor.untyped_storage().data_ptr()
+    own = getattr(tensor, "_local_tensor", tensor)  # A DTensor has no memory itself.
+    return int(own.untyped_storage().data_ptr())
 
 
 def flat(tensor: Tensor) -> Tensor:

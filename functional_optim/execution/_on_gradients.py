@@ -44,7 +44,7 @@ class GradientExecutor:
         self._consumes = _consumes(transform)
         # Members may take over what those before them made; nothing is used again.
         self._workspace = Workspace(most=-1)
-        self.state: Any = transform.init(params)
+        self.state: Any = _kept(transform.init(params), params)
 
     def run(
         self,
@@ -76,7 +76,7 @@ class GradientExecutor:
             _check_all_moved(self._transform, moved, grads)
             if found_inf is not None:
                 new = new[-1]
-            self.state = _kept(new, grads)
+            self.state = _kept(new, grads, params)
             _write(moved, grads)
 
 
@@ -91,6 +91,9 @@ def _consumes(transform: Transform) -> bool:
 
 def _check_all_moved(transform: Transform, moved: TensorMap, grads: TensorMap) -> None:
     if moved.keys() == grads.keys():
+        for name, update in moved.items():
+            if update is not grads[name]:
+                _check_alike(transform, name, update, grads[name])
         return
     missing = [name for name in grads if name not in moved]
     msg = (
@@ -100,11 +103,22 @@ def _check_all_moved(transform: Transform, moved: TensorMap, grads: TensorMap) -
     raise ValueError(msg)
 
 
-def _kept(state: Any, grads: TensorMap) -> Any:
-    """Return a state that shares no memory with gradients: these are overwritten."""
+def _check_alike(transform: Transform, name: str, update: Tensor, grad: Tensor) -> None:
+    if update.shape == grad.shape and update.is_floating_point():
+        return
+    msg = (
+        f"{transform!r} returned shape {tuple(update.shape)} and dtype {update.dtype} "
+        f"for {name!r}, whose gradient has {tuple(grad.shape)} and {grad.dtype}; a "
+        "transform must keep the shapes of its updates"
+    )
+    raise ValueError(msg)
+
+
+def _kept(state: Any, *maps: TensorMap) -> Any:
+    """Return a state that shares no memory with what others overwrite."""
     if not any(tensor.ndim for tensor in tensors_of(state)):
         return state
-    taken = {memory_of(grad) for grad in grads.values() if grad.numel()}
+    taken = {memory_of(t) for tensors in maps for t in tensors.values() if t.numel()}
     return mapped(state, lambda t: t.clone() if memory_of(t) in taken else t)
 
 
@@ -114,6 +128,9 @@ def _write(moved: TensorMap, grads: TensorMap) -> None:
     if not pairs:
         return
     targets, sources = map(list, zip(*pairs, strict=True))
+    taken = {memory_of(target) for target in targets if target.numel()}
+    # What is written first may be what is read after.
+    sources = [s.clone() if memory_of(s) in taken else s for s in sources]
     if foreach_applies(targets) and foreach_applies(sources):
         torch._foreach_copy_(targets, sources)
     else:

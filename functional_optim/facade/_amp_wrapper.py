@@ -15,6 +15,7 @@ from functional_optim.facade._loss_scale import (
     scaler_of,
 )
 from functional_optim.facade._merging import merged_groups
+from functional_optim.facade._mistakes import MistakenTypeError
 from functional_optim.facade._registries import OPTIM_WRAPPERS
 from functional_optim.facade._registry import Switch
 from functional_optim.facade._wrapper import OptimWrapper
@@ -40,8 +41,9 @@ class AmpOptimWrapper(OptimWrapper):
         loss_scale: "dynamic", a number that stays, or a dict of the arguments of
             `torch.amp.GradScaler`.
         dtype: The dtype of autocast, such as "float16" or `torch.bfloat16`; None is the
-            device's default. With an explicit bfloat16 and "dynamic" no loss is scaled:
-            its range is that of float32.
+            device's default. With "float32" and "float64" nothing is cast. With an
+            explicit bfloat16 and "dynamic" no loss is scaled: its range is that of
+            float32.
         use_fsdp: Whether to use FSDP1's scaler, which joins overflows over processes.
         autocast: Whether the forward runs in autocast; else only the loss is scaled.
         kwargs: Arguments of `OptimWrapper`.
@@ -75,6 +77,9 @@ class AmpOptimWrapper(OptimWrapper):
         autocast: bool = True,
         **kwargs: Any,
     ) -> None:
+        if hasattr(loss_scale, "param_groups"):
+            msg = "loss_scale comes first; write AmpOptimWrapper(optimizer=optimizer)"
+            raise MistakenTypeError(msg)
         super().__init__(**kwargs)
         self.cast_dtype = checked_dtype(dtype, self.valid_dtypes)
         device = _device_type(self._parameters())
@@ -127,20 +132,32 @@ class AmpOptimWrapper(OptimWrapper):
     def _scaled_step(self, kwargs: dict[str, Any]) -> Any:
         scaler, optimizer = self.loss_scaler, self.optimizer
         pending = Pending.of(scaler)
+        if self._between is not None or self.clip_grad_kwargs:
+            if not pending.is_unscaled(optimizer):
+                scaler.unscale_(optimizer)
+            self._clip_grad(_joined(pending.found_inf(optimizer)))
         with merged_groups(optimizer) if self._merges() else contextlib.nullcontext():
-            if self._between is not None:
-                if not pending.is_unscaled(optimizer):
-                    scaler.unscale_(optimizer)
-                self._clip_grad(_joined(pending.found_inf(optimizer)))
             result = scaler.step(optimizer, **kwargs)
         self._found_inf = pending.found_inf(optimizer)
         return result
+
+    def zero_grad(self, **kwargs: Any) -> None:
+        """Set all gradients to None, or to zero.
+
+        Args:
+            kwargs: Arguments of the optimizer's `zero_grad`.
+        """
+        super().zero_grad(**kwargs)
+        pending = Pending.of(self.loss_scaler)
+        pending.remove(self)  # Nothing waits for a scale any more,
+        pending.forget(self.optimizer)  # nor is anything unscaled.
 
     @property
     def skipped(self) -> bool:
         """Whether the last step was skipped, because a gradient was not finite.
 
-        What tells lies on the device; asking for it waits for the device.
+        What tells lies on the device; no step waits for it if the optimizer is a
+        `TransformOptimizer` with `amp_scaling`. Asking for it does.
         """
         return any(bool(found.item()) for found in self._found_inf)
 
@@ -151,7 +168,8 @@ class AmpOptimWrapper(OptimWrapper):
         Args:
             model: The model as it is called, in its DDP or FSDP.
         """
-        device = _device_type(list(model.parameters()) or self._parameters())
+        param = next(model.parameters(), None)
+        device = "cpu" if param is None else param.device.type
         wide = self.cast_dtype in {torch.float32, torch.float64}
         enabled = self.autocast and not wide
         dtype = None if wide else self.cast_dtype
@@ -167,6 +185,14 @@ class AmpOptimWrapper(OptimWrapper):
         if self.loss_scaler.is_enabled():
             found["loss_scaler"] = self.loss_scaler.state_dict()
         return found
+
+    def _loss_scale(self) -> float:
+        scaler = self.loss_scaler
+        return float(scaler.get_scale()) if scaler.is_enabled() else 1.0
+
+    def _took_gradients(self) -> None:
+        super()._took_gradients()
+        Pending.of(self.loss_scaler).add(self)
 
     def _checked(self, given: dict[str, Any]) -> Iterator[Take]:
         data = given.pop("loss_scaler", None)

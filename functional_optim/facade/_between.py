@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 _OWNED = {
     Role.ACCUMULATE: "the wrapper accumulates in .grad: pass accumulative_counts",
     Role.UNSCALE: "the wrapper unscales the loss: use AmpOptimWrapper",
+    Role.LEARNING_RATE: "the optimizer takes the step: pass what comes before it, or "
+    "OptimWrapper(TransformOptimizer(params, transform))",
+    Role.GUARD: "the optimizer would step with zeros: use AmpOptimWrapper, or put it "
+    "into a TransformOptimizer",
 }
 _CONTEXT = Context()
 
@@ -37,17 +41,19 @@ class Between:
         transform: The transform.
 
     Attributes:
-        has_state: Whether its state is worth saving.
+        is_clip: Whether it is no more than a clip: it does not look at parameters, and
+            its state is not worth saving.
 
     Raises:
-        MistakenValueError: it accumulates or unscales, which the wrapper does.
+        MistakenValueError: it accumulates, unscales, steps or skips steps, which the
+            wrapper or the optimizer does.
         TypeError: it is no transform.
     """
 
-    def __init__(self, transform: Transform, *, has_state: bool = True) -> None:
+    def __init__(self, transform: Transform, *, is_clip: bool = False) -> None:
         checked_transform("transform", transform)
-        _check_not_owned(transform)
-        self.transform, self.has_state = transform, has_state
+        check_not_owned(transform, _OWNED, "cannot stand between backward and step")
+        self.transform, self.is_clip = transform, is_clip
         self._executor: GradientExecutor | None = None
         self._names: dict[Tensor, str] = {}
 
@@ -73,7 +79,7 @@ class Between:
         if not grads:
             return
         shown = grads
-        if self.has_state:  # A clip alone does not look at parameters.
+        if not self.is_clip:
             shown = {name: param.detach() for param, name in self._names.items()}
         with torch.no_grad():
             executor.run(grads, shown, context=_CONTEXT, found_inf=found_inf)
@@ -84,16 +90,21 @@ class Between:
 
     @property
     def norm(self) -> Tensor | None:
-        """The joint norm of the last step, if the transform is a clip by it."""
-        found = None if self._executor is None else self._executor.state
-        return getattr(found, "norm", None)
+        """The joint norm of the last step, if the transform clips by one."""
+        if self._executor is None:
+            return None
+        state = self._executor.state
+        if self.is_clip:  # The value is that of an infinite limit.
+            found: Tensor | None = getattr(state, "norm", getattr(state, "value", None))
+            return found
+        return readings(self.transform, state).get("norm")
 
     def can_run(self, params: Sequence[Tensor]) -> bool:
-        """Whether the parameters make one map: real numbers on one device."""
+        """Whether the parameters are real numbers of one dtype on one device."""
         if self._executor is not None and self._knows(params):
             return True
-        devices = {param.device for param in params}
-        return len(devices) == 1 and all(map(Tensor.is_floating_point, params))
+        kinds = {(param.device, param.dtype) for param in params}
+        return len(kinds) == 1 and all(map(Tensor.is_floating_point, params))
 
     def readings(self) -> dict[str, Any]:
         """Return what the transform has to tell; nothing before the first step."""
@@ -134,13 +145,25 @@ class Between:
         """Return the executor for these parameters, with the state that there was."""
         executor = self._executor
         if executor is None or not self._knows(params):
-            self._names = {p: names.get(p, str(i)) for i, p in enumerate(params)}
+            self._names = _named(params, names)
             shown = {name: param.detach() for param, name in self._names.items()}
             old, executor = executor, GradientExecutor(self.transform, shown)
             if old is not None:
                 executor.state = _grown(old.state, executor.state)
             self._executor = executor
         return executor
+
+
+def _named(params: Sequence[Tensor], names: Mapping[Tensor, str]) -> dict[Tensor, str]:
+    """Return a name for each parameter: its own, else its number."""
+    taken = {names[param] for param in params if param in names}
+    found = {}
+    for index, param in enumerate(params):
+        name = names.get(param, str(index))
+        while param not in names and name in taken:
+            name = f"_{name}"
+        found[param] = name
+    return found
 
 
 def _grown(old: Any, new: Any) -> Any:
@@ -154,10 +177,20 @@ def _grown(old: Any, new: Any) -> Any:
     return rebuilt(new, iter(nodes))
 
 
-def _check_not_owned(transform: Any) -> None:
+def check_not_owned(transform: Any, owned: Mapping[Role, str], why: str) -> None:
+    """Refuse a transform that does, at any depth, what somebody else does.
+
+    Args:
+        transform: The transform.
+        owned: What it may not do, and the remedy.
+        why: What is wrong with it.
+
+    Raises:
+        MistakenValueError: naming it and the remedy.
+    """
     role = getattr(transform, "role", None)
-    if role in _OWNED:
-        msg = f"{transform!r} cannot stand between backward and step; {_OWNED[role]}"
+    if isinstance(role, Role) and role in owned:
+        msg = f"{transform!r} {why}; {owned[role]}"
         raise MistakenValueError(msg)
     for inner in inner_transforms(transform):
-        _check_not_owned(inner)
+        check_not_owned(inner, owned, why)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from functional_optim._context import Norm
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
-from functional_optim.transforms import ClipByGlobalNorm, ClipByValue
+from functional_optim.transforms import ClipByGlobalNorm, ClipByValue, Observe
 
 if TYPE_CHECKING:
     from functional_optim._types import Transform
@@ -108,6 +109,8 @@ def _transform_of(kind: str, kwargs: dict[str, Any]) -> Transform:
             msg = f"norm_type must be a number or 'inf', got {order!r}"
             raise ValueError(msg)
         order = math.inf
+    if kwargs["max_norm"] == math.inf:  # A way to have the norm logged, and no more.
+        return Observe("norm", op=Norm(order))
     return ClipByGlobalNorm(
         kwargs["max_norm"],
         norm_type=order,

@@ -19,7 +19,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ABOVE = {"init_scale": 0.0, "growth_factor": 1.0, "backoff_factor": 0.0}
-_SCALER_KEYS = {*_ABOVE, "growth_interval", "enabled"}
+_SCALER_KEYS = {*_ABOVE, "growth_interval", "enabled", "device"}
+_LEAST = {
+    "scale": 0.0,
+    "growth_factor": 1.0,
+    "backoff_factor": 0.0,
+    "growth_interval": 0,
+    "_growth_tracker": -1,
+}
+_MOST = {
+    "scale": math.inf,
+    "growth_factor": math.inf,
+    "backoff_factor": 1.0,
+    "growth_interval": 2**31,
+    "_growth_tracker": 2**31,
+}
 
 
 def checked_dtype(dtype: Any, valid: Sequence[str]) -> torch.dtype | None:
@@ -76,7 +90,7 @@ def scaler_of(
     if use_fsdp:
         module = importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler")
         kind = module.ShardedGradScaler
-    return kind(device=device, **options), static
+    return kind(**{"device": device, **options}), static
 
 
 def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -122,6 +136,17 @@ def check_scaler_state(data: Any, needed: Iterable[str]) -> None:
         if isinstance(data[key], bool) or not isinstance(data[key], (int, float)):
             msg = f"{place}[{key!r}] must be a number, got {data[key]!r}"
             raise MistakenTypeError(msg)
+    for key, most in _MOST.items():
+        if key in data and not _LEAST[key] < data[key] < most:
+            msg = (
+                f"{place}[{key!r}] must be > {_LEAST[key]:g} and < {most:g}, got "
+                f"{data[key]}"
+            )
+            raise MistakenValueError(msg)
+    for key in {"growth_interval", "_growth_tracker"} & data.keys():
+        if not isinstance(data[key], int):
+            msg = f"{place}[{key!r}] must be an int, got {data[key]!r}"
+            raise MistakenTypeError(msg)
 
 
 def _check_above(name: str, value: Any, least: float) -> None:
@@ -150,7 +175,9 @@ class Pending:
     @classmethod
     def of(cls, scaler: torch.amp.GradScaler) -> Pending:
         """Return those of a scaler."""
-        found: Pending = cls._known.setdefault(scaler, cls(scaler))
+        found: Pending | None = cls._known.get(scaler)
+        if found is None:
+            found = cls._known[scaler] = cls(scaler)
         return found
 
     def add(self, wrapper: Any) -> None:
@@ -163,7 +190,8 @@ class Pending:
 
     def is_unscaled(self, optimizer: Any) -> bool:
         """Whether the gradients of an optimizer were unscaled since its last step."""
-        return self._states()[id(optimizer)]["stage"] is OptState.UNSCALED
+        state = self._states().get(id(optimizer))  # None yet, or no scaling.
+        return state is not None and state["stage"] is OptState.UNSCALED
 
     def found_inf(self, optimizer: Any) -> list[Tensor]:
         """Return what tells whether gradients were not finite, for each device."""
@@ -188,6 +216,11 @@ class Pending:
             self._earlier += 1
             states[-self._earlier] = states.pop(id(optimizer))
 
+    def forget(self, optimizer: Any) -> None:
+        """Forget that gradients were unscaled: they are gone, their step failed."""
+        if self.is_unscaled(optimizer):
+            self._states().pop(id(optimizer))
+
     def update(self, new_scale: float | None) -> None:
         """Update the scale if no wrapper waits for it to stay."""
         scaler = self._scaler()
@@ -198,5 +231,6 @@ class Pending:
 
     def _states(self) -> dict[int, dict[str, Any]]:
         scaler: Any = self._scaler()
-        states: dict[int, dict[str, Any]] = scaler._per_optimizer_states
+        states: dict[int, dict[str, Any]]
+        states = getattr(scaler, "_per_optimizer_states", {})
         return states

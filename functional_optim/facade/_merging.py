@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import (
+    _global_optimizer_post_hooks,
+    _global_optimizer_pre_hooks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
@@ -50,12 +54,15 @@ def merged_groups(optimizer: Any) -> Iterator[None]:
 
 
 def _may_merge(optimizer: Any) -> bool:
-    kind = type(optimizer)
+    kind, step = type(optimizer), vars(optimizer).get("step")
     return (
         f"{kind.__module__}.".startswith("torch.optim.")
         and not isinstance(optimizer, torch.optim.LBFGS)
         and not optimizer._optimizer_step_pre_hooks
         and not optimizer._optimizer_step_post_hooks
+        and not _global_optimizer_pre_hooks
+        and not _global_optimizer_post_hooks
+        and (step is None or hasattr(step, "_wrapped_by_lr_sched"))
     )
 
 
@@ -63,7 +70,8 @@ class _Merging(NamedTuple):
     """Merged groups, and what the groups held that they were made of."""
 
     merged: list[dict[str, Any]]
-    held: tuple[list[Any], ...]
+    held: tuple[list[Any], list[Any]]
+    sizes: list[int]
 
 
 _last: weakref.WeakKeyDictionary[Any, _Merging] = weakref.WeakKeyDictionary()
@@ -75,13 +83,14 @@ def _merging_of(optimizer: Any) -> _Merging:
     Looking takes a quarter of the time of merging.
     """
     groups, last = optimizer.param_groups, _last.get(optimizer)
-    held = _held(groups)
-    if last is None or not all(map(_are_same, held, last.held)):
-        _last[optimizer] = last = _Merging(_merged(groups), held)
+    held, sizes = _held(groups), [len(group["params"]) for group in groups]
+    same = last is not None and sizes == last.sizes
+    if last is None or not (same and all(map(_are_same, held, last.held))):
+        _last[optimizer] = last = _Merging(_merged(groups), held, sizes)
     return last
 
 
-def _held(groups: list[dict[str, Any]]) -> tuple[list[Any], ...]:
+def _held(groups: list[dict[str, Any]]) -> tuple[list[Any], list[Any]]:
     # Not the keys: those that torch reads are there in every group, from the start.
     flat = itertools.chain.from_iterable
     return (

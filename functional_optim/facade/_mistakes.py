@@ -11,5 +11,13 @@ class MistakenValueError(ValueError, AssertionError):
     """An argument has a value that cannot be used."""
 
 
+class MissingError(KeyError, AssertionError):
+    """A name that is not there."""
+
+    def __str__(self) -> str:
+        """Return the message, which a KeyError would put into quotes."""
+        return str(self.args[0])
+
+
 class MistakenTypeError(TypeError, AssertionError):
     """An argument is of a type that cannot be used."""

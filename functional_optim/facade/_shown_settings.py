@@ -33,7 +33,7 @@ class ShownSettings:
     _accumulative_counts: int
 
     def _start_settings(self) -> None:
-        self._named = {}
+        self._named = _names_in(self.optimizer.param_groups)
         self.paramwise_sources = {}
         self.base_param_settings = None
         if len(self.optimizer.param_groups) > 1:
@@ -109,6 +109,17 @@ class ShownSettings:
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def _names_in(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
+    """Return the names that torch keeps where parameters came with names."""
+    return {
+        param: name
+        for group in groups
+        for param, name in zip(
+            group["params"], group.get("param_names") or (), strict=False
+        )
+    }
 
 
 def _momentum_of(group: Mapping[str, Any]) -> Any:

@@ -23,7 +23,8 @@ def check_counts(name: str, value: Any, least: int) -> None:
         MistakenTypeError: it is no int.
         MistakenValueError: it is below the least.
     """
-    if isinstance(value, bool) or not isinstance(value, int):
+    # numpy's numbers have an index, too.
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
         msg = f"{name} must be an int, a number of micro-batches, got {value!r}"
         raise MistakenTypeError(msg)
     if value < least:
@@ -40,12 +41,16 @@ class Windowed:
     _remainder_counts: int
     _unspent: bool
     """Whether there are gradients that no `zero_grad` took."""
+    _began_at: int
+    """Where counting began."""
+    _warned: bool
 
     def _start_counts(self, accumulative_counts: int) -> None:
         self._accumulative_counts = accumulative_counts
         self._inner_count = 0
         self._max_counts = self._remainder_counts = -1
-        self._unspent = False
+        self._unspent = self._warned = False
+        self._began_at = 0
 
     def initialize_count_status(
         self, model: nn.Module, init_counts: int, max_counts: int
@@ -63,7 +68,8 @@ class Windowed:
         check_counts("init_counts", init_counts, 0)
         check_counts("max_counts", max_counts, -1)
         resumed = self._unspent and init_counts == self._inner_count
-        self._inner_count, self._max_counts = init_counts, max_counts
+        self._inner_count = self._began_at = init_counts
+        self._max_counts = max_counts
         every = self._accumulative_counts
         if init_counts % every != 0 and not resumed:
             _logger.warning(

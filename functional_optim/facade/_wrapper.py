@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from functional_optim.facade._between import Between
-from functional_optim.facade._clip_grad import clip_grad_of
+from functional_optim._types import Role
+from functional_optim.facade._between import Between, check_not_owned
+from functional_optim.facade._clip_grad import ClipGrad, clip_grad_of
 from functional_optim.facade._merging import merged_groups
 from functional_optim.facade._message_hub import MessageHub
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
+from functional_optim.facade._optimizer import TransformOptimizer
 from functional_optim.facade._registries import OPTIM_WRAPPERS
 from functional_optim.facade._synchronization import Suppression
 from functional_optim.facade._windowed import check_counts
@@ -71,13 +73,15 @@ class OptimWrapper(WrapperState):
         transform: Transform | None = None,
         merge_groups: bool = True,
     ) -> None:
-        if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
-            msg = f"optimizer must be a torch.optim.Optimizer, got {optimizer!r}"
+        _check_optimizer(optimizer)
+        if not isinstance(merge_groups, bool):
+            msg = f"merge_groups must be True or False, got {merge_groups!r}"
             raise MistakenTypeError(msg)
         check_counts("accumulative_counts", accumulative_counts, 1)
         self._start_counts(accumulative_counts)
         self.optimizer = optimizer
         self.clip_grad_kwargs: dict[str, Any] | None = None
+        self._clipped_by: dict[str, Any] | None = None
         self._between: Between | None = None
         if transform is not None:
             if clip_grad is not None:
@@ -88,10 +92,7 @@ class OptimWrapper(WrapperState):
                 raise MistakenValueError(msg)
             self._between = Between(transform)
         if clip_grad is not None:
-            clip = clip_grad_of(clip_grad)
-            self.clip_grad_kwargs = clip.kwargs
-            self.clip_func, self.grad_name = clip.func, clip.name
-            self._between = Between(clip.transform, has_state=False)
+            self._set_clip(clip_grad_of(clip_grad))
         self.merge_groups = merge_groups
         self.message_hub: Any = MessageHub()
         self._suppression = Suppression()
@@ -115,6 +116,7 @@ class OptimWrapper(WrapperState):
         Raises:
             ValueError: the loss is not a single number.
         """
+        self._check_loss(loss, {})
         loss = self.scale_loss(loss)
         self.backward(loss)
         if self.should_update():
@@ -144,9 +146,10 @@ class OptimWrapper(WrapperState):
         Returns:
             What the optimizer's `step` returns.
         """
-        if self._between is not None:
+        if self._between is not None or self.clip_grad_kwargs:
             self._clip_grad()
-        if not self._merges():
+        # A closure may look at the groups, or step a scheduler.
+        if not self._merges() or "closure" in kwargs:
             return self.optimizer.step(**kwargs)
         with merged_groups(self.optimizer):
             return self.optimizer.step(**kwargs)
@@ -172,13 +175,20 @@ class OptimWrapper(WrapperState):
             model: The model as it is called, in its DDP or FSDP.
         """
         self._suppression.end()
-        if not self.should_sync():
+        if self.should_sync():
+            self._suppression.lift(model)
+        else:
             self._suppression.begin(model)
         try:
             yield
         except BaseException:
             self._suppression.end()
             raise
+
+    @property
+    def transform(self) -> Transform | None:
+        """What stands between backward and step: the clip, if that was asked for."""
+        return None if self._between is None else self._between.transform
 
     def _merges(self) -> bool:
         return self.merge_groups and len(self.optimizer.param_groups) > 1
@@ -204,17 +214,45 @@ class OptimWrapper(WrapperState):
     def _clip_grad(self, found_inf: Tensor | None = None) -> None:
         """Run what stands between backward and step on the gradients."""
         between = self._between
-        if between is None:
-            return
+        if between is None or between.is_clip:
+            if not self.clip_grad_kwargs:  # Somebody took it away.
+                return
+            between = self._current_clip(between)
+            found_inf = None
         params = self._parameters()
-        if self.clip_grad_kwargs is None:
+        if not between.is_clip or between.can_run(params):
             between.run(params, self._named, found_inf)
-            return
-        if between.can_run(params):
-            between.run(params, self._named)
             norm = between.norm
         else:  # On several devices: torch joins their norms itself.
             moved = [p for p in params if p.requires_grad and p.grad is not None]
-            norm = self.clip_func(moved, **self.clip_grad_kwargs) if moved else None
+            norm = self.clip_func(moved, **(self.clip_grad_kwargs or {}))
         if norm is not None:
-            self.message_hub.update_scalar(f"train/{self.grad_name}", norm)
+            name = getattr(self, "grad_name", "grad_norm")
+            self.message_hub.update_scalar(f"train/{name}", norm)
+
+    def _set_clip(self, clip: ClipGrad) -> Between:
+        self.clip_grad_kwargs = clip.kwargs
+        self._clipped_by = dict(clip.kwargs)
+        self.clip_func, self.grad_name = clip.func, clip.name
+        self._between = Between(clip.transform, is_clip=True)
+        return self._between
+
+    def _current_clip(self, between: Between | None) -> Between:
+        """Return the clip that `clip_grad_kwargs` asks for now: it may be written."""
+        kwargs = self.clip_grad_kwargs or {}
+        if between is not None and kwargs == self._clipped_by:
+            return between
+        kind = "value" if "clip_value" in kwargs else "norm"
+        return self._set_clip(clip_grad_of({"type": kind, **kwargs}))
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    is_wrapper = isinstance(optimizer, WrapperState)
+    if is_wrapper or not all(hasattr(optimizer, a) for a in ("param_groups", "step")):
+        kind = f"a {type(optimizer).__name__}" if is_wrapper else repr(optimizer)
+        msg = f"optimizer must be a torch.optim.Optimizer, got {kind}"
+        raise MistakenTypeError(msg)
+    if isinstance(optimizer, TransformOptimizer):
+        why = "inside the optimizer of a wrapper would see sums of micro-batches"
+        remedy = "the wrapper accumulates in .grad: pass accumulative_counts"
+        check_not_owned(optimizer.transform, {Role.ACCUMULATE: remedy}, why)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
+import torch
+
+from functional_optim.facade._fitting import undo_of
+from functional_optim.facade._mistakes import (
+    MissingError,
+    MistakenTypeError,
+    MistakenValueError,
+)
 from functional_optim.facade._wrapper import OptimWrapper
 
 if TYPE_CHECKING:
@@ -42,12 +48,14 @@ class OptimWrapperDict(OptimWrapper):
         mmengine.optim.OptimWrapperDict 0.10.
     """
 
-    def __init__(self, **optim_wrappers: OptimWrapper) -> None:
+    def __init__(self, /, **optim_wrappers: OptimWrapper) -> None:
         for name, wrapper in optim_wrappers.items():
-            if not isinstance(wrapper, OptimWrapper):
+            nested = isinstance(wrapper, OptimWrapperDict)
+            if nested or not isinstance(wrapper, OptimWrapper):
                 msg = (
                     f"OptimWrapperDict takes OptimWrapper instances, got {name}: "
-                    f"{type(wrapper).__name__}; wrap it: OptimWrapper(optimizer)"
+                    f"{type(wrapper).__module__}.{type(wrapper).__name__}; wrap an "
+                    "optimizer: OptimWrapper(optimizer)"
                 )
                 raise MistakenTypeError(msg)
         self.optim_wrappers = optim_wrappers
@@ -171,16 +179,21 @@ class OptimWrapperDict(OptimWrapper):
                     f"{', '.join(self.optim_wrappers)}"
                 )
                 raise MistakenValueError(msg)
-        loaded: dict[str, Any] = {}
-        try:
-            for name, data in state_dict.items():
-                before = copy.deepcopy(self.optim_wrappers[name].state_dict())
-                self.optim_wrappers[name].load_state_dict(data)
-                loaded[name] = before
-        except Exception:
-            for name, before in loaded.items():
-                self.optim_wrappers[name].load_state_dict(before)
-            raise
+        loads = {n: self.optim_wrappers[n].prepared(d) for n, d in state_dict.items()}
+        undo = []
+        with torch.inference_mode(mode=False):
+            try:
+                for name, load in loads.items():
+                    optimizer = self.optim_wrappers[name].optimizer
+                    undo.append(undo_of(optimizer))
+                    optimizer.load_state_dict(load.optimizer)
+            except Exception:
+                for back in undo:
+                    back()
+                raise
+            for load in loads.values():
+                for take in load.takes:
+                    take()
 
     def summary(self, print_fn: Any = print) -> None:
         """Print the settings of each wrapper under its name."""
@@ -211,7 +224,7 @@ class OptimWrapperDict(OptimWrapper):
                 f"Cannot find {key!r} in OptimWrapperDict, it has "
                 f"{', '.join(self.optim_wrappers)}"
             )
-            raise _MissingError(msg)
+            raise MissingError(msg)
         return self.optim_wrappers[key]
 
     def __contains__(self, key: object) -> bool:
@@ -220,12 +233,12 @@ class OptimWrapperDict(OptimWrapper):
     def __len__(self) -> int:
         return len(self.optim_wrappers)
 
+    def __getattr__(self, name: str) -> Any:
+        msg = (
+            f"OptimWrapperDict has no attribute {name!r}; its wrappers may have: "
+            f"wrappers[name].{name}"
+        )
+        raise AttributeError(msg)
+
     def __repr__(self) -> str:
         return "".join(f"name: {name}\n{w!r}" for name, w in self.items())
-
-
-class _MissingError(KeyError, AssertionError):
-    """A name that no wrapper has; MMEngine raises AssertionError for it."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])

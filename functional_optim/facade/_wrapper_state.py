@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from functional_optim.facade._fitting import check_fits, undo_of
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
+from functional_optim.facade._optimizer import TransformOptimizer
 from functional_optim.facade._shown_settings import ShownSettings
 from functional_optim.facade._windowed import Windowed, check_counts
 
@@ -20,21 +23,19 @@ Take: TypeAlias = Callable[[], None]
 """Takes over what was checked before; it cannot fail."""
 
 _COUNTS = {"inner_count": 0, "max_counts": -1, "remainder_counts": -1}
-_LIKE_PARAMETERS = {
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "momentum_buffer",
-    "square_avg",
-    "grad_avg",
-    "acc_delta",
-    "sum",
-    "exp_inf",
-    "prev",
-    "step_size",
-    "ax",
-}
-"""What torch's optimizers keep in the shape of a parameter."""
+_logger = logging.getLogger("functional_optim")
+
+
+class Prepared(NamedTuple):
+    """A state that was checked, and is not loaded yet.
+
+    Attributes:
+        optimizer: What the optimizer is to load.
+        takes: What the wrapper takes over when it has.
+    """
+
+    optimizer: dict[str, Any]
+    takes: list[Take]
 
 
 class WrapperState(Windowed, ShownSettings):
@@ -43,15 +44,18 @@ class WrapperState(Windowed, ShownSettings):
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer, and beside it what the wrapper adds.
 
+        Gradients that wait for a step are those of this process: with several, save
+        where a window ends, or on each of them.
+
         Returns:
             What the optimizer returns, with `base_param_settings` if there are several
             groups, `transform` if one was given, and `accumulation` once a micro-batch
-            was counted: the counts, and inside a window the gradients so far.
+            was counted: the counts, and the gradients that wait for a step.
         """
         found = dict(self.optimizer.state_dict())
         if self.base_param_settings is not None:
             found["base_param_settings"] = copy.deepcopy(self.base_param_settings)
-        if self._between is not None and self._between.has_state:
+        if self._between is not None and not self._between.is_clip:
             given = self._parameters(), self._named
             found["transform"] = self._between.saved(*given)
         accumulation = self._saved_accumulation()
@@ -62,22 +66,45 @@ class WrapperState(Windowed, ShownSettings):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state, of this class or of MMEngine's.
 
+        Without counts in it, as MMEngine saves it, a window that is open is given up,
+        and counting begins where it began before.
+
         Args:
             state_dict: What `state_dict` returned; it does not change.
 
         Raises:
             ValueError, TypeError: it does not fit; nothing has changed then.
         """
+        prepared = self.prepared(state_dict)
+        optimizer = self.optimizer
+        with torch.inference_mode(mode=False):
+            # Ours checks before it changes anything.
+            own = isinstance(optimizer, TransformOptimizer)
+            undo = None if own else undo_of(optimizer)
+            try:
+                optimizer.load_state_dict(prepared.optimizer)
+            except Exception:
+                if undo is not None:
+                    undo()
+                raise
+            for take in prepared.takes:
+                take()
+
+    def prepared(self, state_dict: Mapping[str, Any]) -> Prepared:
+        """Check a saved state, and return what there is to load; nothing changes.
+
+        Raises:
+            ValueError, TypeError: it does not fit.
+        """
         if not isinstance(state_dict, Mapping):
             msg = f"state_dict must be a dict, got a {type(state_dict).__name__}"
             raise MistakenTypeError(msg)
         given = dict(state_dict)
-        takes = list(self._checked(given))
+        with torch.inference_mode(mode=False):
+            takes = list(self._checked(given))
         given.pop("loss_scaler", None)  # Of mixed precision, which may be off now.
-        _check_fits(given, self.optimizer.param_groups)
-        self.optimizer.load_state_dict(given)
-        for take in takes:
-            take()
+        check_fits(given, self.optimizer)
+        return Prepared(given, takes)
 
     def _checked(self, given: dict[str, Any]) -> Iterator[Take]:
         """Check what the wrapper adds, and take it out of a dict of the caller's."""
@@ -87,7 +114,7 @@ class WrapperState(Windowed, ShownSettings):
         data = given.pop("transform", None)
         between = self._between
         if data is not None:
-            if between is None or not between.has_state:
+            if between is None or between.is_clip:
                 msg = (
                     "state_dict has the state of a transform, this wrapper has none; "
                     "build it with the same transform=..."
@@ -96,14 +123,21 @@ class WrapperState(Windowed, ShownSettings):
             state = between.loaded(data, self._parameters(), self._named)
             yield lambda: between.take(state)
         accumulation = given.pop("accumulation", None)
-        if accumulation is not None:
-            yield self._checked_accumulation(accumulation)
+        yield (
+            self._give_up_window
+            if accumulation is None
+            else self._checked_accumulation(accumulation)
+        )
 
     def _checked_base_settings(self, base: Any) -> Take:
+        own = self.base_param_settings
         if not isinstance(base, Mapping):
             kind = type(base).__name__
             msg = f"base_param_settings must be a dict, got a {kind}"
             raise MistakenTypeError(msg)
+        if own is not None and "lr" in own and "lr" not in base:
+            msg = f"base_param_settings lacks 'lr', it has {sorted(map(str, base))}"
+            raise MistakenValueError(msg)
 
         def take() -> None:
             if self.base_param_settings is not None:
@@ -112,6 +146,14 @@ class WrapperState(Windowed, ShownSettings):
         return take
 
     # -- windows ---------------------------------------------------------------------
+
+    def _loss_scale(self) -> float:
+        """Return what gradients that wait for a step are multiplied by."""
+        return 1.0
+
+    def _took_gradients(self) -> None:
+        """Note that there are gradients that wait for a step."""
+        self._unspent = True
 
     def _saved_accumulation(self) -> dict[str, Any] | None:
         counts = {key: getattr(self, f"_{key}") for key in _COUNTS}
@@ -126,11 +168,30 @@ class WrapperState(Windowed, ShownSettings):
             return None
         found: dict[str, Any] = dict(counts)
         if unspent:
+            self._warn_of_other_processes()
             found["gradients"] = {i: g.detach().clone() for i, g in grads.items()}
+            found["loss_scale"] = self._loss_scale()
         elif grads:
             # zero_grad(set_to_none=False): a zero is not the same as no gradient.
             found["zeros"] = list(grads)
         return found
+
+    def _warn_of_other_processes(self) -> None:
+        several = (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        )
+        if several and torch.distributed.get_world_size() > 1 and not self._warned:
+            self._warned = True
+            _logger.warning(
+                "The state is saved while gradients wait for a step; they are those of "
+                "this process. Save where a window ends, or on each process."
+            )
+
+    def _give_up_window(self) -> None:
+        if self._inner_count != self._began_at or self._unspent:
+            self._inner_count, self._unspent = self._began_at, False
+            for param in self._parameters():
+                param.grad = None
 
     def _checked_accumulation(self, data: Any) -> Take:
         place = "state_dict['accumulation']"
@@ -139,6 +200,10 @@ class WrapperState(Windowed, ShownSettings):
             raise MistakenValueError(msg)
         for key, least in _COUNTS.items():
             check_counts(f"{place}[{key!r}]", data[key], least)
+        scale = data.get("loss_scale", 1.0)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale <= 0:
+            msg = f"{place}['loss_scale'] must be a number above 0, got {scale!r}"
+            raise MistakenValueError(msg)
         params = self._parameters()
         grads, zeros = data.get("gradients", {}), data.get("zeros", [])
         if not isinstance(grads, Mapping) or not isinstance(zeros, list):
@@ -151,76 +216,57 @@ class WrapperState(Windowed, ShownSettings):
                     f"has {len(params)} parameters; it is of another model"
                 )
                 raise MistakenValueError(msg)
-        for index, grad in grads.items():
-            shape = tuple(params[index].shape)
-            if not isinstance(grad, Tensor) or grad.shape != shape:
-                told = tuple(grad.shape) if isinstance(grad, Tensor) else repr(grad)
-                msg = (
-                    f"{place}['gradients'][{index}] must have the shape of its "
-                    f"parameter, {shape}, got {told}; it is of another model"
-                )
-                raise MistakenValueError(msg)
+        new = {i: _checked_gradient(place, i, g, params[i]) for i, g in grads.items()}
+        new |= {i: torch.zeros_like(params[i]) for i in zeros}
 
         def take() -> None:
             for key in _COUNTS:
                 setattr(self, f"_{key}", data[key])
-            self._unspent = "gradients" in data
+            self._unspent = False
+            factor = self._loss_scale() / scale if grads else 1.0
             for index, param in enumerate(params):
-                _set_gradient(param, grads.get(index), zero=index in zeros)
+                grad = new.get(index)
+                if grad is not None and factor != 1.0:
+                    grad = grad * factor
+                _set_gradient(param, grad)
+            if "gradients" in data:
+                self._took_gradients()
 
         return take
 
 
-def _set_gradient(param: Tensor, grad: Tensor | None, *, zero: bool) -> None:
-    if grad is None and not zero:
-        param.grad = None
-        return
-    if param.grad is None:
-        param.grad = torch.zeros_like(param)
-    if grad is None:
-        param.grad.zero_()
-    else:
-        param.grad.copy_(grad)
-
-
-def _check_fits(data: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
-    """Refuse a state of another model: torch loads some of them, and fails later.
-
-    Raises:
-        MistakenValueError: saying what differs.
-    """
-    for key in ("state", "param_groups"):
-        if key not in data:
-            msg = f"state_dict lacks {key!r}, it has {sorted(map(str, data))}"
-            raise MistakenValueError(msg)
-    saved = data["param_groups"]
-    if len(saved) != len(groups):
+def _checked_gradient(place: str, index: int, grad: Any, param: Tensor) -> Tensor:
+    fits = (
+        isinstance(grad, Tensor)
+        and grad.shape == param.shape
+        and grad.is_complex() == param.is_complex()
+        and grad.is_meta == param.is_meta
+    )
+    if not fits:
+        told = repr(grad)
+        if isinstance(grad, Tensor):
+            told = f"{tuple(grad.shape)}, {grad.dtype} on {grad.device}"
         msg = (
-            f"state_dict has {len(saved)} parameter groups, the optimizer "
-            f"{len(groups)}; it is of another model or paramwise_cfg"
+            f"{place}['gradients'][{index}] must be like its parameter, "
+            f"{tuple(param.shape)}, {param.dtype}, got {told}; it is of another model"
         )
         raise MistakenValueError(msg)
-    for index, (theirs, own) in enumerate(zip(saved, groups, strict=True)):
-        if len(theirs["params"]) != len(own["params"]):
-            msg = (
-                f"param_groups[{index}] of state_dict has {len(theirs['params'])} "
-                f"parameters, the optimizer's {len(own['params'])}"
-            )
-            raise MistakenValueError(msg)
-        for key, param in zip(theirs["params"], own["params"], strict=True):
-            _check_entry(data["state"].get(key), key, param)
+    own: Tensor = grad.detach().to(param.device, copy=True)
+    return own
 
 
-def _check_entry(entry: Any, key: Any, param: Tensor) -> None:
-    if not isinstance(entry, Mapping):
-        return
-    for name, value in entry.items():
-        if name not in _LIKE_PARAMETERS or not isinstance(value, Tensor):
-            continue
-        if value.ndim and value.shape != param.shape:
-            msg = (
-                f"{name!r} of parameter {key} has shape {tuple(value.shape)} in "
-                f"state_dict, the parameter {tuple(param.shape)}; it is of another "
-                "model"
-            )
-            raise MistakenValueError(msg)
+def _set_gradient(param: Tensor, grad: Tensor | None) -> None:
+    """Put a gradient where the old one lies, so that views of it stay valid."""
+    old = param.grad
+    in_place = (
+        old is not None
+        and grad is not None
+        and old.layout is grad.layout is torch.strided
+        and old.dtype is grad.dtype
+        and not old.is_inference()
+        and 0 not in old.stride()
+    )
+    if in_place and old is not None and grad is not None:
+        old.detach().copy_(grad)
+    else:
+        param.grad = grad
