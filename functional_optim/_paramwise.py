@@ -6,15 +6,14 @@ pure way.
 
 For one parameter the rules come in this order; those not given are passed over.
 
-- `lr_mult` and `decay_mult` multiply everybody's, whatever else decides.
 - The longest key of `custom_keys` that the name contains decides alone: none of the
   rules below counts for this parameter.
+- `lr_mult` and `decay_mult` multiply all others, whatever else decides.
 - Learning rate: `bias_lr_mult`, `dcn_offset_lr_mult`, which exclude each other.
 - Weight decay: `norm_decay_mult`, `bias_decay_mult`, `dwconv_decay_mult`,
   `flat_decay_mult`; the first that fits the parameter wins.
 
-With `compose=True` nothing switches anything off: all keys of `custom_keys` that the
-name contains multiply each other, and what the kind of layer asks for.
+With `compose=True` nothing switches anything off: every rule that fits multiplies.
 """
 
 from __future__ import annotations
@@ -90,7 +89,8 @@ class ParamwiseRules:
 
     Args:
         config: The `paramwise_cfg`.
-        strict: Whether keys that are no rules are refused; others may have their own.
+        strict: Whether all keys that are no rules are refused, not only those that
+            nearly are: others may have their own.
 
     Raises:
         TypeError: a part of it is of a type that means nothing there.
@@ -104,8 +104,11 @@ class ParamwiseRules:
                 f"but got {type(config).__name__} {config!r}"
             )
             raise TypeError(msg)
-        for key in config if strict else ():
-            if key not in RULE_NAMES:
+        for key in config:
+            if key in RULE_NAMES:
+                continue
+            near = difflib.get_close_matches(str(key), RULE_NAMES, cutoff=0.9)
+            if strict or near:
                 msg = (
                     f"paramwise_cfg has no rule {key!r}; "
                     f"{did_you_mean(str(key), RULE_NAMES)}"
@@ -147,6 +150,7 @@ class ParamwiseRules:
         if not self._composes:
             keys = keys[:1]
             kinds = [] if keys else kinds
+            everywhere = [] if keys else everywhere
         options: dict[str, Any] = {}
         for key in reversed(keys):  # The longest has the last word.
             options |= self._custom[key]
@@ -156,7 +160,8 @@ class ParamwiseRules:
             if name in options:
                 given = [self._custom[key].get(name, 1.0) for key in keys]
                 options[name] = _product(given)
-            kind = [rule for rule in kinds if rule in rules][:1]
+            kind = [rule for rule in kinds if rule in rules]
+            kind = kind if self._composes else kind[:1]
             products[name] = _product(
                 [
                     *(self._multipliers[rule] for rule in everywhere if rule == name),

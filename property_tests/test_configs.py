@@ -105,18 +105,20 @@ def _factors(
         "dwconv_decay_mult": depthwise,
         "flat_decay_mult": param.ndim == 1 and not in_deform,
     }
-    lrs = [rules[rule] for rule in ("lr_mult",) if rule in rules]
-    decays = [rules[rule] for rule in ("decay_mult",) if rule in rules]
     keys = [key for key in rules.get("custom_keys", {}) if key in f"{prefix}.{last}"]
     keys.sort(key=lambda key: (-len(key), key))
     composes = rules.get("compose", False)
+    lrs, decays = [], []
+    if composes or not keys:
+        lrs += [rules[rule] for rule in ("lr_mult",) if rule in rules]
+        decays += [rules[rule] for rule in ("decay_mult",) if rule in rules]
     for key in keys if composes else keys[:1]:
         lrs.append(rules["custom_keys"][key].get("lr_mult", 1.0))
         decays.append(rules["custom_keys"][key].get("decay_mult", 1.0))
     if composes or not keys:
         lrs += [rules[r] for r in fits if r in rules and fits[r] and "lr" in r]
         found = [rules[r] for r in DECAY_RULES if r in rules and fits[r]]
-        decays += found[:1]
+        decays += found if composes else found[:1]
     return lrs, decays
 
 

@@ -140,17 +140,19 @@ def test_constructor_decides_the_same(rules, expected) -> None:
 
 @pytest.mark.parametrize("rule", ["lr_mult", "decay_mult"])
 def test_rules_for_all_multiply_what_else_applies(rule) -> None:
-    """`lr_mult` and `decay_mult` count for everybody, on top of the rule that won."""
+    """`lr_mult` and `decay_mult` multiply what won, where no custom key decides."""
     rules = {**ALL, "custom_keys": CUSTOM}
     before = fo.paramwise_multipliers(Model(), rules)
     after = fo.paramwise_multipliers(Model(), {**rules, rule: 0.5})
     for name, old in before.items():
         lr, decay = (0.5, 1.0) if rule == "lr_mult" else (1.0, 0.5)
+        if any(key in name for key in CUSTOM):
+            lr = decay = 1.0
         assert after[name] == (old.lr * lr, old.weight_decay * decay)
 
 
 def test_composing_rules_multiply() -> None:
-    """With `compose` custom keys multiply each other, and the rule for the layer."""
+    """With `compose` every rule that fits multiplies."""
     rules = {
         **ALL,
         "lr_mult": 10.0,
@@ -165,7 +167,7 @@ def test_composing_rules_multiply() -> None:
     assert found["deform.conv_offset.bias"] == pytest.approx(
         (10.0 * 3.0 * 7.0 * 0.1, 5.0 * 11.0)
     )
-    assert found["deform.bias"] == (10.0 * 3.0 * 2.0, 5.0 * 11.0 * 0.5)
+    assert found["deform.bias"] == (10.0 * 3.0 * 2.0, 5.0 * 11.0 * 0.5 * 0.75)
     assert found["deform.norm.weight"] == (10.0 * 3.0, 0.0)
     assert found["scale"] == (10.0, 0.75)
 

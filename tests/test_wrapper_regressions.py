@@ -229,7 +229,8 @@ def test_after_an_error_in_a_step_gradients_are_unscaled_again() -> None:
     def update(updates: fo.TensorMap, state: Any, params: fo.TensorMap) -> Any:
         calls.append(1)
         if len(calls) == 1:
-            raise OSError("full")
+            msg = "full"
+            raise OSError(msg)
         return {name: u * 1.0 for name, u in updates.items()}, state
 
     param = _param(1.0)

@@ -61,7 +61,9 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrappe
         )
         raise TypeError(msg)
     wrapper_cfg = copied(cfg)
-    kind = wrapper_cfg.pop("constructor", DefaultOptimWrapperConstructor)
+    # By name, so that another one registered under it is taken.
+    default = DefaultOptimWrapperConstructor.__name__
+    kind = wrapper_cfg.pop("constructor", default)
     paramwise_cfg = wrapper_cfg.pop("paramwise_cfg", None)
     constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
         {

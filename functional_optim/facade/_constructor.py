@@ -40,10 +40,10 @@ class DefaultOptimWrapperConstructor:
     own, whose `lr` and `weight_decay` are those of the optimizer's config, times what
     the rules say. In `paramwise_cfg` may stand:
 
-    - `lr_mult`, `decay_mult`: for all parameters, on top of what else applies.
     - `custom_keys`: a dict from a piece of a name to `lr_mult`, `decay_mult` or both.
       The longest key that a name contains counts, ties by alphabet, and none of the
       rules below. Keys other than these two go into the group as they are.
+    - `lr_mult`, `decay_mult`: for all parameters, times what else applies below.
     - `bias_lr_mult`: biases, but not of norm layers, and not in deformable
       convolutions.
     - `dcn_offset_lr_mult`: the `conv_offset` inside deformable convolutions.
@@ -120,6 +120,7 @@ class DefaultOptimWrapperConstructor:
         self.base_lr = self.optimizer_cfg.get("lr")
         self.base_wd = self.optimizer_cfg.get("weight_decay")
         self._verdicts: dict[str, Verdict] = {}
+        self._checked_rules: ParamwiseRules | None = None
         self._validate_cfg()
 
     def _validate_cfg(self) -> None:
@@ -166,7 +167,7 @@ class DefaultOptimWrapperConstructor:
         Raises:
             ValueError: a setting becomes infinite.
         """
-        rules = self._rules()
+        rules = self._checked_rules or self._rules()
         for name, param in module.named_parameters(recurse=False):
             place = Place(module, name, prefix, bool(is_dcn_module))
             group: dict[str, Any] = {"params": [param]}
@@ -257,7 +258,9 @@ class DefaultOptimWrapperConstructor:
         self._verdicts = {}
         if self.paramwise_cfg:
             params = []
+            self._checked_rules = self._rules()  # Once, not for each module.
             self.add_params(params, model)
+            self._checked_rules = None
             _check_once(params, model)
             if self._verdicts:
                 self._rules().warn_of_idle(self._verdicts.values())

@@ -50,11 +50,11 @@ class PresetOptimizer:
         given = list(params)
         bound = inspect.signature(self.preset).bind(*args, **options)
         bound.apply_defaults()
-        decay = bound.arguments["weight_decay"]
+        decay = bound.arguments.get("weight_decay")
         groups = [g for g in given if isinstance(g, Mapping)]
         own = [g["weight_decay"] for g in groups if "weight_decay" in g]
         own = [value for value in own if not is_zero(value)]
-        if not own or not is_zero(decay):
+        if not own or decay is None or not is_zero(decay):
             return TransformOptimizer(given, self.preset(*bound.args, **bound.kwargs))
         # A preset leaves out what a plain 0 switches off; some groups need it.
         bound.arguments["weight_decay"] = own[0]

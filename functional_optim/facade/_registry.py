@@ -76,7 +76,7 @@ class Registry:
         return len(self._module_dict)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self.get(key) is not None
+        return isinstance(key, str) and self._found(key) is not None
 
     def __repr__(self) -> str:
         return f"Registry({self._name!r}, {sorted(self._module_dict)})"
@@ -93,13 +93,20 @@ class Registry:
         if not isinstance(key, str):
             msg = f"a name in the {self._name} registry is a string, got {key!r}"
             raise TypeError(msg)
+        found = self._found(key)
+        if found is None:
+            imported = _imported(key)
+            found = self._in_place_of(imported) if callable(imported) else None
+        if found is None and "." in key:
+            # MMEngine's configs may put the name of a package in front.
+            found = self._found(key.partition(".")[2])
+        return found
+
+    def _found(self, key: str) -> Any:
         found = self._module_dict.get(key)
         for find in self._finds:
             if found is None:
                 found = find(key)
-        if found is None:
-            imported = _imported(key)
-            found = self._in_place_of(imported) if callable(imported) else None
         return found
 
     def resolve(self, kind: Any) -> Callable[..., Any]:
@@ -261,5 +268,9 @@ def _imported(path: str) -> Any:
         return None
     try:
         return getattr(importlib.import_module(module), name, None)
-    except (ImportError, TypeError, ValueError):  # The last two for dots in front.
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{module}.".startswith(f"{error.name}."):
+            return None
+        raise  # It is there, and lacks something itself.
+    except (TypeError, ValueError):  # Dots in front.
         return None
