@@ -49,46 +49,6 @@ def messages(caplog, level=logging.INFO):
     return [r.getMessage() for r in caplog.records if r.levelno == level]
 
 
-GUIDE_NORMS = """\
-backbone.layer0.bias:lr=0.01
-backbone.layer0.bias:weight_decay=0.0001
-backbone.layer1.bias:lr=0.01
-backbone.layer1.bias:weight_decay=0.0001
-head.linear.bias:lr=0.01
-head.linear.bias:weight_decay=0.0001
-head.bn.weight:weight_decay=0.0
-head.bn.bias:weight_decay=0.0
-"""
-
-GUIDE_KEYS = """\
-backbone.layer0.weight:lr=0.0
-backbone.layer0.weight:weight_decay=0.0
-backbone.layer0.weight:lr_mult=0
-backbone.layer0.weight:decay_mult=0
-backbone.layer0.bias:lr=0.0
-backbone.layer0.bias:weight_decay=0.0
-backbone.layer0.bias:lr_mult=0
-backbone.layer0.bias:decay_mult=0
-backbone.layer1.weight:lr=0.01
-backbone.layer1.weight:weight_decay=0.0001
-backbone.layer1.weight:lr_mult=1
-backbone.layer1.bias:lr=0.01
-backbone.layer1.bias:weight_decay=0.0001
-backbone.layer1.bias:lr_mult=1
-head.linear.weight:lr=0.001
-head.linear.weight:weight_decay=0.0001
-head.linear.weight:lr_mult=0.1
-head.linear.bias:lr=0.001
-head.linear.bias:weight_decay=0.0001
-head.linear.bias:lr_mult=0.1
-head.bn.weight:lr=0.001
-head.bn.weight:weight_decay=0.0001
-head.bn.weight:lr_mult=0.1
-head.bn.bias:lr=0.001
-head.bn.bias:weight_decay=0.0001
-head.bn.bias:lr_mult=0.1
-"""
-
 KEYS = {
     "custom_keys": {
         "backbone.layer0": {"lr_mult": 0, "decay_mult": 0},
@@ -96,20 +56,6 @@ KEYS = {
         "head": {"lr_mult": 0.1},
     }
 }
-
-
-@pytest.mark.parametrize(
-    ("rules", "log"),
-    [({"norm_decay_mult": 0}, GUIDE_NORMS), (KEYS, GUIDE_KEYS)],
-    ids=["norms", "custom_keys"],
-)
-def test_log_is_that_of_the_guide(caplog, rules, log) -> None:
-    """The lines are those that the guide prints."""
-    with caplog.at_level(logging.INFO, "functional_optim"):
-        build(ToyModel(), paramwise_cfg=rules)
-    wanted = [f"paramwise_options -- {line}" for line in log.splitlines()]
-    assert messages(caplog) == wanted
-    assert not messages(caplog, logging.WARNING)
 
 
 def test_groups_are_those_of_mmengine() -> None:
