@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from functional_optim.facade._loss_scale import (
-    Pending,
     check_scaler_state,
     checked_dtype,
     scaler_of,
@@ -18,6 +17,7 @@ from functional_optim.facade._merging import merged_groups
 from functional_optim.facade._mistakes import MistakenTypeError
 from functional_optim.facade._registries import OPTIM_WRAPPERS
 from functional_optim.facade._registry import Switch
+from functional_optim.facade._shared_scaler import SharedScaler
 from functional_optim.facade._wrapper import OptimWrapper
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class AmpOptimWrapper(OptimWrapper):
         """
         self._check_loss(loss, kwargs)
         self.loss_scaler.scale(loss).backward(**kwargs)
-        Pending.of(self.loss_scaler).add(self)
+        SharedScaler.of(self.loss_scaler).add(self)
         self._counted()
 
     def step(self, **kwargs: Any) -> Any:
@@ -114,8 +114,8 @@ class AmpOptimWrapper(OptimWrapper):
         Returns:
             What the optimizer's `step` returns; None if it was skipped.
         """
-        scaler, pending = self.loss_scaler, Pending.of(self.loss_scaler)
-        pending.remove(self)
+        scaler, shared = self.loss_scaler, SharedScaler.of(self.loss_scaler)
+        shared.remove(self)
         self._found_inf = []
         if not scaler.is_enabled():
             return super().step(**kwargs)
@@ -124,21 +124,21 @@ class AmpOptimWrapper(OptimWrapper):
             # Nothing to check; a GradScaler takes that for a mistake.
             result = self.optimizer.step(**kwargs)
         else:
-            pending.reopen(self.optimizer, pushed)
+            shared.reopen(self.optimizer, pushed)
             result = self._scaled_step(kwargs)
-        pending.update(self._scale_update_param)
+        shared.update(self._scale_update_param)
         return result
 
     def _scaled_step(self, kwargs: dict[str, Any]) -> Any:
         scaler, optimizer = self.loss_scaler, self.optimizer
-        pending = Pending.of(scaler)
+        shared = SharedScaler.of(scaler)
         if self._between is not None or self.clip_grad_kwargs:
-            if not pending.is_unscaled(optimizer):
+            if not shared.is_unscaled(optimizer):
                 scaler.unscale_(optimizer)
-            self._clip_grad(_joined(pending.found_inf(optimizer)))
+            self._clip_grad(_joined(shared.found_inf(optimizer)))
         with merged_groups(optimizer) if self._merges() else contextlib.nullcontext():
             result = scaler.step(optimizer, **kwargs)
-        self._found_inf = pending.found_inf(optimizer)
+        self._found_inf = shared.found_inf(optimizer)
         return result
 
     def zero_grad(self, **kwargs: Any) -> None:
@@ -148,9 +148,9 @@ class AmpOptimWrapper(OptimWrapper):
             kwargs: Arguments of the optimizer's `zero_grad`.
         """
         super().zero_grad(**kwargs)
-        pending = Pending.of(self.loss_scaler)
-        pending.remove(self)  # Nothing waits for a scale any more,
-        pending.forget(self.optimizer)  # nor is anything unscaled.
+        shared = SharedScaler.of(self.loss_scaler)
+        shared.remove(self)  # Nothing waits for a scale any more,
+        shared.forget(self.optimizer)  # nor is anything unscaled.
 
     @property
     def skipped(self) -> bool:
@@ -192,7 +192,7 @@ class AmpOptimWrapper(OptimWrapper):
 
     def _took_gradients(self) -> None:
         super()._took_gradients()
-        Pending.of(self.loss_scaler).add(self)
+        SharedScaler.of(self.loss_scaler).add(self)
 
     def _checked(self, given: dict[str, Any]) -> Iterator[Take]:
         data = given.pop("loss_scaler", None)
