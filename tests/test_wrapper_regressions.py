@@ -499,6 +499,23 @@ def test_two_wrappers_of_one_model_synchronise_in_their_steps(crossed: bool) -> 
     assert model.seen == [False, False, True, True] * 2
 
 
+def test_a_model_stays_silent_for_the_last_of_its_wrappers() -> None:
+    """FSDP asks in the backward: that of the second must find it silent, too."""
+    model = _Parallel()
+    first, second = (
+        fo.OptimWrapper(torch.optim.SGD(layer.parameters(), lr=0.1), 2)
+        for layer in model.layers
+    )
+    with first.optim_context(model):
+        one = model(torch.ones(1, 1)).sum()
+    with second.optim_context(model):
+        two = model(torch.ones(1, 1)).sum()
+    first.update_params(one)
+    assert not model.sync
+    second.update_params(two)
+    assert model.sync
+
+
 def test_a_wrapper_that_steps_always_synchronises_beside_one_that_waits() -> None:
     model = _Parallel()
     slow = fo.OptimWrapper(torch.optim.SGD(model.layers[0].parameters(), lr=0.1), 2)
