@@ -109,10 +109,8 @@ class ParamwiseRules:
                 continue
             near = difflib.get_close_matches(str(key), RULE_NAMES, cutoff=0.9)
             if strict or near:
-                msg = (
-                    f"paramwise_cfg has no rule {key!r}; "
-                    f"{did_you_mean(str(key), RULE_NAMES)}"
-                )
+                hint = did_you_mean(str(key), RULE_NAMES)
+                msg = f"paramwise_cfg has no rule {key!r}; {hint}"
                 raise ValueError(msg)
         self._multipliers = {
             key: _checked_multiplier(f"paramwise_cfg[{key!r}]", config[key])
