@@ -42,13 +42,14 @@ class OptimWrapper(WrapperState):
             does not clip.
         transform: A transform in the place of `clip_grad`, such as
             `chain(Centralize(), ClipByGlobalNorm(1.0))`. Its state is saved with the
-            optimizer's.
+            optimizer's. If it raises, gradients may be changed in part.
         merge_groups: Whether groups with equal settings step as one, where the
             optimizer is torch's own: the same bits, in less time.
 
     Raises:
         ValueError: a count below 1, a bad `clip_grad`, both `clip_grad` and
-            `transform`, or a transform that accumulates or unscales. Like the next an
+            `transform`, or a transform that accumulates, unscales, has a learning rate
+            or skips steps: the wrapper and the optimizer do. Like the next an
             AssertionError, too.
         TypeError: an argument of a wrong type.
 
