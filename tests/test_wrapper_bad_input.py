@@ -47,6 +47,8 @@ def _pushed(wrapper: fo.OptimWrapper) -> fo.OptimWrapper:
         ({"max_norm": 1.0, "norm_type": 0}, "norm_type"),
         ({"max_norm": 1.0, "error_if_nonfinite": 1}, "error_if_nonfinite"),
         ({"type": "value", "clip_value": -1.0}, "clip_value"),
+        ({"type": "value", "clip_value": {}}, "clip_value"),
+        ({"max_norm": abs}, "max_norm"),
         ({"type": ["norm"], "max_norm": 1.0}, "type"),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,6 +102,11 @@ def _check_keys(kind: str, kwargs: dict[str, Any]) -> None:
 
 
 def _transform_of(kind: str, kwargs: dict[str, Any]) -> Transform:
+    limit = kwargs[_NEEDED[kind]]
+    # A transform takes schedules and maps by name as well; a config does not.
+    if isinstance(limit, bool) or not isinstance(limit, numbers.Real):
+        msg = f"{_NEEDED[kind]} must be a number, got {limit!r}"
+        raise TypeError(msg)
     if kind == "value":
         return ClipByValue(kwargs["clip_value"])
     order = kwargs.get("norm_type", 2.0)
