@@ -95,3 +95,71 @@ def test_mixed_precision_is_the_plain_loop(
         assert ("loss_scaler" in wrapper.state_dict()) == (scaler is not None)
         if scaler is not None:
             assert wrapper.loss_scaler.state_dict() == scaler.state_dict()
+
+
+# Rules, and what they multiply learning rate and decay by, by name; else 1.
+RULES: list[tuple[dict[str, Any], dict[str, tuple[float, float]]]] = [
+    (
+        {"bias_lr_mult": 2.0, "bias_decay_mult": 0.5},
+        {"first.bias": (2.0, 0.5), "second.bias": (2.0, 0.5)},
+    ),
+    (
+        {"custom_keys": {"first": {"lr_mult": 0.1}, "first.bias": {"decay_mult": 0.0}}},
+        {"first.weight": (0.1, 1.0), "first.bias": (1.0, 0.0)},
+    ),
+    (
+        {"lr_mult": 0.5, "flat_decay_mult": 0.0, "custom_keys": {"second.w": {}}},
+        {
+            "first.weight": (0.5, 1.0),
+            "first.bias": (0.5, 0.0),
+            "second.bias": (0.5, 0.0),
+        },
+    ),
+]
+
+
+@given(
+    setup=setups,
+    decay=st.floats(0.0, 0.5),
+    rules=st.sampled_from(RULES),
+    merge=st.booleans(),
+    micro_batches=st.lists(batches, min_size=1, max_size=9),
+)
+def test_rules_from_a_config_are_groups_by_hand(
+    setup: Setup,
+    decay: float,
+    rules: tuple[dict[str, Any], dict[str, tuple[float, float]]],
+    merge: bool,
+    micro_batches: list[Batch],
+) -> None:
+    """Each parameter has its own rate and decay; groups that are equal step as one."""
+    (kind, options), (paramwise, multipliers) = setup.optimizer, rules
+    options = {**options, "lr": setup.lr, "weight_decay": decay}
+    plain, model = PlainLoop(setup), setup.model()
+    groups = []
+    for name, param in plain.model.named_parameters():
+        lr, wd = multipliers.get(name, (1.0, 1.0))
+        own = {"lr": setup.lr * lr, "weight_decay": decay * wd}
+        groups.append({"params": [param], **own})
+    plain.optimizer = kind(groups, **options)
+    plain.schedulers = setup.schedulers_for(plain.optimizer)
+    config = {
+        "optimizer": {"type": kind.__name__, **options},
+        "paramwise_cfg": paramwise,
+        "accumulative_counts": setup.every,
+        "clip_grad": setup.clip,
+        "merge_groups": merge,
+    }
+    wrapper = fo.build_optim_wrapper(model, config)
+    schedulers = setup.schedulers_for(wrapper.optimizer)
+    if setup.end > 0:
+        wrapper.initialize_count_status(model, 0, setup.end)
+    for batch in micro_batches:
+        with wrapper.optim_context(model):
+            loss = batch.loss(model, setup.loss, setup.dtype)
+        wrapper.update_params(loss)
+        if plain.update(batch):
+            for scheduler in [*plain.schedulers, *schedulers]:
+                scheduler.step()
+        ours = bits_of(model, wrapper.optimizer)
+        assert ours == bits_of(plain.model, plain.optimizer)
