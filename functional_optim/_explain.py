@@ -68,7 +68,7 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}{plural}"
 
 
-def _columns(rows: list[tuple[str, ...]], align: str) -> list[str]:
+def columns(rows: list[tuple[str, ...]], align: str) -> list[str]:
     """Lay rows out in columns, "<" to the left and ">" to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
@@ -118,7 +118,7 @@ def _stages(found: Cost) -> list[str]:
                 shown_bytes(own) if own else "-",
             )
         )
-    return _columns(rows, "<<>")
+    return columns(rows, "<<>")
 
 
 def _label_of(stage: Stage) -> str:

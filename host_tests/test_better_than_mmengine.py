@@ -9,10 +9,6 @@ import subprocess
 import sys
 from xml.etree import ElementTree as ET
 
-import pytest
-
-pytest.importorskip("mmengine")
-
 HERE = pathlib.Path(__file__).parent
 TESTS = HERE.parent / "tests" / "test_wrapper_better.py"
 FAILURES = {

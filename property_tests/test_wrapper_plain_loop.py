@@ -13,6 +13,24 @@ from plain_loops import Batch, PlainLoop, Setup, batches, bits_of, overflowing, 
 import functional_optim as fo
 
 
+def _same_after(
+    plain: PlainLoop,
+    batch: Batch,
+    wrapper: fo.OptimWrapper,
+    model: torch.nn.Module,
+    schedulers: list[Any],
+) -> bool:
+    """Let the plain loop follow, bit for bit; tell whether there was a step."""
+    stepped = plain.update(batch)
+    assert stepped == wrapper.should_update()
+    if stepped:
+        for scheduler in [*plain.schedulers, *schedulers]:
+            scheduler.step()
+    ours = bits_of(model, wrapper.optimizer)
+    assert ours == bits_of(plain.model, plain.optimizer)
+    return stepped
+
+
 @given(setup=setups, micro_batches=st.lists(batches, min_size=1, max_size=9))
 def test_wrapper_is_the_plain_loop(setup: Setup, micro_batches: list[Batch]) -> None:
     """Accumulation, clipping, remainders, groups and schedules change no bit."""
@@ -27,12 +45,7 @@ def test_wrapper_is_the_plain_loop(setup: Setup, micro_batches: list[Batch]) -> 
         with wrapper.optim_context(model):
             loss = batch.loss(model, setup.loss, setup.dtype)
         wrapper.update_params(loss)
-        stepped = plain.update(batch)
-        assert stepped == wrapper.should_update()
-        if stepped:
-            for scheduler in [*plain.schedulers, *schedulers]:
-                scheduler.step()
-        assert bits_of(model, optimizer) == bits_of(plain.model, plain.optimizer)
+        stepped = _same_after(plain, batch, wrapper, model, schedulers)
     if plain.norm is not None and stepped:
         logged = wrapper.message_hub.get_scalar("train/grad_norm").current()
         assert logged == float(plain.norm) or plain.norm.isnan()
@@ -88,10 +101,7 @@ def test_mixed_precision_is_the_plain_loop(
         with wrapper.optim_context(model):
             loss = batch.loss(model, setup.loss, setup.dtype)
         wrapper.update_params(loss)
-        if plain.update(batch):
-            for scheduler in [*plain.schedulers, *schedulers]:
-                scheduler.step()
-        assert bits_of(model, optimizer) == bits_of(plain.model, plain.optimizer)
+        _same_after(plain, batch, wrapper, model, schedulers)
         assert ("loss_scaler" in wrapper.state_dict()) == (scaler is not None)
         if scaler is not None:
             assert wrapper.loss_scaler.state_dict() == scaler.state_dict()
@@ -158,8 +168,4 @@ def test_rules_from_a_config_are_groups_by_hand(
         with wrapper.optim_context(model):
             loss = batch.loss(model, setup.loss, setup.dtype)
         wrapper.update_params(loss)
-        if plain.update(batch):
-            for scheduler in [*plain.schedulers, *schedulers]:
-                scheduler.step()
-        ours = bits_of(model, wrapper.optimizer)
-        assert ours == bits_of(plain.model, plain.optimizer)
+        _same_after(plain, batch, wrapper, model, schedulers)

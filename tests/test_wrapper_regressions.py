@@ -209,9 +209,9 @@ def test_merge_groups_is_a_switch(wrong: dict[str, Any]) -> None:
 
 def test_a_wrapper_is_no_optimizer() -> None:
     with pytest.raises(TypeError, match="got a OptimWrapper"):
-        fo.OptimWrapper(fo.OptimWrapper(_sgd(_param(1.0))))  # type: ignore[arg-type]
+        fo.OptimWrapper(fo.OptimWrapper(_sgd(_param(1.0))))
     with pytest.raises(TypeError, match="loss_scale comes first"):
-        fo.AmpOptimWrapper(_sgd(_param(1.0)))  # type: ignore[arg-type]
+        fo.AmpOptimWrapper(_sgd(_param(1.0)))
 
 
 # -- mixed precision -------------------------------------------------------------------

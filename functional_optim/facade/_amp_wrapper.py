@@ -132,7 +132,7 @@ class AmpOptimWrapper(OptimWrapper):
     def _scaled_step(self, kwargs: dict[str, Any]) -> Any:
         scaler, optimizer = self.loss_scaler, self.optimizer
         shared = SharedScaler.of(scaler)
-        if self._between is not None or self.clip_grad_kwargs:
+        if self._on_gradients is not None or self.clip_grad_kwargs:
             if not shared.is_unscaled(optimizer):
                 scaler.unscale_(optimizer)
             self._clip_grad(_joined(shared.found_inf(optimizer)))

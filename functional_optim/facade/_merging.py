@@ -21,6 +21,8 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from functional_optim.facade._fitting import is_of_torch
+
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
@@ -54,9 +56,9 @@ def merged_groups(optimizer: Any) -> Iterator[None]:
 
 
 def _may_merge(optimizer: Any) -> bool:
-    kind, step = type(optimizer), vars(optimizer).get("step")
+    step = vars(optimizer).get("step")
     return (
-        f"{kind.__module__}.".startswith("torch.optim.")
+        is_of_torch(optimizer)
         and not isinstance(optimizer, torch.optim.LBFGS)
         and not optimizer._optimizer_step_pre_hooks
         and not optimizer._optimizer_step_post_hooks

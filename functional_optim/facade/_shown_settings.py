@@ -12,7 +12,7 @@ from functional_optim.facade._summary import summary_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from functional_optim.facade._between import Between
+    from functional_optim.facade._gradient_transform import GradientTransform
 
 
 class ShownSettings:
@@ -28,7 +28,7 @@ class ShownSettings:
     optimizer: Any
     base_param_settings: dict[str, Any] | None
     paramwise_sources: dict[str, str]
-    _between: Between | None
+    _on_gradients: GradientTransform | None
     _named: dict[Tensor, str]
     _accumulative_counts: int
 
@@ -50,8 +50,8 @@ class ShownSettings:
         # By the tensors themselves, which copies and pickles of a wrapper keep.
         params = self._parameters()
         self._named = {p: names[id(p)] for p in params if id(p) in names}
-        if self._between is not None:
-            self._between.forget_names()
+        if self._on_gradients is not None:
+            self._on_gradients.forget_names()
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -98,7 +98,7 @@ class ShownSettings:
 
         Numbers are tensors on their device; `fetch` brings all to the host at once.
         """
-        return {} if self._between is None else self._between.readings()
+        return {} if self._on_gradients is None else self._on_gradients.readings()
 
     def __repr__(self) -> str:
         return (

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from functional_optim._explain import columns, counted
 from functional_optim._names import shown
 from functional_optim.facade._group_keys import TRANSFORM_STATE
 
@@ -46,7 +47,7 @@ def summary_of(
     """
     keys = [*(key for key in _ALWAYS if any(key in g for g in param_groups))]
     keys += [key for key in _varying(param_groups) if key not in keys]
-    rows = [["parameter", "shape", *keys, "rule"]]
+    rows: list[tuple[str, ...]] = [("parameter", "shape", *keys, "rule")]
     settings: dict[str, list[str]] = {}
     count = numbers = 0
     for group in param_groups:
@@ -55,19 +56,22 @@ def summary_of(
         setting = " ".join(f"{key}={value}" for key, value in pairs)
         for param in group["params"]:
             name = names.get(id(param), str(count))
-            rows.append([name, str(tuple(param.shape)), *values, sources.get(name, "")])
+            shape, source = str(tuple(param.shape)), sources.get(name, "")
+            rows.append((name, shape, *values, source))
             settings.setdefault(setting, []).append(name)
             count, numbers = count + 1, numbers + param.numel()
     total = (
-        f"{_counted(count, 'parameter')} with {_counted(numbers, 'number')} in "
-        f"{_counted(len(param_groups), 'group')}, "
-        f"{_counted(len(settings), 'different setting')}:"
+        f"{counted(count, 'parameter')} with {counted(numbers, 'number')} in "
+        f"{counted(len(param_groups), 'group')}, "
+        f"{counted(len(settings), 'different setting')}:"
     )
     lines = [
-        f"{setting}: {_counted(len(members), 'parameter')} {shown(members, most=3)}"
+        f"{setting}: {counted(len(members), 'parameter')} {shown(members, most=3)}"
         for setting, members in settings.items()
     ]
-    return "\n".join([*_aligned(rows), "", total, *lines])
+    rule = tuple("-" * max(map(len, column)) for column in zip(*rows, strict=True))
+    table = columns([rows[0], rule, *rows[1:]], "<" * len(rule))
+    return "\n".join([*map(str.rstrip, table), "", total, *lines])
 
 
 def _varying(groups: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -84,16 +88,3 @@ def _written(value: Any) -> str:
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
     return f"{value:.6g}" if type(value) is float and value else str(value)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def _aligned(rows: list[list[str]]) -> Iterable[str]:
-    """Return the rows as lines, with a rule below the first."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
-    for row in rows:
-        cells = zip(row, widths, strict=True)
-        yield "  ".join(cell.ljust(width) for cell, width in cells).rstrip()

@@ -48,9 +48,15 @@ class Windowed:
     def _start_counts(self, accumulative_counts: int) -> None:
         self._accumulative_counts = accumulative_counts
         self._inner_count = 0
-        self._max_counts = self._remainder_counts = -1
+        self._set_end(-1)
         self._unspent = self._warned = False
         self._began_at = 0
+
+    def _set_end(self, max_counts: int) -> None:
+        self._max_counts = max_counts
+        # Kept for those who read it: what the last window has, if it is a short one.
+        every = self._accumulative_counts
+        self._remainder_counts = max_counts if max_counts < 0 else max_counts % every
 
     def initialize_count_status(
         self, model: nn.Module, init_counts: int, max_counts: int
@@ -69,7 +75,7 @@ class Windowed:
         check_counts("max_counts", max_counts, -1)
         resumed = self._unspent and init_counts == self._inner_count
         self._inner_count = self._began_at = init_counts
-        self._max_counts = max_counts
+        self._set_end(max_counts)
         every = self._accumulative_counts
         if init_counts % every != 0 and not resumed:
             _logger.warning(
@@ -83,7 +89,6 @@ class Windowed:
                 "Gradient accumulative may slightly decrease performance because the "
                 "model has BatchNorm layers."
             )
-        self._remainder_counts = max_counts % every
 
     def should_update(self) -> bool:
         """Tell after a backward whether it ended a window."""

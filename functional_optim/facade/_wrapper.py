@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from functional_optim._types import Role
-from functional_optim.facade._between import Between, check_not_owned
 from functional_optim.facade._clip_grad import ClipGrad, clip_grad_of
+from functional_optim.facade._gradient_transform import (
+    GradientTransform,
+    check_not_owned,
+)
 from functional_optim.facade._merging import merged_groups
 from functional_optim.facade._message_hub import MessageHub
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
@@ -83,7 +86,7 @@ class OptimWrapper(WrapperState):
         self.optimizer = optimizer
         self.clip_grad_kwargs: dict[str, Any] | None = None
         self._clipped_by: dict[str, Any] | None = None
-        self._between: Between | None = None
+        self._on_gradients: GradientTransform | None = None
         if transform is not None:
             if clip_grad is not None:
                 msg = (
@@ -91,7 +94,7 @@ class OptimWrapper(WrapperState):
                     "into the transform: chain(..., ClipByGlobalNorm(1.0))"
                 )
                 raise MistakenValueError(msg)
-            self._between = Between(transform)
+            self._on_gradients = GradientTransform(transform)
         if clip_grad is not None:
             self._set_clip(clip_grad_of(clip_grad))
         self.merge_groups = merge_groups
@@ -147,7 +150,7 @@ class OptimWrapper(WrapperState):
         Returns:
             What the optimizer's `step` returns.
         """
-        if self._between is not None or self.clip_grad_kwargs:
+        if self._on_gradients is not None or self.clip_grad_kwargs:
             self._clip_grad()
         # A closure may look at the groups, or step a scheduler.
         if not self._merges() or "closure" in kwargs:
@@ -189,7 +192,7 @@ class OptimWrapper(WrapperState):
     @property
     def transform(self) -> Transform | None:
         """What stands between backward and step: the clip, if that was asked for."""
-        return None if self._between is None else self._between.transform
+        return None if self._on_gradients is None else self._on_gradients.transform
 
     def _merges(self) -> bool:
         return self.merge_groups and len(self.optimizer.param_groups) > 1
@@ -214,16 +217,16 @@ class OptimWrapper(WrapperState):
 
     def _clip_grad(self, found_inf: Tensor | None = None) -> None:
         """Run what stands between backward and step on the gradients."""
-        between = self._between
-        if between is None or between.is_clip:
+        own = self._on_gradients
+        if own is None or own.is_clip:
             if not self.clip_grad_kwargs:  # Somebody took it away.
                 return
-            between = self._current_clip(between)
+            own = self._current_clip(own)
             found_inf = None
         params = self._parameters()
-        if not between.is_clip or between.can_run(params):
-            between.run(params, self._named, found_inf)
-            norm = between.norm
+        if not own.is_clip or own.can_run(params):
+            own.run(params, self._named, found_inf)
+            norm = own.norm
         else:  # On several devices: torch joins their norms itself.
             moved = [p for p in params if p.requires_grad and p.grad is not None]
             norm = self.clip_func(moved, **(self.clip_grad_kwargs or {}))
@@ -231,18 +234,18 @@ class OptimWrapper(WrapperState):
             name = getattr(self, "grad_name", "grad_norm")
             self.message_hub.update_scalar(f"train/{name}", norm)
 
-    def _set_clip(self, clip: ClipGrad) -> Between:
+    def _set_clip(self, clip: ClipGrad) -> GradientTransform:
         self.clip_grad_kwargs = clip.kwargs
         self._clipped_by = dict(clip.kwargs)
         self.clip_func, self.grad_name = clip.func, clip.name
-        self._between = Between(clip.transform, is_clip=True)
-        return self._between
+        self._on_gradients = GradientTransform(clip.transform, is_clip=True)
+        return self._on_gradients
 
-    def _current_clip(self, between: Between | None) -> Between:
+    def _current_clip(self, own: GradientTransform | None) -> GradientTransform:
         """Return the clip that `clip_grad_kwargs` asks for now: it may be written."""
         kwargs = self.clip_grad_kwargs or {}
-        if between is not None and kwargs == self._clipped_by:
-            return between
+        if own is not None and kwargs == self._clipped_by:
+            return own
         kind = "value" if "clip_value" in kwargs else "norm"
         return self._set_clip(clip_grad_of({"type": kind, **kwargs}))
 

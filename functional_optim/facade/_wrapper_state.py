@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Take: TypeAlias = Callable[[], None]
 """Takes over what was checked before; it cannot fail."""
 
-_COUNTS = {"inner_count": 0, "max_counts": -1, "remainder_counts": -1}
+_COUNTS = {"inner_count": 0, "max_counts": -1}
 _logger = logging.getLogger("functional_optim")
 
 
@@ -55,9 +55,9 @@ class WrapperState(Windowed, ShownSettings):
         found = dict(self.optimizer.state_dict())
         if self.base_param_settings is not None:
             found["base_param_settings"] = copy.deepcopy(self.base_param_settings)
-        if self._between is not None and not self._between.is_clip:
+        if self._on_gradients is not None and not self._on_gradients.is_clip:
             given = self._parameters(), self._named
-            found["transform"] = self._between.saved(*given)
+            found["transform"] = self._on_gradients.saved(*given)
         accumulation = self._saved_accumulation()
         if accumulation is not None:
             found["accumulation"] = accumulation
@@ -112,16 +112,16 @@ class WrapperState(Windowed, ShownSettings):
         if base is not None:
             yield self._checked_base_settings(base)
         data = given.pop("transform", None)
-        between = self._between
+        own = self._on_gradients
         if data is not None:
-            if between is None or between.is_clip:
+            if own is None or own.is_clip:
                 msg = (
                     "state_dict has the state of a transform, this wrapper has none; "
                     "build it with the same transform=..."
                 )
                 raise MistakenValueError(msg)
-            state = between.loaded(data, self._parameters(), self._named)
-            yield lambda: between.take(state)
+            state = own.loaded(data, self._parameters(), self._named)
+            yield lambda: own.take(state)
         accumulation = given.pop("accumulation", None)
         yield (
             self._give_up_window
@@ -220,8 +220,8 @@ class WrapperState(Windowed, ShownSettings):
         new |= {i: torch.zeros_like(params[i]) for i in zeros}
 
         def take() -> None:
-            for key in _COUNTS:
-                setattr(self, f"_{key}", data[key])
+            self._inner_count = data["inner_count"]
+            self._set_end(data["max_counts"])
             self._unspent = False
             factor = self._loss_scale() / scale if grads else 1.0
             for index, param in enumerate(params):

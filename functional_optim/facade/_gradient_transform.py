@@ -34,7 +34,7 @@ _OWNED = {
 _CONTEXT = Context()
 
 
-class Between:
+class GradientTransform:
     """A transform on the gradients of an optimizer.
 
     Args:
