@@ -15,9 +15,13 @@ def resnet50_shapes() -> Shapes:
     return [*_convolutions((3, 4, 6, 3), 64), (1000, 2048), (1000,)]
 
 
-def narrow_resnet152_shapes() -> Shapes:
-    """Return those of a ResNet-152 without head, 4 channels wide: 465 of them."""
-    return _convolutions((3, 8, 36, 3), 4)
+def resnet152_shapes(width: int = 64) -> Shapes:
+    """Return those of a ResNet-152 without its head: 465 parameters.
+
+    Args:
+        width: How many channels the first convolution has.
+    """
+    return _convolutions((3, 8, 36, 3), width)
 
 
 def _convolutions(blocks: tuple[int, ...], width: int) -> Shapes:

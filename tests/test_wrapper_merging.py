@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import functional_optim as fo
-from functional_optim.facade._merging import merged_groups
+from functional_optim.facade import _merging
+from functional_optim.facade._merging import MergedGroups
 
 KINDS: list[tuple[Any, dict[str, Any]]] = [
     (torch.optim.SGD, {"momentum": 0.9}),
@@ -80,7 +82,7 @@ def test_the_same_bits(kind: Any, options: dict[str, Any]) -> None:
 def test_groups_come_back_after_an_error() -> None:
     optimizer = torch.optim.SGD(_groups([{}, {}]), lr=0.1)
     own = optimizer.param_groups
-    with pytest.raises(ZeroDivisionError), merged_groups(optimizer):
+    with pytest.raises(ZeroDivisionError), MergedGroups(optimizer):
         assert len(optimizer.param_groups) == 1 / 0
     assert optimizer.param_groups is own
 
@@ -142,7 +144,7 @@ class _OwnSGD(torch.optim.SGD):
 )
 def test_nothing_is_merged_where_others_look(make: Any) -> None:
     optimizer = make()
-    with merged_groups(optimizer):
+    with MergedGroups(optimizer):
         assert len(optimizer.param_groups) == 2
 
 
@@ -150,7 +152,7 @@ def test_tensors_are_merged_by_identity() -> None:
     rate = torch.tensor(0.1)
     options = [{"lr": rate}, {"lr": rate}, {"lr": rate.clone()}]
     optimizer = torch.optim.SGD(_groups(options), lr=0.1)
-    with merged_groups(optimizer):
+    with MergedGroups(optimizer):
         assert [len(g["params"]) for g in optimizer.param_groups] == [2, 1]
 
 
@@ -159,7 +161,7 @@ def test_changes_between_steps_are_seen() -> None:
     optimizer = torch.optim.SGD(_groups([{} for _ in range(3)]), lr=0.1)
 
     def merged() -> list[tuple[float, int]]:
-        with merged_groups(optimizer):
+        with MergedGroups(optimizer):
             found = optimizer.param_groups
             return [(group["lr"], len(group["params"])) for group in found]
 
@@ -180,12 +182,58 @@ def test_changes_between_steps_are_seen() -> None:
     replaced = nn.Parameter(torch.ones(2))
     groups[0]["params"][0] = replaced
     groups[2]["lr"] = groups[1]["lr"] = groups[0]["lr"]
-    with merged_groups(optimizer):
+    with MergedGroups(optimizer):
         assert optimizer.param_groups[0]["params"][0] is replaced
     groups[1]["params"][0] = other = nn.Parameter(torch.ones(2))
-    with merged_groups(optimizer):
+    with MergedGroups(optimizer):
         assert optimizer.param_groups[0]["params"][1] is other
     groups[0]["params"].append(nn.Parameter(torch.ones(1)))
     assert merged() == [(-0.0, 4)]
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "lr": -0.0})
     assert [count for _, count in merged()] == [4, 1]
+
+
+def _scheduled(kind: Any, *, merge: bool) -> tuple[list[torch.Tensor], list[int]]:
+    """Return parameters after steps whose rates change, and the merged groups."""
+    rates = [0.1, 0.2, 0.1, 0.1, 0.2]
+    optimizer = kind(_groups([{"lr": rate} for rate in rates]), lr=0.1)
+    groups, seen = optimizer.param_groups, []
+    step = type(optimizer).step
+
+    def spied(self: Any) -> Any:
+        seen.append(len(self.param_groups))
+        return step(self)
+
+    optimizer.step = spied.__get__(optimizer)
+    cyclic = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=40, cycle_momentum=kind is torch.optim.AdamW
+    )
+    wrapper = fo.OptimWrapper(optimizer, merge_groups=merge)
+    for index in range(12):
+        for group in groups:
+            group["params"][0].grad = torch.full((2, 3), 0.5)
+        if index == 4:  # One parts.
+            groups[3]["lr"] = 0.7
+        if index == 5:  # Rates meet; their peaks stay apart.
+            for group in groups:
+                group["lr"] = 0.3
+        if index == 6:  # Equal, but not the same.
+            groups[1]["lr"] = 0.0
+            for place in (0, 2, 3, 4):
+                groups[place]["lr"] = -0.0
+        wrapper.step()
+        cyclic.step()
+    return [group["params"][0].detach() for group in groups], seen
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_schedules_are_followed(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that change alike are written over; groups are merged anew if not."""
+    anew = mock.Mock(wraps=_merging._merged)
+    monkeypatch.setattr(_merging, "_merged", anew)
+    merged, seen = _scheduled(kind, merge=True)
+    single, _ = _scheduled(kind, merge=False)
+    for a, b in zip(merged, single, strict=True):
+        assert torch.equal(a, b)
+    assert seen == [2, 2, 2, 2, 3, 2, 3, 2, 2, 2, 2, 2]
+    assert anew.call_count == 1 + 4  # At first, and for the three changes and the end.

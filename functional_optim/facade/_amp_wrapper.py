@@ -13,7 +13,7 @@ from functional_optim.facade._loss_scale import (
     checked_dtype,
     scaler_of,
 )
-from functional_optim.facade._merging import merged_groups
+from functional_optim.facade._merging import MergedGroups
 from functional_optim.facade._mistakes import MistakenTypeError
 from functional_optim.facade._registries import OPTIM_WRAPPERS
 from functional_optim.facade._registry import Switch
@@ -136,7 +136,7 @@ class AmpOptimWrapper(OptimWrapper):
             if not shared.is_unscaled(optimizer):
                 scaler.unscale_(optimizer)
             self._clip_grad(_joined(shared.found_inf(optimizer)))
-        with merged_groups(optimizer) if self._merges() else contextlib.nullcontext():
+        with MergedGroups(optimizer) if self._merges() else contextlib.nullcontext():
             result = scaler.step(optimizer, **kwargs)
         self._found_inf = shared.found_inf(optimizer)
         return result

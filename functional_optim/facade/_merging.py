@@ -7,7 +7,6 @@ sees them.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import operator
@@ -24,13 +23,12 @@ from torch.optim.optimizer import (
 from functional_optim.facade._fitting import is_of_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Collection, Hashable
 
 _LISTS = ("params", "param_names")
 
 
-@contextlib.contextmanager
-def merged_groups(optimizer: Any) -> Iterator[None]:
+class MergedGroups:
     """Let groups with equal settings be one group until the end of the block.
 
     Every parameter takes the same step, bit for bit. Nothing is merged where others
@@ -40,19 +38,23 @@ def merged_groups(optimizer: Any) -> Iterator[None]:
     Args:
         optimizer: The optimizer.
     """
-    own = optimizer.param_groups
-    if len(own) < 2 or not _may_merge(optimizer):
-        yield
-        return
-    merged = _merging_of(optimizer).merged
-    if len(merged) == len(own):
-        yield
-        return
-    optimizer.param_groups = merged
-    try:
-        yield
-    finally:
-        optimizer.param_groups = own
+
+    # A generator would cost more than the rest of it, in a loop that leaves no cache.
+    __slots__ = ("_optimizer", "_own")
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    def __enter__(self) -> None:
+        optimizer = self._optimizer
+        self._own = own = optimizer.param_groups
+        if len(own) > 1 and _may_merge(optimizer):
+            merged = _merging_of(optimizer).merged
+            if len(merged) < len(own):
+                optimizer.param_groups = merged
+
+    def __exit__(self, *_: object) -> None:
+        self._optimizer.param_groups = self._own
 
 
 def _may_merge(optimizer: Any) -> bool:
@@ -72,7 +74,10 @@ class _Merging(NamedTuple):
     """Merged groups, and what the groups held that they were made of."""
 
     merged: list[dict[str, Any]]
+    places: tuple[int, ...]
+    """For every group, the first one of those that it is merged with."""
     values: list[Any]
+    """Those of all groups in a row."""
     params: list[Tensor]
     sizes: list[int]
 
@@ -81,38 +86,71 @@ _last: weakref.WeakKeyDictionary[Any, _Merging] = weakref.WeakKeyDictionary()
 
 
 def _merging_of(optimizer: Any) -> _Merging:
-    """Return how the groups are merged now: as in the last step, if they are equal.
+    """Return how the groups are merged now.
 
-    Looking takes a tenth of the time of merging.
+    Looking whether it is as in the last step takes a tenth of the time of merging.
     """
     groups, last = optimizer.param_groups, _last.get(optimizer)
     # Not the keys: those that torch reads are there in every group, from the start.
     flat = itertools.chain.from_iterable
-    values = list(flat([group.values() for group in groups]))
+    values = list(flat(map(dict.values, groups)))
     lists = [group["params"] for group in groups]
     params, sizes = list(flat(lists)), list(map(len, lists))
     if (
         last is None
         or sizes != last.sizes
         or not all(map(operator.is_, params, last.params))
-        or not _are_equal(values, last.values)
+        or not _holds(last, groups, values)
     ):
-        _last[optimizer] = last = _Merging(_merged(groups), values, params, sizes)
+        _last[optimizer] = last = _Merging(*_merged(groups), values, params, sizes)
     return last
 
 
-def _are_equal(some: list[Any], others: list[Any]) -> bool:
+def _holds(last: _Merging, groups: list[dict[str, Any]], values: list[Any]) -> bool:
+    """Whether the same groups have equal settings; takes over what schedules wrote."""
+    if _are_equal(values, last.values):
+        return True
+    (count, *others) = set(map(len, groups))
+    if others or len(values) != len(last.values):
+        return False
+    for index in range(count):
+        column, before = values[index::count], last.values[index::count]
+        if _are_equal(column, before):
+            continue
+        if not _is_told_by_equality(column) or not _is_told_by_equality(before):
+            return False
+        same = operator.itemgetter(*last.places)(column) == tuple(column)
+        if not same or len(set(column)) < len(set(before)):  # Fewer: merge more.
+            return False
+        for merged, place in zip(last.merged, sorted(set(last.places)), strict=True):
+            merged[list(groups[place])[index]] = column[place]
+    last.values[:] = values
+    return True
+
+
+def _are_equal(some: Any, others: Any) -> bool:
     """Whether values are equal; those that are the same object are not looked at."""
     try:
-        return some == others
+        return bool(some == others)
     except RuntimeError:  # Tensors that cannot be compared.
         return False
 
 
-def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    found: dict[Hashable, dict[str, Any]] = {}
+def _is_told_by_equality(values: Collection[Any]) -> bool:
+    """Whether values that are equal are sure to do the same."""
+    kinds = set(map(type, values))
+    if kinds == {tuple}:
+        return _is_told_by_equality(list(itertools.chain.from_iterable(values)))
+    return kinds == {float} and 0.0 not in values  # 0.0 equals -0.0.
+
+
+def _merged(
+    groups: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    found: dict[Hashable, tuple[int, dict[str, Any]]] = {}
     told: dict[int, Hashable] = {}  # Most values are the same object in all groups.
-    for group in groups:
+    places = []
+    for place, group in enumerate(groups):
         key: list[Hashable] = [tuple(group)]
         for name, value in group.items():
             if name in _LISTS:
@@ -121,9 +159,10 @@ def _merged(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if index not in told:
                 told[index] = _told_apart(value)
             key.append(told[index])
-        known = found.setdefault(tuple(key), {**group, "params": []})
+        first, known = found.setdefault(tuple(key), (place, {**group, "params": []}))
         known["params"].extend(group["params"])
-    return list(found.values())
+        places.append(first)
+    return [known for _, known in found.values()], tuple(places)
 
 
 def _told_apart(value: Any) -> Hashable:

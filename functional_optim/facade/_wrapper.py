@@ -14,7 +14,7 @@ from functional_optim.facade._gradient_transform import (
     GradientTransform,
     check_not_owned,
 )
-from functional_optim.facade._merging import merged_groups
+from functional_optim.facade._merging import MergedGroups
 from functional_optim.facade._message_hub import MessageHub
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
 from functional_optim.facade._optimizer import TransformOptimizer
@@ -155,7 +155,7 @@ class OptimWrapper(WrapperState):
         # A closure may look at the groups, or step a scheduler.
         if not self._merges() or "closure" in kwargs:
             return self.optimizer.step(**kwargs)
-        with merged_groups(self.optimizer):
+        with MergedGroups(self.optimizer):
             return self.optimizer.step(**kwargs)
 
     def zero_grad(self, **kwargs: Any) -> None:
