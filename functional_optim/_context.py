@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -194,18 +194,19 @@ class Context:
             return self
         return self._replaced(path=(*self.path, part))
 
-    def with_reducer(self, reducer: Reducer) -> Context:
+    def with_reducer(self, reducer: Reducer, **changes: Any) -> Context:
         """Return the context of an update that runs on a part of the parameters.
 
         Args:
             reducer: Who answers `reduce`.
+            changes: Other fields, which are not checked again.
 
         Example:
             >>> context = Context(weight=2.0)
             >>> context.with_reducer(lambda path, partial, op: partial.sum()).weight
             2.0
         """
-        return self._replaced(reducer=reducer)
+        return self._replaced(reducer=reducer, **changes)
 
     def _replaced(self, **changes: object) -> Context:
         """As dataclasses.replace, without checks: this runs for every member."""

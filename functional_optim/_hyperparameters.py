@@ -38,6 +38,7 @@ def hyperparameter(
     lt: float | None = None,
     per_parameter: bool = True,
     pair: bool = False,
+    zero_differs: bool = False,
 ) -> Any:
     """Declare a field of a transform as a hyperparameter.
 
@@ -48,6 +49,7 @@ def hyperparameter(
         lt: Number it must stay below.
         per_parameter: Whether a map from parameter name to value is allowed.
         pair: Whether it is a tuple of two hyperparameters, like `betas`.
+        zero_differs: Whether `update` does something else for a plain 0.
     """
     kind = _Kind(ge=ge, gt=gt, lt=lt, per_parameter=per_parameter, pair=pair)
     return dataclasses.field(
@@ -55,6 +57,7 @@ def hyperparameter(
         metadata={
             "hyperparameter": True,
             "per_parameter": per_parameter,
+            "zero_differs": zero_differs,
             "check": functools.partial(_normalized, kind=kind),
             "resolve": resolved_number,
         },

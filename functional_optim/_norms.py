@@ -39,11 +39,20 @@ def norms(tensors: TensorMap, p: float, *, wide: bool = False) -> Tensor:
     if p == math.inf and any(v.numel() == 0 for v in values):
         # torch refuses the largest magnitude of nothing; as a norm it is 0.
         values = [v if v.numel() else v.new_zeros(1) for v in values]
+    if wide and any(not isinstance(v.numel(), int) for v in values):
+        return torch.stack([_measured_any(v, p) for v in values])
     if wide and any(is_sixteen_bit(v) or v.numel() > _BLOCK for v in values):
         return torch.stack([_measured(v, p) for v in values])
     if foreach_applies(values):
         return torch.stack(list(torch._foreach_norm(values, p)))
     return torch.stack([torch.linalg.vector_norm(v, p) for v in values])
+
+
+def _measured_any(tensor: Tensor, p: float) -> Tensor:
+    """Return a norm in a trace that stands for any length: no blocks, but doubles."""
+    kind = torch.float32 if is_sixteen_bit(tensor) else tensor.dtype
+    norm = torch.linalg.vector_norm(tensor, p, dtype=torch.float64)
+    return norm.to(kind)
 
 
 def _measured(tensor: Tensor, p: float) -> Tensor:

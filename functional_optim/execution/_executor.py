@@ -7,7 +7,7 @@ looks at whole tensors in front of a total is kept until that total is known.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from functional_optim._memory import Workspace
 from functional_optim._parts import walk
 from functional_optim._value import same_for_good
 from functional_optim.execution._cohorts import Cohorts
+from functional_optim.execution._compiled import CompiledRun, CompiledStep
 from functional_optim.execution._guard import scaled
 from functional_optim.execution._joining import joined
 from functional_optim.execution._memory import memory_of
@@ -46,6 +47,7 @@ class Executor:
         group_of: The group of each parameter.
         state: The whole state; `step` writes into it.
         unit_bytes: Size of a unit; None chooses by device.
+        compiles: Whether units run as compiled code where they can.
     """
 
     def __init__(
@@ -56,11 +58,12 @@ class Executor:
         state: Any,
         *,
         unit_bytes: int | None = None,
+        compiles: bool = False,
     ) -> None:
         self._params = params
         self._transforms = transforms
         self._group_of = group_of
-        self._unit_bytes = unit_bytes
+        self._unit_bytes, self._compiles = unit_bytes, compiles
         self._cohorts = Cohorts()
         self._workspace = Workspace()
         self._store = Store(transforms[0], state, params)
@@ -127,6 +130,7 @@ class Executor:
             self._store.nodes,
             self._store.fields,
             self._unit_bytes,
+            compiles=self._compiles,
         )
         self._buckets = layout.buckets()
         self._scratch = layout.scratch
@@ -213,7 +217,7 @@ class Executor:
         if structure is not None:
             self._advance(structure)
 
-    def _run(self, runs: list[Run]) -> None:
+    def _run(self, runs: list[Run | CompiledRun]) -> None:
         """Run the updates of a step, and write what they return."""
         totals = totals_of(runs)
         if self._refuses:
@@ -222,15 +226,15 @@ class Executor:
                 through(run, totals)
         later: Later = {}
         for run in runs:
-            moved, state = run.finish(totals)
-            nodes = run.unit.write(moved, state, later)
-            self._collect(run.unit, nodes, later)
+            run.prepare(totals)
+        for run in runs:
+            self._collect(run.unit, run.apply(totals, later), later)
         homes = {memory_of(old) for old, _ in later.values()}
         values = [(old, free(new, homes)) for old, new in later.values()]
         for old, new in values:
             old.copy_(new)
 
-    def _runs(self, given: Given, structure: Structure | None) -> list[Run]:
+    def _runs(self, given: Given, structure: Structure | None) -> list[Run | CompiledRun]:
         """Return what runs in this step."""
         scaling = given.scaling
         form = None if scaling is None else scaling.grad_scale is None
@@ -241,7 +245,8 @@ class Executor:
             else scaled(bucket.transform, scaling.grad_scale, scaling.found_inf)
             for bucket in self._buckets
         }
-        runs = []
+        runs: list[Run | CompiledRun] = []
+        steps: dict[Hashable, CompiledStep] = {}
         for bucket, unit in self._units:
             pushed = any(name in given.grads for name in unit.names)
             touched = structure is not None and any(
@@ -259,8 +264,24 @@ class Executor:
                     key=(key, names),
                     alone=not pushed,
                 )
-                runs.append(run)
+                runs.append(self._faster(run, transforms[id(bucket)], given, steps))
         return runs
+
+    def _faster(
+        self,
+        run: Run,
+        transform: Transform,
+        given: Given,
+        steps: dict[Hashable, CompiledStep],
+    ) -> Run | CompiledRun:
+        """Return what runs compiled, if this can."""
+        codes = run.bucket.codes
+        if codes is None or codes.failed or run.alone or self._refuses:
+            return run
+        key = id(run.bucket), run.key, given.grads[run.unit.names[0]].dtype
+        if key not in steps:
+            steps[key] = CompiledStep(codes, run, transform, given)
+        return CompiledRun(steps[key], run, given.grads)
 
     def _collect(self, unit: Unit, nodes: list[Node], later: Later) -> None:
         """Take what belongs to the transform as a whole from a unit that it served."""

@@ -29,7 +29,7 @@ Totals: TypeAlias = dict[Call, Tensor]
 R = TypeVar("R")
 
 
-class _StopError(BaseException):
+class StopError(BaseException):
     """Carries what a unit brings to a call out of its update, past any `except`."""
 
     def __init__(self, call: Call, partial: Tensor, op: ReduceOp) -> None:
@@ -53,16 +53,20 @@ class _Numbered:
 
 
 class Supplied(_Numbered):
-    """A reducer that knows some totals and stops at the first it does not."""
+    """A reducer that knows some totals and stops at the first it does not.
+
+    Attributes:
+        totals: The totals.
+    """
 
     def __init__(self, totals: Totals) -> None:
         super().__init__()
-        self._totals = totals
+        self.totals = totals
 
     def known(self, path: tuple[int | str, ...]) -> Tensor | None:
         """Return the total of the next call if there is one; then it is made."""
         call = self.next(path)
-        total = self._totals.get(call)
+        total = self.totals.get(call)
         if total is not None:
             self.count(call)
         return total
@@ -72,7 +76,7 @@ class Supplied(_Numbered):
     ) -> Tensor:
         total = self.known(path)
         if total is None:
-            raise _StopError(self.next(path), partial, op)
+            raise StopError(self.next(path), partial, op)
         return total
 
 
@@ -134,15 +138,15 @@ def through(run: Callable[[Reducer], R], totals: Totals) -> R:
     """
     try:
         return run(Supplied(totals))
-    except _StopError as stop:
+    except StopError as stop:
         raise _disordered(stop.call) from None
 
 
-def _stop_of(run: Callable[[Reducer], Any], totals: Totals) -> _StopError | None:
+def _stop_of(run: Callable[[Reducer], Any], totals: Totals) -> StopError | None:
     """Run an update, and return where it stopped."""
     try:
         run(Supplied(totals))
-    except _StopError as stop:
+    except StopError as stop:
         return stop
     return None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from functional_optim._hyperparameters import resolve
 from functional_optim._types import Scope, Static
 from functional_optim._value import same_for_good
+from functional_optim.execution._compiled import Codes
 from functional_optim.execution._joining import joined
 from functional_optim.execution._memory import Scratch, is_dense
 from functional_optim.execution._nodes import Kind
@@ -39,6 +40,12 @@ _UNIT_BYTES_ELSEWHERE = 8 * 2**20
 _POOLED_BELOW = 4
 """Tensors smaller than this part of a unit are pooled."""
 
+_COMPILED_ALONE = 32_768
+"""Elements from which a call of compiled code costs less than gathering."""
+
+_LONGEST = 2**30
+"""Elements that compiled code takes at once: it counts them in 32 bits."""
+
 SCRATCH_BYTES = 16 * 2**20
 """What gathering small tensors may keep for good."""
 
@@ -56,6 +63,7 @@ class Bucket:
         units: Its units.
         columns: Numbers that its parameters share; see `Source`.
         calls: The calls of `reduce` in its update, by the `Static` values before it.
+        codes: Its compiled code; None if it runs without.
     """
 
     transform: Transform
@@ -65,6 +73,7 @@ class Bucket:
     units: list[Unit] = dataclasses.field(default_factory=list)
     columns: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     calls: dict[Hashable, list[Call]] = dataclasses.field(default_factory=dict)
+    codes: Codes | None = None
 
 
 @dataclasses.dataclass
@@ -80,6 +89,7 @@ class Layout:
         nodes: Its nodes.
         fields: What is known about them.
         unit_bytes: Size of a unit; None chooses by device.
+        compiles: Whether units run as compiled code where they can.
         scratch: Where small tensors are gathered.
     """
 
@@ -91,6 +101,7 @@ class Layout:
     nodes: list[Node]
     fields: list[Field]
     unit_bytes: int | None
+    compiles: bool = False
     scratch: Scratch = dataclasses.field(default_factory=lambda: Scratch(SCRATCH_BYTES))
 
     def buckets(self) -> list[Bucket]:
@@ -111,6 +122,7 @@ class Layout:
                 source = self._shared(names)
                 bucket.columns = source.columns
                 bucket.units = self._flat_units(names, source)
+                bucket.codes = Codes() if self.compiles else None
             else:
                 bucket.units = self._shaped_units(names)
             buckets.append(bucket)
@@ -229,8 +241,9 @@ class Layout:
         for name in names:
             param = self.params[name]
             size = self._size(param)
-            if param.numel() * _POOLED_BELOW >= size and is_dense(param):
-                units.extend(self._pieces(name, size, source))
+            if param.numel() >= self._least_alone(size) and is_dense(param):
+                own = _LONGEST if self.compiles else size
+                units.extend(self._pieces(name, own, source))
                 continue
             if pool and count + param.numel() > size:
                 units.append(self._pooled(pool, source))
@@ -240,6 +253,15 @@ class Layout:
         if pool:
             units.append(self._pooled(pool, source))
         return units
+
+    def _least_alone(self, size: int) -> int:
+        """Return how many elements a tensor has that is not gathered with others.
+
+        Args:
+            size: Elements of a unit.
+        """
+        least = -(-size // _POOLED_BELOW)
+        return min(least, _COMPILED_ALONE) if self.compiles else least
 
     def _pooled(self, params: TensorMap, source: Source) -> Unit:
         name = next(iter(params))

@@ -84,4 +84,8 @@ class Pooled(Unit):
 
     def _apply(self, moved: TensorMap) -> None:
         super()._apply(moved)
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Write the gathered parameters to their own places."""
         torch._foreach_copy_(self._tensors, self._views)

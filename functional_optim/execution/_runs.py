@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._nodes import Node
     from functional_optim.execution._plan import Bucket
-    from functional_optim.execution._units import Unit
+    from functional_optim.execution._units import Later, Unit
 
 _MOST_KNOWN = 256
 """Where gradients are missing by chance, no answer is asked for twice."""
@@ -85,7 +85,7 @@ class Run:
     ) -> None:
         self.bucket, self.unit, self.key = bucket, unit, key
         self._transform, self._workspace = transform, workspace
-        self._given, self._alone = given, alone
+        self._given, self.alone = given, alone
         self._again = False
         self._memory: Memory | None = None
         if alone:
@@ -105,12 +105,23 @@ class Run:
             self._transform = remembered(self._transform, self._memory)
         return known[self.key]
 
-    def finish(self, totals: Totals) -> tuple[TensorMap, Any]:
-        """Run the update when all totals are known."""
-        result = through(lambda reducer: self(reducer, last=True), totals)
+    def prepare(self, totals: Totals) -> None:
+        """Get ready for `apply`: what can fail in another way than the update."""
+
+    def apply(self, totals: Totals, later: Later) -> list[Node]:
+        """Run the update when all totals are known, and write what it returns.
+
+        Args:
+            totals: The totals.
+            later: Where to put what is shared with other units.
+
+        Returns:
+            The nodes of the new state.
+        """
+        moved, state = through(lambda reducer: self(reducer, last=True), totals)
         if self._memory is not None:
             self._memory.clear()
-        return result
+        return self.unit.write(moved, state, later)
 
     def __call__(
         self, reducer: Reducer, *, last: bool = False
@@ -129,7 +140,7 @@ class Run:
         self, updates: TensorMap, context: Context, *, last: bool
     ) -> tuple[TensorMap, Any]:
         unit, update = self.unit, self._transform.update
-        if self._alone:
+        if self.alone:
             return self._with_companion(context)
         if self._given.scaling is None:
             state = unit.donated if last else unit.state

@@ -125,13 +125,27 @@ class Unit:
                     if new is old:
                         continue
                     if self.shares and field.kind is Kind.EACH:
-                        home = self._columns.get(id(old), old)
-                        later.setdefault(id(home), (home, new))
+                        self.share(old, new, later)
                     else:
                         old.copy_(new)
         if moved:
             self._apply(moved)
         return found
+
+    def share(self, old: Tensor, new: Tensor, later: Later) -> None:
+        """Keep what other units read, too, until all have run.
+
+        Args:
+            old: What there is.
+            new: What takes its place.
+            later: Where to put it.
+        """
+        if new is not old:
+            home = self._columns.get(id(old), old)
+            later.setdefault(id(home), (home, new))
+
+    def put_back(self) -> None:
+        """Bring `params`, which were written, to where the parameters lie."""
 
     def _gives_back(self, moved: TensorMap, nodes: list[Node]) -> bool:
         """Whether a result is what another entry of the state was, as in a delay."""

@@ -32,6 +32,7 @@ class Engine:
         group_of: The group of each.
         transforms: The transform of each group, now.
         state: The state to go on from; None makes a fresh one.
+        compiles: Whether it runs as compiled code where it can.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class Engine:
         group_of: Mapping[str, int],
         transforms: list[Transform],
         state: Any,
+        *,
+        compiles: bool = False,
     ) -> None:
         self._transform = transform
         self.names = dict(names)
@@ -50,7 +53,9 @@ class Engine:
         check_apart(params)
         if state is None:
             state = initial(transform, params)
-        self._executor = Executor(params, transforms, group_of, state)
+        self._executor = Executor(
+            params, transforms, group_of, state, compiles=compiles
+        )
         self._store = self._executor.store
         self._keys = keys_of(self._store.nodes, self._store.fields)
         self._places = self._found_places()

@@ -94,9 +94,11 @@ class TransformOptimizer(Tracking):
         *,
         differentiable: bool = False,
         amp_scaling: bool = False,
+        compile: bool = False,
     ) -> None:
         self._transform: Transform = chain(checked_transform("transform", transform))
         self._differentiable = differentiable
+        self._compiles = compile
         self._step_supports_amp_scaling = amp_scaling
         self._start()
         if isinstance(params, Tensor):

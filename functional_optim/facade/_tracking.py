@@ -35,6 +35,7 @@ class Tracking(torch.optim.Optimizer):
 
     _transform: Transform
     _differentiable: bool
+    _compiles: bool
     _groups: Groups
     _engine: Engine | None
     _names: dict[Tensor, str]
@@ -87,7 +88,14 @@ class Tracking(torch.optim.Optimizer):
             for param in group["params"]
         }
         transforms = self._groups.transforms(self.param_groups)
-        engine = Engine(self._transform, self._names, group_of, transforms, state)
+        engine = Engine(
+            self._transform,
+            self._names,
+            group_of,
+            transforms,
+            state,
+            compiles=self._compiles,
+        )
         self._groups.connect(engine.state, engine.params())
         self._groups.show_schedules()
         engine.show(self.state)
@@ -176,6 +184,7 @@ class Tracking(torch.optim.Optimizer):
             "param_groups": self.param_groups,
             "_transform": self._transform,
             "_differentiable": self._differentiable,
+            "_compiles": self._compiles,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
             "_saved": (list(self._names.items()), saved),
         }

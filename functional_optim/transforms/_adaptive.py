@@ -106,7 +106,7 @@ class ScaleByAdam:
     )
     _: KW_ONLY
     eps: Hyperparameter = hyperparameter(default=1e-8, ge=0.0)
-    eps_root: Hyperparameter = hyperparameter(default=0.0, ge=0.0)
+    eps_root: Hyperparameter = hyperparameter(default=0.0, ge=0.0, zero_differs=True)
     amsgrad: bool = flag(default=False)
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE

@@ -89,9 +89,9 @@ class Trace:
         torch.optim.SGD; Sutskever et al. 2013, ICML; optax.trace.
     """
 
-    momentum: Hyperparameter = hyperparameter(ge=0.0)
+    momentum: Hyperparameter = hyperparameter(ge=0.0, zero_differs=True)
     _: KW_ONLY
-    dampening: Hyperparameter = hyperparameter(default=0.0)
+    dampening: Hyperparameter = hyperparameter(default=0.0, zero_differs=True)
     nesterov: bool = flag(default=False)
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
