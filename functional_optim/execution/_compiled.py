@@ -1,7 +1,7 @@
 """Updates of units as compiled code: what runs in the place of `Run`.
 
-All units of a bucket run the same code, made once for a kind of transform. Everything
-that changes from step to step goes in as a tensor: hyperparameters, counts, totals.
+All units of a bucket run the same code. Everything that changes from step to step goes
+in as a tensor: hyperparameters, counts, totals.
 """
 
 from __future__ import annotations
@@ -13,109 +13,35 @@ import torch
 from torch import Tensor
 
 from functional_optim._tensor_map import over
-from functional_optim._value import same_for_good
+from functional_optim.execution._codes import Code
 from functional_optim.execution._guard import wrapped_state
-from functional_optim.execution._inductor import compiled
-from functional_optim.execution._lifting import lifted, lowered
+from functional_optim.execution._lifting import lowered
 from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
 from functional_optim.execution._passes import Recorded, StopError, Supplied
-from functional_optim.execution._tracing import example_of, traced
+from functional_optim.execution._tracing import example_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from functional_optim._context import Reducer, ReduceOp
     from functional_optim._types import TensorMap, Transform
-    from functional_optim.execution._lifting import Number
+    from functional_optim.execution._codes import Codes
     from functional_optim.execution._nodes import Field, Node
     from functional_optim.execution._passes import Call, Totals
     from functional_optim.execution._runs import Given, Run
     from functional_optim.execution._units import Later, Unit
 
 
-class Code:
-    """One pass over units as code: numbers first, then every unit.
+class Pass:
+    """A pass of a step: its code, and the numbers that it runs with."""
 
-    Args:
-        function: What it does, a function of tensors.
-        long: Its first inputs for one of the units.
-        short: Its other inputs.
-    """
+    __slots__ = ("call", "code", "crossing", "early", "op")
 
     def __init__(
-        self,
-        function: Callable[..., Sequence[Tensor]],
-        long: list[Tensor],
-        short: list[Tensor],
+        self, call: Call | None, code: Code, op: ReduceOp, numbers: tuple[Any, Any]
     ) -> None:
-        self._graph = traced(function, long, short)
-        self._kernel = compiled(self._graph)
-
-    def numbers(self, long: list[Tensor], short: list[Tensor]) -> tuple[Any, Any]:
-        """Return what the kernel needs to know, and results that do not need it."""
-        told: tuple[Any, Any] = self._graph.prologue(*long, *short)
-        return told
-
-    def __call__(self, long: list[Tensor], told: tuple[Any, Any]) -> list[Tensor]:
-        """Run on a unit; returns the results in order."""
-        crossing, results = told
-        inputs = [long[place] for place in self._graph.long]
-        # A kernel for any length may not be one for none.
-        kernel = self._kernel if inputs and inputs[0].numel() else self._graph.kernel
-        of_kernel, of_prologue = iter(kernel(*inputs, *crossing)), iter(results)
-        return [
-            next(of_kernel) if is_late else next(of_prologue)
-            for is_late in self._graph.results
-        ]
-
-
-class Codes:
-    """The code of a bucket, made when it is first needed.
-
-    Attributes:
-        failed: Whether this bucket runs without.
-    """
-
-    def __init__(self) -> None:
-        self.failed = False
-        self._kinds: list[Any] = []
-        self._codes: dict[Hashable, tuple[Code, ReduceOp]] = {}
-        self._numbers: tuple[tuple[Number, ...], list[Tensor]] = ((), [])
-
-    def kind_of(self, transform: Transform, like: Tensor) -> tuple[int, list[Tensor]]:
-        """Return which kind of transform it is, and its numbers as tensors.
-
-        Args:
-            transform: The transform, resolved.
-            like: A tensor on the device of the bucket.
-        """
-        kind, found = lifted(transform)
-        numbers = tuple(found)
-        if not same_for_good(numbers, self._numbers[0]):
-            tensors = [
-                number
-                if isinstance(number, Tensor)
-                else torch.tensor(number, dtype=torch.float64, device=like.device)
-                for number in numbers
-            ]
-            self._numbers = numbers, tensors
-        for index, other in enumerate(self._kinds):
-            if same_for_good(other, kind):
-                return index, self._numbers[1]
-        self._kinds.append(kind)
-        return len(self._kinds) - 1, self._numbers[1]
-
-    def code(
-        self, key: Hashable, make: Callable[[], tuple[Code, ReduceOp]]
-    ) -> tuple[Code, ReduceOp]:
-        """Return code by its key; made if there is none.
-
-        Raises:
-            Exception: it cannot be made.
-        """
-        if key not in self._codes:
-            self._codes[key] = make()
-        return self._codes[key]
+        self.call, self.code, self.op = call, code, op
+        self.crossing, self.early = numbers
 
 
 class CompiledStep:
@@ -142,7 +68,9 @@ class CompiledStep:
         ]
         self._dtype = next(given.grads[n].dtype for n in run.unit.names)
         self._key = kind, run.key, self._dtype, tuple(x is None for x in told)
-        self._passes: dict[int, tuple[Code, ReduceOp, Any]] = {}
+        self._passes: dict[int, Pass] = {}
+        self.is_told = False
+        """Whether a unit has given the state that all share."""
 
     def calls(self) -> list[Call]:
         """Return the calls of `reduce`: always the same, so tried once."""
@@ -154,19 +82,9 @@ class CompiledStep:
             known[self._run.key] = calls
         return known[self._run.key]
 
-    def long(self, unit: Unit, grad: Tensor) -> list[Tensor]:
-        """Return the inputs that are as long as a unit."""
-        entries = [
-            entry
-            for field, node in zip(unit.fields, nodes_of(unit.state), strict=True)
-            if field.kind is Kind.ELEMENTWISE and isinstance(node, dict)
-            for entry in node.values()
-        ]
-        return [grad, *unit.params.values(), *entries]
-
     def _examples(self) -> list[Tensor]:
         (param,) = self._unit.params.values()
-        return self.long(self._unit, param.new_empty(0, dtype=self._dtype))
+        return [param.new_empty(0, dtype=self._dtype), *self._unit.long()]
 
     def _short(self, totals: Totals) -> list[Tensor]:
         """Return the inputs that are single numbers."""
@@ -180,8 +98,8 @@ class CompiledStep:
                 entries.extend(node.values())
         return [*entries, *self._numbers, *self._beside, *totals.values()]
 
-    def code(self, totals: Totals) -> tuple[Code, ReduceOp, Any]:
-        """Return the next pass, the operation of its total, and its numbers.
+    def next_pass(self, totals: Totals) -> Pass:
+        """Return the pass to the first total that is not known, or the last one.
 
         Args:
             totals: All totals that are known.
@@ -189,19 +107,37 @@ class CompiledStep:
         Raises:
             Exception: it cannot be compiled.
         """
-        own = {call: totals[call] for call in self.calls() if call in totals}
-        place = len(own)
-        if place not in self._passes:
-            short = self._short(own)
-            ops: list[ReduceOp] = ["sum"]
+        if len(totals) not in self._passes:
+            self._passes[len(totals)] = self._new_pass(totals)
+        return self._passes[len(totals)]
 
-            def make() -> tuple[Code, ReduceOp]:
-                function = self._function(Supplied, list(own), ops)
-                return Code(function, self._examples(), short), ops[-1]
+    def _new_pass(self, totals: Totals) -> Pass:
+        calls = self.calls()
+        own = {call: totals[call] for call in calls if call in totals}
+        short, examples = self._short(own), self._examples()
+        ops: list[ReduceOp] = ["sum"]
 
-            code, op = self.codes.code((*self._key, place), make)
-            self._passes[place] = code, op, code.numbers(self._examples(), short)
-        return self._passes[place]
+        def make() -> tuple[Code, ReduceOp]:
+            function = self._function(Supplied, list(own), ops)
+            return Code(function, examples, short), ops[-1]
+
+        code, op = self.codes.code((*self._key, len(own)), make)
+        call = next((call for call in calls if call not in own), None)
+        return Pass(call, code, op, code.numbers(examples, short))
+
+    def share(self, done: Pass, late: Sequence[Tensor], later: Later) -> list[Node]:
+        """Keep the single numbers of the new state; return its nodes."""
+        unit, results = self._unit, iter(done.code.results(late, done.early))
+        nodes: list[Node] = []
+        for field, node in zip(unit.fields, nodes_of(unit.state), strict=True):
+            if isinstance(node, Tensor):
+                nodes.append(next(results))
+                continue
+            nodes.append(node)
+            if field.kind is Kind.EACH and isinstance(node, dict):
+                for entry in node.values():
+                    unit.share(entry, next(results), later)
+        return nodes
 
     def _function(
         self,
@@ -295,70 +231,77 @@ class CompiledRun:
     def __init__(self, step: CompiledStep, run: Run, grads: TensorMap) -> None:
         self.bucket, self.unit, self.key = run.bucket, run.unit, run.key
         self._step, self._run, self._grads = step, run, grads
-        self._again = False
+        self._long: list[Tensor] | None = None
 
     def calls(self) -> Sequence[Call]:
         """Return the calls of `reduce`."""
-        return self._tried(self._step.calls) or self._run.calls()
+        if not self._step.codes.failed:
+            try:
+                return self._step.calls()
+            except Exception as error:  # noqa: BLE001 - whatever a transform raises
+                self._fail(error)
+        return self._run.calls()
 
     def prepare(self, totals: Totals) -> None:
         """Compile the last pass, before anything is written."""
-        self._tried(lambda: self._step.code(totals))
+        self._next_pass(totals)
 
-    def _tried(self, make: Callable[[], Any]) -> Any:
-        """Return something that may fail to compile; None if it did."""
-        codes = self._step.codes
-        if codes.failed:
+    def _next_pass(self, totals: Totals) -> Pass | None:
+        """Return the next pass, None if there is no code for it."""
+        step = self._step
+        if step.codes.failed:
             return None
         try:
-            return make()
+            return step.next_pass(totals)
         except Exception as error:  # noqa: BLE001 - whatever a compiler raises
-            codes.failed = True
-            warn_of_failure(error)
+            self._fail(error)
             return None
 
-    def _long(self) -> list[Tensor]:
-        (grad,) = self.unit.updates(self._grads, again=self._again).values()
-        self._again = True
-        return self._step.long(self.unit, grad)
+    def _fail(self, error: Exception) -> None:
+        self._step.codes.failed = True
+        _warn_of_failure(error)
+
+    def _inputs(self) -> list[Tensor]:
+        if self._long is None or self.unit.pooled:
+            again = self._long is not None
+            (grad,) = self.unit.updates(self._grads, again=again).values()
+            self._long = [grad, *self.unit.long()]
+        return self._long
 
     def __call__(self, reducer: Reducer) -> Any:
         """Run up to the first total that is not known, and stop there."""
-        totals = reducer.totals if isinstance(reducer, Supplied) else {}
-        found = self._tried(lambda: self._step.code(totals))
-        if found is None:
+        found = None
+        if isinstance(reducer, Supplied):
+            found = self._next_pass(reducer.totals)
+        if found is None or found.call is None:
             return self._run(reducer)
-        code, op, told = found
-        (partial,) = code(self._long(), told)
-        call = next(call for call in self.calls() if call not in totals)
-        raise StopError(call, partial, op)
+        late = found.code(self._inputs(), found.crossing)
+        (partial,) = found.code.results(late, found.early)
+        raise StopError(found.call, partial, found.op)
 
-    def apply(self, totals: Totals, later: Later) -> list[Node]:
-        """Move parameters and state; return the nodes of the new state."""
-        found = self._tried(lambda: self._step.code(totals))
+    def apply(self, totals: Totals, later: Later) -> list[Node] | None:
+        """Move parameters and state.
+
+        Returns:
+            The nodes of the new state; None if another unit told them.
+        """
+        found = self._next_pass(totals)
         if found is None:
             return self._run.apply(totals, later)
-        code, _, told = found
-        results = iter(code(self._long(), told))
-        nodes: list[Node] = []
-        for field, node in zip(self.unit.fields, nodes_of(self.unit.state), strict=True):
-            if isinstance(node, Tensor):
-                nodes.append(next(results))
-            elif field.kind is Kind.EACH and isinstance(node, dict):
-                for entry in node.values():
-                    self.unit.share(entry, next(results), later)
-                nodes.append(node)
-            else:
-                nodes.append(node)
+        late = found.code(self._inputs(), found.crossing)
+        if not self.unit.pooled:  # Autograd must see that they were written.
+            torch.autograd.graph.increment_version(self.unit.params.values())
         self.unit.put_back()
-        return nodes
+        if self._step.is_told:
+            return None
+        self._step.is_told = True
+        return self._step.share(found, late, later)
 
 
-def warn_of_failure(error: Exception) -> None:
-    """Warn that steps run without compiled code."""
+def _warn_of_failure(error: Exception) -> None:
     lines = str(error).strip().splitlines() or [""]
     warnings.warn(
-        f"compile=True: no code could be made, so this runs without, with the same "
+        "compile=True: no code could be made, so this runs without it, with the same "
         f"results ({type(error).__name__}: {lines[0]})",
         stacklevel=2,
     )

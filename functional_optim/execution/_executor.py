@@ -7,6 +7,7 @@ looks at whole tensors in front of a total is kept until that total is known.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from functional_optim.execution._units import Later, Unit
 
 
+_dtype = operator.attrgetter("dtype")
+
+
 class Executor:
     """Runs a transform in place.
 
@@ -65,6 +69,8 @@ class Executor:
         self._group_of = group_of
         self._unit_bytes, self._compiles = unit_bytes, compiles
         self._cohorts = Cohorts()
+        self._given: tuple[list[str], list[torch.dtype]] = ([], [])
+        self._wanted: dict[str, torch.dtype | None] = {}
         self._workspace = Workspace()
         self._store = Store(transforms[0], state, params)
         self._has_whole = any(f.kind is Kind.WHOLE for f in self._store.fields)
@@ -180,11 +186,17 @@ class Executor:
 
     def _follow(self, grads: TensorMap) -> None:
         """Let parameters part that did not get a gradient alike, or were written to."""
-        kinds = {n: grads[n].dtype if n in grads else None for n in self._params}
+        found = list(grads), list(map(_dtype, grads.values()))
+        if found != self._given:
+            self._given = found
+            self._wanted = {n: None for n in self._params} | dict(
+                zip(*found, strict=True)
+            )
+        kinds = self._wanted
         written = [column._version for column in self._columns] != self._versions
-        if written or (kinds == self._kinds and self._cohorts.rest(kinds)):
+        if written or (kinds is self._kinds and self._cohorts.rest(kinds)):
             self._plan()
-        if kinds != self._kinds:  # Also after a plan: it does not look at gradients.
+        if kinds is not self._kinds:  # Also after a plan: it ignores gradients.
             together = [unit.names for _, unit in self._units if unit.pooled]
             together += [list(b.params) for b in self._buckets if b.columns]
             if self._cohorts.follow(kinds, together):
@@ -228,7 +240,9 @@ class Executor:
         for run in runs:
             run.prepare(totals)
         for run in runs:
-            self._collect(run.unit, run.apply(totals, later), later)
+            nodes = run.apply(totals, later)
+            if self._has_whole and nodes is not None:
+                self._collect(run.unit, nodes, later)
         homes = {memory_of(old) for old, _ in later.values()}
         values = [(old, free(new, homes)) for old, new in later.values()]
         for old, new in values:
@@ -285,8 +299,6 @@ class Executor:
 
     def _collect(self, unit: Unit, nodes: list[Node], later: Later) -> None:
         """Take what belongs to the transform as a whole from a unit that it served."""
-        if not self._has_whole:
-            return
         for field, old, new in zip(
             self._store.fields, self._store.nodes, nodes, strict=True
         ):

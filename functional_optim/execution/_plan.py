@@ -17,7 +17,7 @@ from torch import Tensor
 from functional_optim._hyperparameters import resolve
 from functional_optim._types import Scope, Static
 from functional_optim._value import same_for_good
-from functional_optim.execution._compiled import Codes
+from functional_optim.execution._codes import Codes
 from functional_optim.execution._joining import joined
 from functional_optim.execution._memory import Scratch, is_dense
 from functional_optim.execution._nodes import Kind
@@ -267,7 +267,7 @@ class Layout:
         name = next(iter(params))
         if len(params) == 1 and is_dense(params[name]):
             return self._pieces(name, max(1, params[name].numel()), source)[0]
-        return Pooled(params, source, self.scratch)
+        return Pooled(params, source, self.scratch, compiles=self.compiles)
 
     def _pieces(self, name: str, size: int, source: Source) -> list[Unit]:
         param = self.params[name]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from functional_optim.execution._copying import Gathered, places_of
 from functional_optim.execution._memory import carved
 from functional_optim.execution._nodes import Kind
 from functional_optim.execution._units import Unit
@@ -25,6 +26,7 @@ class Pooled(Unit):
         params: The parameters, detached.
         source: Where their state comes from. Entries are replaced by views.
         scratch: Where to gather.
+        compiles: Whether to copy by compiled code where that works.
     """
 
     kind: ClassVar[str] = "pool"
@@ -35,17 +37,20 @@ class Pooled(Unit):
         params: TensorMap,
         source: Source,
         scratch: Scratch,
+        *,
+        compiles: bool = False,
     ) -> None:
         super().__init__(list(params), source)
         self._tensors = list(params.values())
         self._shapes = [param.shape for param in self._tensors]
         self._numel = sum(param.numel() for param in self._tensors)
-        self._key, self._scratch = self.names[0], scratch
+        self._key, self._scratch, self._compiles = self.names[0], scratch, compiles
         first = self._tensors[0]
         memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
-        self._views = carved(memory, self._shapes)
+        self._params = Gathered(memory, self._shapes, compiles=compiles)
+        self._places = places_of(self._tensors) if memory.is_cpu else None
         self.params = {self._key: memory}
-        self._grads: tuple[Tensor, list[Tensor]] | None = None
+        self._grads: Gathered | None = None
         own: list[Node] = []
         for node, field in zip(source.nodes, source.fields, strict=True):
             if not isinstance(node, dict):
@@ -70,17 +75,19 @@ class Pooled(Unit):
     def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
         """Gather the gradients, and the parameters."""
         found = [grads[name] for name in self.names if name in grads]
-        if found and (self._grads is None or self._grads[0].dtype != found[0].dtype):
+        known = self._grads
+        if found and (known is None or known.memory.dtype != found[0].dtype):
             memory, own = self._scratch.take(
                 self._numel, self._tensors[0], found[0].dtype, "grads"
             )
-            self._grads = memory, carved(memory, self._shapes)
+            known = Gathered(memory, self._shapes, compiles=self._compiles)
+            self._grads = known
             self._own, again = self._own and own, False
         if not (again and self._own):
-            torch._foreach_copy_(self._views, self._tensors)
-            if found and self._grads is not None:
-                torch._foreach_copy_(self._grads[1], found)
-        return {self._key: self._grads[0]} if found and self._grads else {}
+            self._params.gather(self._tensors, self._places)
+            if found and known is not None:
+                known.gather(found)
+        return {self._key: known.memory} if found and known is not None else {}
 
     def _apply(self, moved: TensorMap) -> None:
         super()._apply(moved)
@@ -88,4 +95,4 @@ class Pooled(Unit):
 
     def put_back(self) -> None:
         """Write the gathered parameters to their own places."""
-        torch._foreach_copy_(self._tensors, self._views)
+        self._params.scatter(self._tensors, self._places)

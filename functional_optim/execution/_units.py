@@ -74,6 +74,20 @@ class Unit:
         self._stored = [node if isinstance(node, dict) else {} for node in nodes]
         self._show(template, nodes)
 
+        self._long: list[Tensor] | None = None
+
+    def long(self) -> list[Tensor]:
+        """Return the tensors that are as long as the unit: parameter, then state."""
+        if self._long is None:
+            entries = [
+                entry
+                for field, stored in zip(self.fields, self._stored, strict=True)
+                if field.kind is Kind.ELEMENTWISE
+                for entry in stored.values()
+            ]
+            self._long = [*self.params.values(), *entries]
+        return self._long
+
     def _show(self, template: Any, nodes: list[Node]) -> None:
         self.state = rebuilt(template, iter(nodes))
         given_up = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import operator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -60,7 +62,7 @@ class Engine:
         self._keys = keys_of(self._store.nodes, self._store.fields)
         self._places = self._found_places()
         self._shapes = {name: param.shape for name, param in params.items()}
-        self._shown: list[int] = []
+        self._shown: list[Any] = []
         self.rest_shown: dict[str, Any] = {}
         """What belongs to the transform as a whole, as it is now."""
         self._show_rest()
@@ -138,7 +140,7 @@ class Engine:
         """Write the state by parameter, as torch shows it; the tensors are ours."""
         for param, name in self.names.items():
             state.setdefault(param, {}).update(self.entries(name))
-        self._shown = _identities(state)
+        self._shown = _entries_in(state)
         self._store.replaced = False
 
     def entries(self, name: str) -> dict[str, Tensor]:
@@ -156,8 +158,14 @@ class Engine:
         Args:
             state: What `show` wrote into.
         """
-        if _identities(state) != self._shown:
+        found = _entries_in(state)
+        same = len(found) == len(self._shown)
+        if not (same and all(map(operator.is_, found, self._shown))):
             self._adopt(state)
+        self.show_replaced(state)
+
+    def show_replaced(self, state: MutableMapping[Tensor, Any]) -> None:
+        """Write the state by parameter if its tensors are others now."""
         if self._store.replaced:
             self.show(state)
 
@@ -273,9 +281,10 @@ def _continued(known: Node, fresh: Node, gone: Set[str]) -> Node:
     return known
 
 
-def _identities(state: Mapping[Tensor, Any]) -> list[int]:
-    """Return which tensors are shown, cheaply: this is asked at every step."""
-    return [id(entry) for own in state.values() for entry in own.values()]
+def _entries_in(state: Mapping[Tensor, Any]) -> list[Any]:
+    """Return what is shown, in order: this is asked at every step."""
+    shown = [own.values() for own in state.values()]
+    return list(itertools.chain.from_iterable(shown))
 
 
 def initial(transform: Transform, params: TensorMap) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from typing import TYPE_CHECKING
 
@@ -26,15 +27,21 @@ def gradients_of(names: Mapping[Tensor, str]) -> TensorMap:
     Raises:
         TypeError: one is sparse.
     """
-    grads: TensorMap = {}
-    for param, name in names.items():
-        grad = param.grad
-        if grad is None:
-            continue
-        if grad.layout is not torch.strided or grad.dtype is not param.dtype:
-            check_updates({name: grad}, {name: param.detach()})
-        grads[name] = grad
+    found = [param.grad for param in names]
+    grads = {
+        name: grad
+        for name, grad in zip(names.values(), found, strict=True)
+        if grad is not None
+    }
+    # At every step, for every parameter: by functions in C.
+    alike = {*map(_dtype, names), *map(_dtype, grads.values())}
+    if len(alike) > 1 or not set(map(_layout, grads.values())) <= {torch.strided}:
+        params = {name: param.detach() for param, name in names.items()}
+        check_updates(grads, params)
     return grads
+
+
+_dtype, _layout = operator.attrgetter("dtype"), operator.attrgetter("layout")
 
 
 def warn_of_no_gradient() -> None:

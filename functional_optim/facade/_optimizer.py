@@ -170,7 +170,7 @@ class TransformOptimizer(Tracking):
                 engine.step(grads, context=context, scaling=scaling_of(self))
             if grads:
                 self._groups.show_schedules()
-                engine.follow(self.state)
+                engine.show_replaced(self.state)
         return loss
 
     # -- state -----------------------------------------------------------------------
