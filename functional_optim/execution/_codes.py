@@ -41,22 +41,23 @@ class Code:
         long: list[Tensor],
         short: list[Tensor],
     ) -> None:
-        self._graph = traced(function, long, short)
-        self._kernel = MAKES_CODE(self._graph)
-        self._takes_all = self._graph.long == list(range(len(long)))
+        self._graph = graph = traced(function, long, short)
+        self._prologue = MAKES_CODE(graph.prologue)
+        self._kernel = MAKES_CODE(graph.kernel)
+        self._takes_all = graph.long == list(range(len(long)))
 
-    def numbers(self, long: list[Tensor], short: list[Tensor]) -> tuple[Any, Any]:
+    def numbers(self, short: list[Tensor]) -> tuple[Any, Any]:
         """Return what the kernel needs to know, and results that do not need it."""
-        numbers: tuple[Any, Any] = self._graph.prologue(*long, *short)
-        return numbers
+        found = self._prologue([short[place] for place in self._graph.short])
+        return found[: self._graph.told], found[self._graph.told :]
 
-    def __call__(self, long: list[Tensor], crossing: tuple[Tensor, ...]) -> Any:
+    def __call__(self, long: list[Tensor], crossing: Sequence[Tensor]) -> Any:
         """Run on a unit; returns those results that it takes the unit to know."""
-        # A kernel for any length may not be one for none.
-        kernel = self._kernel if long[0].numel() else self._graph.kernel
         if not self._takes_all:
             long = [long[place] for place in self._graph.long]
-        return kernel(*long, *crossing)
+        if not long[0].numel():  # A kernel for any length may not be one for none.
+            return self._graph.kernel.module(*long, *crossing)
+        return self._kernel([*long, *crossing])
 
     def results(self, late: Sequence[Tensor], early: Sequence[Tensor]) -> list[Tensor]:
         """Return all results in order.

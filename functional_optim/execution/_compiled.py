@@ -123,7 +123,7 @@ class CompiledStep:
 
         code, op = self.codes.code((*self._key, len(own)), make)
         call = next((call for call in calls if call not in own), None)
-        return Pass(call, code, op, code.numbers(examples, short))
+        return Pass(call, code, op, code.numbers(short))
 
     def share(self, done: Pass, late: Sequence[Tensor], later: Later) -> list[Node]:
         """Keep the single numbers of the new state; return its nodes."""

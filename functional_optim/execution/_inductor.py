@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from functional_optim.execution._tracing import Traced
+    from functional_optim.execution._tracing import Example, Graph
 
 _LONG = 2**22 + 3
 """Elements of the unit that code is made for: it runs on all threads. Nothing is ever
@@ -19,28 +19,27 @@ written there, so that it takes no memory."""
 _known: dict[Hashable, Callable[..., Any]] = {}
 
 
-def compiled(graph: Traced) -> Callable[..., Any]:
-    """Return a graph's kernel as compiled code, which is made once in a process.
+def compiled(graph: Graph) -> Callable[..., Any]:
+    """Return a graph as compiled code, which is made once in a process.
 
     Args:
         graph: The graph.
 
+    Returns:
+        Function of a list of tensors, which it empties.
+
     Raises:
         Exception: from the compiler, or because there is none.
     """
-    key = (
-        graph.kernel.code,
-        tuple(graph.examples),
-        torch.get_num_threads(),
-    )
-    if any(node.op == "get_attr" for node in graph.kernel.graph.nodes):
+    if any(node.op == "get_attr" for node in graph.module.graph.nodes):
         return _compiled(graph)  # The text of the code does not tell its constants.
+    key = graph.module.code, tuple(graph.inputs), torch.get_num_threads()
     if key not in _known:
         _known[key] = _compiled(graph)
     return _known[key]
 
 
-def _compiled(graph: Traced) -> Callable[..., Any]:
+def _compiled(graph: Graph) -> Callable[..., Any]:
     # Imported here: they take a second, and others run without them.
     from torch._guards import TracingContext, tracing
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -48,7 +47,7 @@ def _compiled(graph: Traced) -> Callable[..., Any]:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    inputs = [_fake(mode, *example) for example in graph.examples]
+    inputs = [_fake(mode, example) for example in graph.inputs]
     inner: list[tuple[int, Any]] = []
 
     def inner_compile(module: Any, given: Any, **options: Any) -> Any:
@@ -60,29 +59,23 @@ def _compiled(graph: Traced) -> Callable[..., Any]:
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
     with torch.no_grad(), tracing(TracingContext(mode)), uncached:
         outer: Callable[..., Any] = compile_fx(
-            graph.kernel, inputs, inner_compile=inner_compile
+            graph.module, inputs, inner_compile=inner_compile
         )
-    ((count, call),) = inner
-    if call is None or count != len(inputs):
-        return outer
-
-    def run(*tensors: Tensor) -> Any:
-        return call(list(tensors))
-
-    return run
+    if len(inner) == 1:
+        ((count, call),) = inner
+        if call is not None and count == len(inputs):
+            found: Callable[..., Any] = call  # What checks inputs costs more than it.
+            return found
+    return lambda tensors: outer(*tensors)
 
 
-def _fake(
-    mode: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    shape: tuple[int, ...] | None,
-) -> Tensor:
+def _fake(mode: Any, example: Example) -> Tensor:
     from torch.fx.experimental.symbolic_shapes import (
         DimDynamic,
         StatelessSymbolicContext,
     )
 
+    dtype, device, shape = example
     if shape is None:
         long = torch.empty(_LONG, dtype=dtype, device=device)
         any_length = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK])

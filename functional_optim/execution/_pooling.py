@@ -51,6 +51,7 @@ class Pooled(Unit):
         self._places = places_of(self._tensors) if memory.is_cpu else None
         self.params = {self._key: memory}
         self._grads: Gathered | None = None
+        self._last: TensorMap | None = None
         own: list[Node] = []
         for node, field in zip(source.nodes, source.fields, strict=True):
             if not isinstance(node, dict):
@@ -74,6 +75,8 @@ class Pooled(Unit):
 
     def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
         """Gather the gradients, and the parameters."""
+        if again and self._own and self._last is not None:
+            return self._last
         found = [grads[name] for name in self.names if name in grads]
         known = self._grads
         if found and (known is None or known.memory.dtype != found[0].dtype):
@@ -82,12 +85,13 @@ class Pooled(Unit):
             )
             known = Gathered(memory, self._shapes, compiles=self._compiles)
             self._grads = known
-            self._own, again = self._own and own, False
-        if not (again and self._own):
-            self._params.gather(self._tensors, self._places)
-            if found and known is not None:
-                known.gather(found)
-        return {self._key: known.memory} if found and known is not None else {}
+            self._own = self._own and own
+        self._params.gather(self._tensors, self._places)
+        self._last = {}
+        if found and known is not None:
+            known.gather(found)
+            self._last = {self._key: known.memory}
+        return self._last
 
     def _apply(self, moved: TensorMap) -> None:
         super()._apply(moved)

@@ -26,23 +26,50 @@ _EXAMPLE = 1003
 """Elements of the units that a trace is made with: a number nothing else has."""
 
 
+class Example(NamedTuple):
+    """What an input of a graph is like.
+
+    Attributes:
+        dtype: Its dtype.
+        device: Its device.
+        shape: Its shape; None for one dimension of any length.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: tuple[int, ...] | None
+
+
+class Graph(NamedTuple):
+    """Operations on tensors.
+
+    Attributes:
+        module: They, as a function of tensors that returns a tuple.
+        inputs: What the inputs are like.
+    """
+
+    module: fx.GraphModule
+    inputs: list[Example]
+
+
 class Traced(NamedTuple):
     """A function of tensors as a graph.
 
     Attributes:
-        prologue: From all inputs, of which it reads single numbers, to what the kernel
-            needs of them and those results that depend on nothing else.
+        prologue: From the short inputs to what the kernel needs of them, and then those
+            results that depend on nothing else.
         kernel: From the long inputs, and what the prologue tells it, to other results.
-        long: The places of the kernel's inputs among all.
-        examples: For each input of the kernel, dtype, device and number of elements;
-            None where this is what changes from unit to unit.
+        long: The places of the kernel's inputs among the long ones.
+        short: The places of the prologue's inputs among the short ones.
+        told: How many of its results the prologue tells the kernel.
         results: For each result whether it is the kernel's.
     """
 
-    prologue: fx.GraphModule
-    kernel: fx.GraphModule
+    prologue: Graph
+    kernel: Graph
     long: list[int]
-    examples: list[tuple[torch.dtype, torch.device, tuple[int, ...] | None]]
+    short: list[int]
+    told: int
     results: list[bool]
 
 
@@ -67,7 +94,7 @@ def traced(
         graph = make_fx(
             function, tracing_mode="symbolic", _error_on_data_dependent_ops=True
         )(*map(example_of, long), *short)
-    return _split(graph)
+    return _split(graph, len(long))
 
 
 def example_of(long: Tensor) -> Tensor:
@@ -85,7 +112,8 @@ def _is_small(value: Any) -> bool:
     )
 
 
-def _split(module: fx.GraphModule) -> Traced:
+def _split(module: fx.GraphModule, count: int) -> Traced:
+    """Split a graph whose first inputs are long."""
     nodes = list(module.graph.nodes)
     small = _small_nodes(nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
@@ -94,35 +122,40 @@ def _split(module: fx.GraphModule) -> Traced:
         node
         for node in nodes
         if node in small
-        and any(u not in small and u.op != "output" for u in node.users)
+        and any(user not in small and user.op != "output" for user in node.users)
     ]
-    first, second = fx.Graph(), fx.Graph()
-    known: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        if node.op == "placeholder" or node in small:
-            known[node] = first.node_copy(node, known.__getitem__)
-    told = [known[result] for result in results if result in small]
-    first.output((tuple(known[node] for node in crossing), tuple(told)))
-    first.eliminate_dead_code()
-    long = [index for index, node in enumerate(inputs) if node not in small]
-    known = {}
-    for node in [*(inputs[index] for index in long), *crossing]:
-        known[node] = second.placeholder(node.name)
-    for node in nodes:
-        if node not in small and node.op not in {"placeholder", "output"}:
-            known[node] = second.node_copy(node, known.__getitem__)
-    second.output(tuple(known[result] for result in results if result not in small))
-    second.eliminate_dead_code()
+    short = [node for node in inputs[count:] if node in small]
+    long = [node for node in inputs if node not in small]
+    early = [result for result in results if result in small]
+    late = [result for result in results if result not in small]
+    others = [node for node in nodes if node not in small and node not in inputs]
+    first = _graph(module, short, [n for n in nodes if n in small], [*crossing, *early])
+    second = _graph(module, [*long, *crossing], others, late)
     return Traced(
-        fx.GraphModule(module, first),
-        fx.GraphModule(module, second),
-        long,
-        [
-            _example(node.meta["val"])
-            for node in [*(inputs[index] for index in long), *crossing]
-        ],
+        first,
+        second,
+        [inputs.index(node) for node in long],
+        [inputs.index(node) - count for node in short],
+        len(crossing),
         [result not in small for result in results],
     )
+
+
+def _graph(
+    module: fx.GraphModule,
+    inputs: list[fx.Node],
+    nodes: list[fx.Node],
+    results: list[fx.Node],
+) -> Graph:
+    graph = fx.Graph()
+    known = {node: graph.placeholder(node.name) for node in inputs}
+    for node in nodes:
+        if node not in known and node.op not in {"placeholder", "output"}:
+            known[node] = graph.node_copy(node, known.__getitem__)
+    graph.output(tuple(known[result] for result in results))
+    graph.eliminate_dead_code()
+    examples = [_example(node.meta["val"]) for node in inputs]
+    return Graph(fx.GraphModule(module, graph), examples)
 
 
 def _small_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
@@ -139,8 +172,6 @@ def _small_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
     return small
 
 
-def _example(
-    value: Tensor,
-) -> tuple[torch.dtype, torch.device, tuple[int, ...] | None]:
+def _example(value: Tensor) -> Example:
     shape = tuple(value.shape) if _is_small(value) else None
-    return value.dtype, value.device, shape
+    return Example(value.dtype, value.device, shape)

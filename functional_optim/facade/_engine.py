@@ -60,6 +60,7 @@ class Engine:
         )
         self._store = self._executor.store
         self._keys = keys_of(self._store.nodes, self._store.fields)
+        self._strided = [param for param in names if not param.is_contiguous()]
         self._places = self._found_places()
         self._shapes = {name: param.shape for name, param in params.items()}
         self._shown: list[Any] = []
@@ -92,9 +93,13 @@ class Engine:
         self._executor.set_transforms(transforms)
 
     def _found_places(self) -> list[Any]:
-        # At every step, for every parameter: by functions in C.
-        asked = Tensor.data_ptr, Tensor.stride, Tensor.numel
-        return [list(map(function, self.names)) for function in asked]
+        # At every step, for every parameter: by functions in C, and few of them.
+        return [
+            list(map(Tensor.data_ptr, self.names)),
+            list(map(Tensor.numel, self.names)),
+            list(map(Tensor.is_contiguous, self.names)),
+            [param.stride() for param in self._strided],
+        ]
 
     @property
     def moved(self) -> bool:
