@@ -14,6 +14,7 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
@@ -59,7 +60,7 @@ def hyperparameter(
             "per_parameter": per_parameter,
             "zero_differs": zero_differs,
             "check": functools.partial(_normalized, kind=kind),
-            "resolve": resolved_number,
+            "resolve": _resolved_never_0 if zero_differs else resolved_number,
         },
     )
 
@@ -204,6 +205,20 @@ def resolved_number(value: Any, name: str, param: Tensor) -> Any:
     if isinstance(value, tuple):
         return tuple(resolved_number(part, name, param) for part in value)
     return lookup(value, [name])[0] if isinstance(value, Mapping) else value
+
+
+def _resolved_never_0(value: Any, name: str, param: Tensor) -> Any:
+    """As `resolved_number`; what comes out of a map is no plain 0, as the map is none."""
+    found = resolved_number(value, name, param)
+    if isinstance(value, Mapping) and is_zero(found):
+        return _zero(param.device)
+    return found
+
+
+@functools.cache
+def _zero(device: torch.device) -> Tensor:
+    """Return one 0 for all, so that parameters that have it can go together."""
+    return torch.zeros((), dtype=torch.float64, device=device)
 
 
 @dataclass_transform(

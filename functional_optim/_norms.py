@@ -51,8 +51,8 @@ def norms(tensors: TensorMap, p: float, *, wide: bool = False) -> Tensor:
 def _measured_any(tensor: Tensor, p: float) -> Tensor:
     """Return a norm in a trace that stands for any length: no blocks, but doubles."""
     kind = torch.float32 if is_sixteen_bit(tensor) else tensor.dtype
-    norm = torch.linalg.vector_norm(tensor, p, dtype=torch.float64)
-    return norm.to(kind)
+    norm: Tensor = torch.linalg.vector_norm(tensor, p, dtype=torch.float64).to(kind)
+    return norm
 
 
 def _measured(tensor: Tensor, p: float) -> Tensor:

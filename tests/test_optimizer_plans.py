@@ -190,3 +190,30 @@ def test_a_window_that_closes_reaches_the_one_behind_it() -> None:
     assert torch.equal(a, torch.zeros(10))
     # Its windows: the mean of 4 and of nothing, over two; the second window has none.
     assert torch.equal(b, torch.full((10,), 0.0))
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [
+        fo.Trace({"a": 0.0, "b": 0.9}),
+        fo.Trace(0.9, dampening={"a": 0.0, "b": 0.5}),
+    ],
+    ids=repr,
+)
+def test_a_zero_in_a_map_is_no_plain_zero(trace: fo.Trace) -> None:
+    """For a plain 0 the buffer waits; a map is none, whatever its numbers are."""
+    params = {name: torch.ones(2, dtype=torch.float64) for name in ("a", "b")}
+    own = [(name, Parameter(p.clone())) for name, p in params.items()]
+    optimizer = fo.TransformOptimizer(own, trace)
+    state = fo.chain(trace).init(params)
+    for step in range(3):
+        grads = {name: torch.full_like(p, 1.0 + step) for name, p in params.items()}
+        moved, state = fo.chain(trace).update(grads, state, params)
+        params = fo.apply_updates(params, moved)
+        for name, p in own:
+            p.grad = grads[name]
+        optimizer.step()
+        for name, p in own:
+            assert torch.equal(p, params[name])
+            shown = optimizer.state[p]["momentum_buffer"]
+            assert torch.equal(shown, state[0].momentum_buffer[name])

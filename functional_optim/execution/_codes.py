@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functional_optim._value import same_for_good
-from functional_optim.execution._inductor import compiled
 from functional_optim.execution._lifting import lifted
 from functional_optim.execution._tracing import traced
 
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
     from functional_optim._context import ReduceOp
     from functional_optim._types import Transform
     from functional_optim.execution._lifting import Number
+    from functional_optim.execution._tracing import Graph
 
-MAKES_CODE = compiled
-"""What makes code of a graph; tests put the graph itself in its place."""
+Compiler: TypeAlias = "Callable[[Graph], Callable[[list[Tensor]], Any]]"
+"""Makes code of a graph; or raises, if it cannot."""
 
 
 class Code:
@@ -30,6 +30,7 @@ class Code:
         function: What it does, a function of tensors.
         long: Its first inputs, for one of the units.
         short: Its other inputs.
+        compiler: Makes the code.
 
     Raises:
         Exception: no code can be made.
@@ -40,10 +41,11 @@ class Code:
         function: Callable[..., Sequence[Tensor]],
         long: list[Tensor],
         short: list[Tensor],
+        compiler: Compiler,
     ) -> None:
         self._graph = graph = traced(function, long, short)
-        self._prologue = MAKES_CODE(graph.prologue)
-        self._kernel = MAKES_CODE(graph.kernel)
+        self._prologue = compiler(graph.prologue)
+        self._kernel = compiler(graph.kernel)
         self._takes_all = graph.long == list(range(len(long)))
 
     def numbers(self, short: list[Tensor]) -> tuple[Any, Any]:
@@ -55,8 +57,6 @@ class Code:
         """Run on a unit; returns those results that it takes the unit to know."""
         if not self._takes_all:
             long = [long[place] for place in self._graph.long]
-        if not long[0].numel():  # A kernel for any length may not be one for none.
-            return self._graph.kernel.module(*long, *crossing)
         return self._kernel([*long, *crossing])
 
     def results(self, late: Sequence[Tensor], early: Sequence[Tensor]) -> list[Tensor]:
@@ -76,12 +76,16 @@ class Code:
 class Codes:
     """The code of a bucket, made when it is first needed.
 
+    Args:
+        compiler: Makes it.
+
     Attributes:
+        compiler: Makes it.
         failed: Whether this bucket runs without.
     """
 
-    def __init__(self) -> None:
-        self.failed = False
+    def __init__(self, compiler: Compiler) -> None:
+        self.compiler, self.failed = compiler, False
         self._kinds: list[Any] = []
         self._codes: dict[Hashable, tuple[Code, ReduceOp]] = {}
         self._numbers: tuple[tuple[Number, ...], list[Tensor]] = ((), [])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._tensor_map import over
-from functional_optim.execution._codes import Code
+from functional_optim.execution._codes import Code, Codes
 from functional_optim.execution._guard import wrapped_state
 from functional_optim.execution._lifting import lowered
 from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
@@ -21,15 +21,15 @@ from functional_optim.execution._passes import Recorded, StopError, Supplied
 from functional_optim.execution._tracing import example_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
-    from functional_optim._context import Reducer, ReduceOp
-    from functional_optim._types import TensorMap, Transform
-    from functional_optim.execution._codes import Codes
+    from functional_optim._context import ReduceOp, Reducer
+    from functional_optim._types import TensorMap
+    from functional_optim.execution._codes import Compiler
     from functional_optim.execution._nodes import Field, Node
     from functional_optim.execution._passes import Call, Totals
     from functional_optim.execution._runs import Given, Run
-    from functional_optim.execution._units import Later, Unit
+    from functional_optim.execution._units import Later
 
 
 class Pass:
@@ -50,18 +50,15 @@ class CompiledStep:
     Args:
         codes: The code of the bucket.
         run: One of the runs.
-        transform: What they run.
         given: What the step was given.
     """
 
-    def __init__(
-        self, codes: Codes, run: Run, transform: Transform, given: Given
-    ) -> None:
+    def __init__(self, codes: Codes, run: Run, given: Given) -> None:
         self.codes = codes
         self._run, self._unit = run, run.unit
-        self._transform, self._given = transform, given
+        self._transform, self._given = run.transform, given
         ((self._name, param),) = run.unit.params.items()
-        kind, self._numbers = codes.kind_of(transform, param)
+        kind, self._numbers = codes.kind_of(run.transform, param)
         told = given.context.loss, given.context.weight
         self._beside = [
             torch.as_tensor(x, device=param.device) for x in told if x is not None
@@ -119,7 +116,8 @@ class CompiledStep:
 
         def make() -> tuple[Code, ReduceOp]:
             function = self._function(Supplied, list(own), ops)
-            return Code(function, examples, short), ops[-1]
+            code = Code(function, examples, short, self.codes.compiler)
+            return code, ops[-1]
 
         code, op = self.codes.code((*self._key, len(own)), make)
         call = next((call for call in calls if call not in own), None)
@@ -238,7 +236,7 @@ class CompiledRun:
         if not self._step.codes.failed:
             try:
                 return self._step.calls()
-            except Exception as error:  # noqa: BLE001 - whatever a transform raises
+            except Exception as error:
                 self._fail(error)
         return self._run.calls()
 
@@ -253,7 +251,7 @@ class CompiledRun:
             return None
         try:
             return step.next_pass(totals)
-        except Exception as error:  # noqa: BLE001 - whatever a compiler raises
+        except Exception as error:
             self._fail(error)
             return None
 
@@ -296,6 +294,41 @@ class CompiledRun:
             return None
         self._step.is_told = True
         return self._step.share(found, late, later)
+
+
+class Compiling:
+    """Lets code run in the place of transforms, where it can be made.
+
+    Args:
+        compiler: Makes it.
+    """
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+
+    def codes(self) -> Codes:
+        """Return the code of a new bucket: none yet."""
+        return Codes(self._compiler)
+
+    def run(
+        self, run: Run, given: Given, steps: dict[Hashable, CompiledStep]
+    ) -> Run | CompiledRun:
+        """Return what runs in the place of a run, or itself.
+
+        Args:
+            run: The run.
+            given: What the step was given.
+            steps: What runs of this step have in common; it fills up.
+        """
+        codes = run.bucket.codes
+        if codes is None or codes.failed or run.alone:
+            return run
+        if not any(param.numel() for param in run.unit.params.values()):
+            return run  # Code for any length is not code for none.
+        key = id(run.bucket), run.key, given.grads[run.unit.names[0]].dtype
+        if key not in steps:
+            steps[key] = CompiledStep(codes, run, given)
+        return CompiledRun(steps[key], run, given.grads)
 
 
 def _warn_of_failure(error: Exception) -> None:

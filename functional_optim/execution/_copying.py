@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -46,9 +47,9 @@ def _library() -> Any:
     Raises:
         Exception: no code can be made.
     """
-    from torch._inductor.codecache import CppCodeCache
-
-    library: Any = CppCodeCache.load(_SOURCE)
+    # Imported when it is needed: it takes a second.
+    cache = importlib.import_module("torch._inductor.codecache").CppCodeCache
+    library: Any = cache.load(_SOURCE)
     for function in (library.gather, library.scatter):
         function.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64]
         function.restype = None
@@ -108,7 +109,7 @@ class Gathered:
         if self._compiles:
             try:
                 return _library()
-            except Exception:  # noqa: BLE001 - whoever compiles kernels says so
+            except Exception:
                 self._compiles = False
         return None
 
@@ -118,7 +119,7 @@ class Gathered:
 
 
 def places_of(tensors: Iterable[Tensor]) -> array[int] | None:
-    """Return the addresses of tensors; None if one is not contiguous in plain memory."""
+    """Return the addresses of tensors; None if one is not plain and contiguous."""
     found = list(tensors)
     if not all(map(Tensor.is_contiguous, found)) or not {*map(type, found)} <= _PLAIN:
         return None

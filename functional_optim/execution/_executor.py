@@ -21,7 +21,6 @@ from functional_optim._memory import Workspace
 from functional_optim._parts import walk
 from functional_optim._value import same_for_good
 from functional_optim.execution._cohorts import Cohorts
-from functional_optim.execution._compiled import CompiledRun, CompiledStep
 from functional_optim.execution._guard import scaled
 from functional_optim.execution._joining import joined
 from functional_optim.execution._memory import memory_of
@@ -34,6 +33,11 @@ from functional_optim.execution._windows import Structure, Windows, statics_of
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._compiled import (
+        CompiledRun,
+        CompiledStep,
+        Compiling,
+    )
     from functional_optim.execution._nodes import Node
     from functional_optim.execution._units import Later, Unit
 
@@ -51,7 +55,7 @@ class Executor:
         group_of: The group of each parameter.
         state: The whole state; `step` writes into it.
         unit_bytes: Size of a unit; None chooses by device.
-        compiles: Whether units run as compiled code where they can.
+        compiling: Makes code of what runs on units; None runs without.
     """
 
     def __init__(
@@ -62,12 +66,12 @@ class Executor:
         state: Any,
         *,
         unit_bytes: int | None = None,
-        compiles: bool = False,
+        compiling: Compiling | None = None,
     ) -> None:
         self._params = params
         self._transforms = transforms
         self._group_of = group_of
-        self._unit_bytes, self._compiles = unit_bytes, compiles
+        self._unit_bytes, self._compiling = unit_bytes, compiling
         self._cohorts = Cohorts()
         self._given: tuple[list[str], list[torch.dtype]] = ([], [])
         self._wanted: dict[str, torch.dtype | None] = {}
@@ -136,7 +140,7 @@ class Executor:
             self._store.nodes,
             self._store.fields,
             self._unit_bytes,
-            compiles=self._compiles,
+            self._compiling,
         )
         self._buckets = layout.buckets()
         self._scratch = layout.scratch
@@ -189,9 +193,7 @@ class Executor:
         found = list(grads), list(map(_dtype, grads.values()))
         if found != self._given:
             self._given = found
-            self._wanted = {n: None for n in self._params} | dict(
-                zip(*found, strict=True)
-            )
+            self._wanted = dict.fromkeys(self._params) | dict(zip(*found, strict=True))
         kinds = self._wanted
         written = [column._version for column in self._columns] != self._versions
         if written or (kinds is self._kinds and self._cohorts.rest(kinds)):
@@ -248,7 +250,9 @@ class Executor:
         for old, new in values:
             old.copy_(new)
 
-    def _runs(self, given: Given, structure: Structure | None) -> list[Run | CompiledRun]:
+    def _runs(
+        self, given: Given, structure: Structure | None
+    ) -> list[Run | CompiledRun]:
         """Return what runs in this step."""
         scaling = given.scaling
         form = None if scaling is None else scaling.grad_scale is None
@@ -278,24 +282,11 @@ class Executor:
                     key=(key, names),
                     alone=not pushed,
                 )
-                runs.append(self._faster(run, transforms[id(bucket)], given, steps))
+                if self._compiling is not None and not self._refuses:
+                    runs.append(self._compiling.run(run, given, steps))
+                else:
+                    runs.append(run)
         return runs
-
-    def _faster(
-        self,
-        run: Run,
-        transform: Transform,
-        given: Given,
-        steps: dict[Hashable, CompiledStep],
-    ) -> Run | CompiledRun:
-        """Return what runs compiled, if this can."""
-        codes = run.bucket.codes
-        if codes is None or codes.failed or run.alone or self._refuses:
-            return run
-        key = id(run.bucket), run.key, given.grads[run.unit.names[0]].dtype
-        if key not in steps:
-            steps[key] = CompiledStep(codes, run, transform, given)
-        return CompiledRun(steps[key], run, given.grads)
 
     def _collect(self, unit: Unit, nodes: list[Node], later: Later) -> None:
         """Take what belongs to the transform as a whole from a unit that it served."""

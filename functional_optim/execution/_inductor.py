@@ -6,6 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
@@ -40,12 +48,6 @@ def compiled(graph: Graph) -> Callable[..., Any]:
 
 
 def _compiled(graph: Graph) -> Callable[..., Any]:
-    # Imported here: they take a second, and others run without them.
-    from torch._guards import TracingContext, tracing
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
     mode = FakeTensorMode(shape_env=ShapeEnv())
     inputs = [_fake(mode, example) for example in graph.inputs]
     inner: list[tuple[int, Any]] = []
@@ -58,9 +60,7 @@ def _compiled(graph: Graph) -> Callable[..., Any]:
     # Its cache would hand over code without `inner_compile`; the compiler has one, too.
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
     with torch.no_grad(), tracing(TracingContext(mode)), uncached:
-        outer: Callable[..., Any] = compile_fx(
-            graph.module, inputs, inner_compile=inner_compile
-        )
+        outer: Any = compile_fx(graph.module, inputs, inner_compile=inner_compile)
     if len(inner) == 1:
         ((count, call),) = inner
         if call is not None and count == len(inputs):
@@ -70,15 +70,10 @@ def _compiled(graph: Graph) -> Callable[..., Any]:
 
 
 def _fake(mode: Any, example: Example) -> Tensor:
-    from torch.fx.experimental.symbolic_shapes import (
-        DimDynamic,
-        StatelessSymbolicContext,
-    )
-
     dtype, device, shape = example
     if shape is None:
         long = torch.empty(_LONG, dtype=dtype, device=device)
-        any_length = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK])
+        any_length: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK])
         fake: Tensor = mode.from_tensor(long, symbolic_context=any_length)
         return fake
     with mode:

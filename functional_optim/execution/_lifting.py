@@ -102,7 +102,10 @@ def _mapped(
         return value
     changes = {
         field.name: _mapped(
-            getattr(value, field.name), change, build, is_number=_is_lifted(value, field)
+            getattr(value, field.name),
+            change,
+            build,
+            is_number=_is_lifted(value, field),
         )
         for field in dataclasses.fields(value)
         if field.init

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from functional_optim._context import Reducer
+    from functional_optim.execution._compiled import CompiledRun
     from functional_optim.execution._runs import Run
 
 Call: TypeAlias = tuple[tuple[int | str, ...], int]
@@ -175,13 +176,13 @@ def collected(
     return local_total(torch.cat(partials), op)
 
 
-def totals_of(runs: Sequence[Run]) -> Totals:
+def totals_of(runs: Sequence[Run | CompiledRun]) -> Totals:
     """Return the totals that updates ask for, with a pass for each.
 
     Args:
         runs: What runs in a step.
     """
-    left: dict[tuple[int, Hashable], tuple[list[Call], list[Run]]] = {}
+    left: dict[tuple[int, Hashable], tuple[list[Call], list[Any]]] = {}
     for run in runs:
         kind = id(run.bucket), run.key
         calls = run.calls()

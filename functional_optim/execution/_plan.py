@@ -17,7 +17,6 @@ from torch import Tensor
 from functional_optim._hyperparameters import resolve
 from functional_optim._types import Scope, Static
 from functional_optim._value import same_for_good
-from functional_optim.execution._codes import Codes
 from functional_optim.execution._joining import joined
 from functional_optim.execution._memory import Scratch, is_dense
 from functional_optim.execution._nodes import Kind
@@ -26,7 +25,9 @@ from functional_optim.execution._units import Piece, Shaped, Source, Unit
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._codes import Codes
     from functional_optim.execution._cohorts import Cohorts
+    from functional_optim.execution._compiled import Compiling
     from functional_optim.execution._nodes import Field, Node
     from functional_optim.execution._passes import Call
 
@@ -89,7 +90,7 @@ class Layout:
         nodes: Its nodes.
         fields: What is known about them.
         unit_bytes: Size of a unit; None chooses by device.
-        compiles: Whether units run as compiled code where they can.
+        compiling: Makes code of what runs on units; None runs without.
         scratch: Where small tensors are gathered.
     """
 
@@ -101,7 +102,7 @@ class Layout:
     nodes: list[Node]
     fields: list[Field]
     unit_bytes: int | None
-    compiles: bool = False
+    compiling: Compiling | None = None
     scratch: Scratch = dataclasses.field(default_factory=lambda: Scratch(SCRATCH_BYTES))
 
     def buckets(self) -> list[Bucket]:
@@ -122,7 +123,7 @@ class Layout:
                 source = self._shared(names)
                 bucket.columns = source.columns
                 bucket.units = self._flat_units(names, source)
-                bucket.codes = Codes() if self.compiles else None
+                bucket.codes = self.compiling.codes() if self.compiling else None
             else:
                 bucket.units = self._shaped_units(names)
             buckets.append(bucket)
@@ -242,7 +243,7 @@ class Layout:
             param = self.params[name]
             size = self._size(param)
             if param.numel() >= self._least_alone(size) and is_dense(param):
-                own = _LONGEST if self.compiles else size
+                own = _LONGEST if self.compiling else size
                 units.extend(self._pieces(name, own, source))
                 continue
             if pool and count + param.numel() > size:
@@ -261,13 +262,14 @@ class Layout:
             size: Elements of a unit.
         """
         least = -(-size // _POOLED_BELOW)
-        return min(least, _COMPILED_ALONE) if self.compiles else least
+        return min(least, _COMPILED_ALONE) if self.compiling else least
 
     def _pooled(self, params: TensorMap, source: Source) -> Unit:
         name = next(iter(params))
         if len(params) == 1 and is_dense(params[name]):
             return self._pieces(name, max(1, params[name].numel()), source)[0]
-        return Pooled(params, source, self.scratch, compiles=self.compiles)
+        compiles = self.compiling is not None
+        return Pooled(params, source, self.scratch, compiles=compiles)
 
     def _pieces(self, name: str, size: int, source: Source) -> list[Unit]:
         param = self.params[name]

@@ -84,12 +84,12 @@ class Run:
         alone: bool,
     ) -> None:
         self.bucket, self.unit, self.key = bucket, unit, key
-        self._transform, self._workspace = transform, workspace
+        self.transform, self._workspace = transform, workspace
         self._given, self.alone = given, alone
         self._again = False
         self._memory: Memory | None = None
         if alone:
-            self._transform = from_window(transform, self._state())
+            self.transform = from_window(transform, self._state())
 
     def calls(self) -> Sequence[Call]:
         """Return the calls of `reduce`: always the same, so tried once."""
@@ -100,9 +100,9 @@ class Run:
             calls: list[Call] = []
             self(Recorded(calls))
             known[self.key] = calls
-        if known[self.key] and self._transform.scope is not Scope.ELEMENTWISE:
+        if known[self.key] and self.transform.scope is not Scope.ELEMENTWISE:
             self._memory = Memory()
-            self._transform = remembered(self._transform, self._memory)
+            self.transform = remembered(self.transform, self._memory)
         return known[self.key]
 
     def prepare(self, totals: Totals) -> None:
@@ -139,7 +139,7 @@ class Run:
     def _updated(
         self, updates: TensorMap, context: Context, *, last: bool
     ) -> tuple[TensorMap, Any]:
-        unit, update = self.unit, self._transform.update
+        unit, update = self.unit, self.transform.update
         if self.alone:
             return self._with_companion(context)
         if self._given.scaling is None:
@@ -169,7 +169,7 @@ class Run:
                 nodes.append({**node, _COMPANION: beside})
             else:
                 nodes.append(node)
-        moved, state = self._transform.update(
+        moved, state = self.transform.update(
             {_COMPANION: empty},
             rebuilt(unit.state, iter(nodes)),
             {**unit.params, _COMPANION: empty},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import operator
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from functional_optim._context import Context
     from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._compiled import Compiling
     from functional_optim.execution._nodes import Node
     from functional_optim.execution._runs import Scaling
 
@@ -56,7 +58,11 @@ class Engine:
         if state is None:
             state = initial(transform, params)
         self._executor = Executor(
-            params, transforms, group_of, state, compiles=compiles
+            params,
+            transforms,
+            group_of,
+            state,
+            compiling=_compiling() if compiles else None,
         )
         self._store = self._executor.store
         self._keys = keys_of(self._store.nodes, self._store.fields)
@@ -275,6 +281,14 @@ class Engine:
             params[name].copy_(new[name])
         self._store.replace(state)
         self._show_rest()
+
+
+def _compiling() -> Compiling:
+    # Imported when it is needed: the compiler takes seconds.
+    inductor = importlib.import_module("functional_optim.execution._inductor")
+    compiled = importlib.import_module("functional_optim.execution._compiled")
+    compiling: Compiling = compiled.Compiling(inductor.compiled)
+    return compiling
 
 
 def _continued(known: Node, fresh: Node, gone: Set[str]) -> Node:
