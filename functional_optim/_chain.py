@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from functional_optim._apply import recording
 from functional_optim._context import Context
-from functional_optim._hyperparameters import checked, resolve, value_class
+from functional_optim._hyperparameters import checked, value_class
 from functional_optim._memory import Donated, current
 from functional_optim._names import shown
 from functional_optim._order import check_order
 from functional_optim._parts import Part
+from functional_optim._resolving import resolve
 from functional_optim._structure import (
     check_parameters,
     check_states,

@@ -14,11 +14,10 @@ import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, TypeVar
 
-import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from functional_optim._names import lookup
+from functional_optim._resolving import resolved_never_0, resolved_number
 from functional_optim._value import equal, hash_of, repr_of
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
@@ -60,7 +59,7 @@ def hyperparameter(
             "per_parameter": per_parameter,
             "zero_differs": zero_differs,
             "check": functools.partial(_normalized, kind=kind),
-            "resolve": _resolved_never_0 if zero_differs else resolved_number,
+            "resolve": resolved_never_0 if zero_differs else resolved_number,
         },
     )
 
@@ -196,31 +195,6 @@ def _checked_number(name: str, value: Any, kind: _Kind) -> float:
     return number
 
 
-def resolved_number(value: Any, name: str, param: Tensor) -> Any:
-    """Return a hyperparameter for one parameter: a map's entry, else the value.
-
-    Raises:
-        ValueError: a map has no entry for this name.
-    """
-    if isinstance(value, tuple):
-        return tuple(resolved_number(part, name, param) for part in value)
-    return lookup(value, [name])[0] if isinstance(value, Mapping) else value
-
-
-def _resolved_never_0(value: Any, name: str, param: Tensor) -> Any:
-    """As `resolved_number`; what comes out of a map is no plain 0, as the map is none."""
-    found = resolved_number(value, name, param)
-    if isinstance(value, Mapping) and is_zero(found):
-        return _zero(param.device)
-    return found
-
-
-@functools.cache
-def _zero(device: torch.device) -> Tensor:
-    """Return one 0 for all, so that parameters that have it can go together."""
-    return torch.zeros((), dtype=torch.float64, device=device)
-
-
 @dataclass_transform(
     frozen_default=True,
     eq_default=False,
@@ -266,55 +240,6 @@ def _post_init(self: Any) -> None:
         object.__setattr__(self, name, check(name, getattr(self, name)))
     if hasattr(self, "_check"):
         self._check()
-
-
-def resolve(transform: T, name: str, param: Tensor) -> T:
-    """Return what a transform is for one parameter: constants instead of rules.
-
-    Maps by name, masks, labels and rules are replaced by this parameter's value, also
-    inside combinators. Two parameters whose resolved transforms are equal can be
-    processed together.
-
-    Args:
-        transform: Any transform; one that is not ours is returned as it is.
-        name: Name of the parameter.
-        param: The parameter.
-
-    Returns:
-        A transform of the same type.
-
-    Raises:
-        ValueError: a map has no entry for this name.
-
-    Example:
-        >>> import torch
-        >>> from functional_optim.transforms import AddDecayedWeights
-        >>> decay = AddDecayedWeights({"w": 0.1, "b": 0.0})
-        >>> resolve(decay, "b", torch.zeros(3))
-        AddDecayedWeights(0.0)
-    """
-    if not dataclasses.is_dataclass(transform) or isinstance(transform, type):
-        return transform
-    own = getattr(transform, "resolved", None)
-    if own is not None:
-        chosen: T = own(name, param)
-        return chosen
-    changes = {
-        field.name: field.metadata["resolve"](
-            getattr(transform, field.name), name, param
-        )
-        for field in dataclasses.fields(transform)
-        if "resolve" in field.metadata
-    }
-    return dataclasses.replace(transform, **changes) if changes else transform
-
-
-def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is a plain 0, so that what it scales can be left out.
-
-    A tensor, a schedule or a map is never a plain 0: its value is not looked at.
-    """
-    return isinstance(value, (int, float)) and value == 0
 
 
 def check_factor(name: str, value: Any) -> Any:

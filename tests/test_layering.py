@@ -20,7 +20,14 @@ each_file = pytest.mark.parametrize(
 FLOORS = [
     {"_context", "_hoisting", "_memory", "_names", "_tensors", "_types", "_value"},
     {"_tensor_map"},
-    {"_factors", "_hyperparameters", "_norms", "_scheduling", "_structure"},
+    {
+        "_factors",
+        "_hyperparameters",
+        "_norms",
+        "_resolving",
+        "_scheduling",
+        "_structure",
+    },
     {
         "_apply",
         "_layers",

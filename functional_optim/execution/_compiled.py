@@ -1,220 +1,29 @@
-"""Updates of units as compiled code: what runs in the place of `Run`.
-
-All units of a bucket run the same code. Everything that changes from step to step goes
-in as a tensor: hyperparameters, counts, totals.
-"""
+"""Updates of units as compiled code: what runs in the place of `Run`."""
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from functional_optim._tensor_map import over
-from functional_optim.execution._codes import Code, Codes
-from functional_optim.execution._guard import wrapped_state
-from functional_optim.execution._lifting import lowered
-from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
-from functional_optim.execution._passes import Recorded, StopError, Supplied
-from functional_optim.execution._tracing import example_of
+from functional_optim.execution._codes import Codes
+from functional_optim.execution._compiled_steps import CompiledStep
+from functional_optim.execution._passes import StopError, Supplied
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Hashable, Sequence
 
-    from functional_optim._context import ReduceOp, Reducer
+    from functional_optim._context import Reducer
     from functional_optim._types import TensorMap
     from functional_optim.execution._codes import Compiler
-    from functional_optim.execution._nodes import Field, Node
+    from functional_optim.execution._compiled_steps import Pass
+    from functional_optim.execution._nodes import Node
     from functional_optim.execution._passes import Call, Totals
     from functional_optim.execution._runs import Given, Run
     from functional_optim.execution._units import Later
-
-
-class Pass:
-    """A pass of a step: its code, and the numbers that it runs with."""
-
-    __slots__ = ("call", "code", "crossing", "early", "op")
-
-    def __init__(
-        self, call: Call | None, code: Code, op: ReduceOp, numbers: tuple[Any, Any]
-    ) -> None:
-        self.call, self.code, self.op = call, code, op
-        self.crossing, self.early = numbers
-
-
-class CompiledStep:
-    """What the units of a bucket have in common in a step.
-
-    Args:
-        codes: The code of the bucket.
-        run: One of the runs.
-        given: What the step was given.
-    """
-
-    def __init__(self, codes: Codes, run: Run, given: Given) -> None:
-        self.codes = codes
-        self._run, self._unit = run, run.unit
-        self._transform, self._given = run.transform, given
-        ((self._name, param),) = run.unit.params.items()
-        kind, self._numbers = codes.kind_of(run.transform, param)
-        told = given.context.loss, given.context.weight
-        self._beside = [
-            torch.as_tensor(x, device=param.device) for x in told if x is not None
-        ]
-        self._dtype = next(given.grads[n].dtype for n in run.unit.names)
-        self._key = kind, run.key, self._dtype, tuple(x is None for x in told)
-        self._passes: dict[int, Pass] = {}
-        self.is_told = False
-        """Whether a unit has given the state that all share."""
-
-    def calls(self) -> list[Call]:
-        """Return the calls of `reduce`: always the same, so tried once."""
-        known = self._run.bucket.calls
-        if self._run.key not in known:
-            calls: list[Call] = []
-            try_out = self._function(lambda _: Recorded(calls), [], [])
-            try_out(*map(example_of, self._examples()), *self._short({}))
-            known[self._run.key] = calls
-        return known[self._run.key]
-
-    def _examples(self) -> list[Tensor]:
-        (param,) = self._unit.params.values()
-        return [param.new_empty(0, dtype=self._dtype), *self._unit.long()]
-
-    def _short(self, totals: Totals) -> list[Tensor]:
-        """Return the inputs that are single numbers."""
-        entries: list[Tensor] = []
-        for field, node in zip(
-            self._unit.fields, nodes_of(self._unit.state), strict=True
-        ):
-            if isinstance(node, Tensor):
-                entries.append(node)
-            elif field.kind is Kind.EACH and isinstance(node, dict):
-                entries.extend(node.values())
-        return [*entries, *self._numbers, *self._beside, *totals.values()]
-
-    def next_pass(self, totals: Totals) -> Pass:
-        """Return the pass to the first total that is not known, or the last one.
-
-        Args:
-            totals: All totals that are known.
-
-        Raises:
-            Exception: it cannot be compiled.
-        """
-        if len(totals) not in self._passes:
-            self._passes[len(totals)] = self._new_pass(totals)
-        return self._passes[len(totals)]
-
-    def _new_pass(self, totals: Totals) -> Pass:
-        calls = self.calls()
-        own = {call: totals[call] for call in calls if call in totals}
-        short, examples = self._short(own), self._examples()
-        ops: list[ReduceOp] = ["sum"]
-
-        def make() -> tuple[Code, ReduceOp]:
-            function = self._function(Supplied, list(own), ops)
-            code = Code(function, examples, short, self.codes.compiler)
-            return code, ops[-1]
-
-        code, op = self.codes.code((*self._key, len(own)), make)
-        call = next((call for call in calls if call not in own), None)
-        return Pass(call, code, op, code.numbers(short))
-
-    def share(self, done: Pass, late: Sequence[Tensor], later: Later) -> list[Node]:
-        """Keep the single numbers of the new state; return its nodes."""
-        unit, results = self._unit, iter(done.code.results(late, done.early))
-        nodes: list[Node] = []
-        for field, node in zip(unit.fields, nodes_of(unit.state), strict=True):
-            if isinstance(node, Tensor):
-                nodes.append(next(results))
-                continue
-            nodes.append(node)
-            if field.kind is Kind.EACH and isinstance(node, dict):
-                for entry in node.values():
-                    unit.share(entry, next(results), later)
-        return nodes
-
-    def _function(
-        self,
-        reducer: Callable[[Totals], Reducer],
-        known: list[Call],
-        ops: list[ReduceOp],
-    ) -> Callable[..., list[Tensor]]:
-        """Return a pass as a function of tensors.
-
-        It returns what the units bring to a total, and leaves its operation in `ops`.
-        The last one writes parameters and states, and returns the single numbers.
-        """
-        name, given = self._name, self._given
-        unit, nodes = self._unit, nodes_of(self._unit.state)
-
-        def function(*tensors: Tensor) -> list[Tensor]:
-            inputs = iter(tensors)
-            grad, param = next(inputs), next(inputs)
-            filled: dict[int, Node] = {}
-            for kind in (Kind.ELEMENTWISE, Kind.EACH):
-                for index, (field, node) in enumerate(
-                    zip(unit.fields, nodes, strict=True)
-                ):
-                    if field.kind is kind and isinstance(node, dict):
-                        filled[index] = {key: next(inputs) for key in node}
-                    elif kind is Kind.EACH and isinstance(node, Tensor):
-                        filled[index] = next(inputs)
-            old = [filled.get(index, node) for index, node in enumerate(nodes)]
-            transform = lowered(self._transform, lambda _: next(inputs))
-            changes: dict[str, Any] = {}
-            for field_name in ("loss", "weight"):
-                if getattr(given.context, field_name) is not None:
-                    changes[field_name] = next(inputs)
-            totals = {call: next(inputs) for call in known}
-            context = given.context.with_reducer(reducer(totals), **changes)
-            state = rebuilt(unit.state, iter(old))
-            if given.scaling is not None:
-                state = wrapped_state(state, given.scaling.grad_scale)
-            try:
-                moved, new = transform.update(
-                    {name: grad}, state, {name: param}, context=context
-                )
-            except StopError as stop:
-                ops.append(stop.op)
-                return [stop.partial]
-            new = new if given.scaling is None else new[-1]
-            return _written(moved, {name: param}, unit.fields, old, nodes_of(new))
-
-        return function
-
-
-def _written(
-    moved: TensorMap,
-    params: TensorMap,
-    fields: list[Field],
-    old: list[Node],
-    new: list[Node],
-) -> list[Tensor]:
-    """Write parameters and states in a trace; return the single numbers of the state.
-
-    What is written may be what another entry was, so all is read first.
-    """
-    results: list[Tensor] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
-    after = over(params, at=moved).add(moved).to_map(like=params)
-    pairs += [(params[name], after[name]) for name in after]
-    for field, before, node in zip(fields, old, new, strict=True):
-        if isinstance(before, Tensor) and isinstance(node, Tensor):
-            results.append(node)
-        elif isinstance(before, dict) and isinstance(node, dict):
-            for key, entry in before.items():
-                if field.kind is Kind.EACH:
-                    results.append(node[key])
-                elif node[key] is not entry:
-                    pairs.append((entry, node[key]))
-    values = [value.clone() for _, value in pairs]
-    for (home, _), value in zip(pairs, values, strict=True):
-        home.copy_(value)
-    return results
 
 
 class CompiledRun:
@@ -329,6 +138,14 @@ class Compiling:
         if key not in steps:
             steps[key] = CompiledStep(codes, run, given)
         return CompiledRun(steps[key], run, given.grads)
+
+
+def with_inductor() -> Compiling:
+    """Return what makes code by TorchInductor."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Names of torch that are about to go.
+        inductor = importlib.import_module("functional_optim.execution._inductor")
+    return Compiling(inductor.compiled)
 
 
 def _warn_of_failure(error: Exception) -> None:

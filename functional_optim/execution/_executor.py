@@ -16,9 +16,9 @@ from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._hoisting import hoisting
-from functional_optim._hyperparameters import resolve
 from functional_optim._memory import Workspace
 from functional_optim._parts import walk
+from functional_optim._resolving import resolve
 from functional_optim._value import same_for_good
 from functional_optim.execution._cohorts import Cohorts
 from functional_optim.execution._guard import scaled
@@ -33,11 +33,8 @@ from functional_optim.execution._windows import Structure, Windows, statics_of
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
-    from functional_optim.execution._compiled import (
-        CompiledRun,
-        CompiledStep,
-        Compiling,
-    )
+    from functional_optim.execution._compiled import CompiledRun, Compiling
+    from functional_optim.execution._compiled_steps import CompiledStep
     from functional_optim.execution._nodes import Node
     from functional_optim.execution._units import Later, Unit
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from functional_optim._chain import chain, checked_transform
 from functional_optim._context import Context
 from functional_optim._guarding import guarded
-from functional_optim._hyperparameters import checked, resolve, value_class
+from functional_optim._hyperparameters import checked, value_class
+from functional_optim._resolving import resolve
 from functional_optim._structure import check_parameters
 from functional_optim._types import Scope, Transform
 from functional_optim.transforms import Unscale

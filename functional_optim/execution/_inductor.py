@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,7 +60,9 @@ def _compiled(graph: Graph) -> Callable[..., Any]:
 
     # Its cache would hand over code without `inner_compile`; the compiler has one, too.
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
-    with torch.no_grad(), tracing(TracingContext(mode)), uncached:
+    quiet = warnings.catch_warnings()
+    with tracing(TracingContext(mode)), uncached, quiet:
+        warnings.simplefilter("ignore")  # What a user can do nothing about.
         outer: Any = compile_fx(graph.module, inputs, inner_compile=inner_compile)
     if len(inner) == 1:
         ((count, call),) = inner

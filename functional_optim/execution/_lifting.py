@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
-from functional_optim._hyperparameters import is_zero
+from functional_optim._resolving import is_zero
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -112,6 +112,18 @@ def carved(memory: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return views
 
 
+def own_like(entry: Tensor, param: Tensor) -> Tensor:
+    """Return an entry of the state in memory of its own that lies like a parameter."""
+    if entry.stride() == param.stride() and _alone(entry):
+        return entry
+    return torch.empty_like(param, dtype=entry.dtype).copy_(entry)
+
+
+def _alone(tensor: Tensor) -> bool:
+    """Whether a tensor is all that lies in its memory."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
+
+
 class Scratch:
     """Memory for what is gathered: own pieces up to a budget, one piece for the rest.
 

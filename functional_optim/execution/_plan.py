@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._hyperparameters import resolve
+from functional_optim._resolving import resolve
 from functional_optim._types import Scope, Static
 from functional_optim._value import same_for_good
 from functional_optim.execution._joining import joined
-from functional_optim.execution._memory import Scratch, is_dense
+from functional_optim.execution._memory import Scratch, is_dense, own_like
 from functional_optim.execution._nodes import Kind
 from functional_optim.execution._pooling import Pooled
 from functional_optim.execution._units import Piece, Shaped, Source, Unit
@@ -277,23 +277,11 @@ class Layout:
             if field.kind is not Kind.ELEMENTWISE or not isinstance(node, dict):
                 continue
             if name in node:
-                node[name] = _own(node[name], param)
+                node[name] = own_like(node[name], param)
         return [
             Piece({name: param}, slice(start, start + size), source)
             for start in range(0, max(1, param.numel()), size)
         ]
-
-
-def _own(entry: Tensor, param: Tensor) -> Tensor:
-    """Return an entry of the state in memory of its own that lies like a parameter."""
-    if entry.stride() == param.stride() and _alone(entry):
-        return entry
-    return torch.empty_like(param, dtype=entry.dtype).copy_(entry)
-
-
-def _alone(tensor: Tensor) -> bool:
-    """Whether a tensor is all that lies in its memory."""
-    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 
 
 def _hash(value: object) -> int:

@@ -90,7 +90,7 @@ def traced(
         Exception: from the function, where it asks for a value.
     """
     # What is remembered here is no tensor that anybody else can use.
-    with hoisting(), torch.no_grad():
+    with hoisting():
         graph = make_fx(
             function, tracing_mode="symbolic", _error_on_data_dependent_ops=True
         )(*map(example_of, long), *short)

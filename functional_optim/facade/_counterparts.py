@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from functional_optim._chain import Chain
-from functional_optim._hyperparameters import is_zero
+from functional_optim._resolving import is_zero
 from functional_optim._types import inner_transforms
 from functional_optim.facade._exposure import Choices, on_path, options_of
 from functional_optim.transforms import (

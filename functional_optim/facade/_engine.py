@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import operator
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,13 @@ from functional_optim.execution._executor import Executor
 from functional_optim.execution._joining import joined
 from functional_optim.execution._nodes import mapped, nodes_of, rebuilt
 from functional_optim.facade._apart import check_apart
-from functional_optim.facade._entries import entries_of, keys_of, loaded_nodes, rest_of
+from functional_optim.facade._entries import (
+    entries_of,
+    initial,
+    keys_of,
+    loaded_nodes,
+    rest_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping, Set
@@ -36,7 +41,7 @@ class Engine:
         group_of: The group of each.
         transforms: The transform of each group, now.
         state: The state to go on from; None makes a fresh one.
-        compiles: Whether it runs as compiled code where it can.
+        compiling: Makes code of what runs on units; None runs without.
     """
 
     def __init__(
@@ -47,7 +52,7 @@ class Engine:
         transforms: list[Transform],
         state: Any,
         *,
-        compiles: bool = False,
+        compiling: Compiling | None = None,
     ) -> None:
         self._transform = transform
         self.names = dict(names)
@@ -62,7 +67,7 @@ class Engine:
             transforms,
             group_of,
             state,
-            compiling=_compiling() if compiles else None,
+            compiling=compiling,
         )
         self._store = self._executor.store
         self._keys = keys_of(self._store.nodes, self._store.fields)
@@ -283,14 +288,6 @@ class Engine:
         self._show_rest()
 
 
-def _compiling() -> Compiling:
-    # Imported when it is needed: the compiler takes seconds.
-    inductor = importlib.import_module("functional_optim.execution._inductor")
-    compiled = importlib.import_module("functional_optim.execution._compiled")
-    compiling: Compiling = compiled.Compiling(inductor.compiled)
-    return compiling
-
-
 def _continued(known: Node, fresh: Node, gone: Set[str]) -> Node:
     """Return a node for other parameters; what the names in `gone` had is dropped."""
     if isinstance(known, dict) and isinstance(fresh, dict):
@@ -304,21 +301,3 @@ def _entries_in(state: Mapping[Tensor, Any]) -> list[Any]:
     """Return what is shown, in order: this is asked at every step."""
     shown = [own.values() for own in state.values()]
     return list(itertools.chain.from_iterable(shown))
-
-
-def initial(transform: Transform, params: TensorMap) -> Any:
-    """Return a fresh state.
-
-    Raises:
-        ValueError: the transform does not fit the parameters.
-    """
-    try:
-        return transform.init(params)
-    except ValueError as error:
-        if all(name.isdecimal() for name in params):
-            msg = (
-                f"{error}. These parameters have no names: pass "
-                "model.named_parameters() instead of model.parameters()"
-            )
-            raise ValueError(msg) from None
-        raise

@@ -19,6 +19,7 @@ from functional_optim._types import Static
 from functional_optim.facade._members import bare
 
 if TYPE_CHECKING:
+    from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._nodes import Field, Node
 
 _TORCH = {
@@ -192,3 +193,21 @@ def _fitting(place: str, value: Any, like: Tensor) -> Tensor:
         raise ValueError(msg)
     # No bit is lost: float32 moments of what are bfloat16 parameters now stay.
     return value.detach().to(torch.promote_types(value.dtype, like.dtype))
+
+
+def initial(transform: Transform, params: TensorMap) -> Any:
+    """Return a fresh state.
+
+    Raises:
+        ValueError: the transform does not fit the parameters.
+    """
+    try:
+        return transform.init(params)
+    except ValueError as error:
+        if all(name.isdecimal() for name in params):
+            msg = (
+                f"{error}. These parameters have no names: pass "
+                "model.named_parameters() instead of model.parameters()"
+            )
+            raise ValueError(msg) from None
+        raise

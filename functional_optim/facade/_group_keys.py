@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functional_optim._hyperparameters import is_zero
 from functional_optim._names import shown
+from functional_optim._resolving import is_zero
 from functional_optim._scheduling import is_schedule
 
 if TYPE_CHECKING:

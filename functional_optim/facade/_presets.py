@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from functional_optim._hyperparameters import is_zero
+from functional_optim._resolving import is_zero
 from functional_optim._types import Transform
 from functional_optim.facade._optimizer import TransformOptimizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from functional_optim._types import Transform
+    from functional_optim.execution._compiled import Compiling
 
 
 class Tracking(torch.optim.Optimizer):
@@ -94,7 +96,7 @@ class Tracking(torch.optim.Optimizer):
             group_of,
             transforms,
             state,
-            compiles=self._compiles,
+            compiling=_compiling() if self._compiles else None,
         )
         self._groups.connect(engine.state, engine.params())
         self._groups.show_schedules()
@@ -204,3 +206,10 @@ class Tracking(torch.optim.Optimizer):
             members = [(self._names[param], param) for param in group["params"]]
             self._groups.add(group, next(iter(by_choices(self._transform, members, 0))))
         self._engine = self._built(saved)
+
+
+def _compiling() -> Compiling:
+    # Imported when it is needed: the compiler takes seconds.
+    module = importlib.import_module("functional_optim.execution._compiled")
+    compiling: Compiling = module.with_inductor()
+    return compiling

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from functional_optim._chain import Chain, chain
-from functional_optim._hyperparameters import Hyperparameter, is_zero
+from functional_optim._hyperparameters import Hyperparameter
+from functional_optim._resolving import is_zero
 from functional_optim.transforms import (
     AddDecayedWeights,
     Scale,

@@ -11,9 +11,10 @@ from functional_optim._chain import checked_transform
 from functional_optim._context import Context
 from functional_optim._guarding import guarded
 from functional_optim._hoisting import once
-from functional_optim._hyperparameters import checked, resolve, value_class
+from functional_optim._hyperparameters import checked, value_class
 from functional_optim._norms import all_finite
 from functional_optim._parts import Part
+from functional_optim._resolving import resolve
 from functional_optim._structure import check_parameters, check_state
 from functional_optim._tensors import device_of
 from functional_optim._types import Role, Scope, Transform, inner_transforms

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
-from functional_optim._hyperparameters import checked, resolve, value_class
+from functional_optim._hyperparameters import checked, value_class
 from functional_optim._names import shown, subset
 from functional_optim._parts import Part
+from functional_optim._resolving import resolve
 from functional_optim._selection import (
     Rules,
     Selection,
@@ -42,8 +43,7 @@ class Masked:
 
     Args:
         inner: The transform.
-        mask: Which parameters, any selection: a glob, a regex, a predicate on name and
-            tensor, `exclude(...)`, a map from every name to bool.
+        mask: Which parameters, any selection: a glob, a regex, a predicate, a map, ...
 
     State:
         The state of `inner`, over the selected names.

@@ -20,9 +20,9 @@ from functional_optim._hyperparameters import (
     Hyperparameter,
     flag,
     hyperparameter,
-    is_zero,
     value_class,
 )
+from functional_optim._resolving import is_zero
 from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim._structure import check_made_for, check_state
 from functional_optim._tensor_map import over

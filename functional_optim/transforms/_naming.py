@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
-from functional_optim._hyperparameters import checked, resolve, value_class
+from functional_optim._hyperparameters import checked, value_class
 from functional_optim._names import checked_name
 from functional_optim._parts import Part
+from functional_optim._resolving import resolve
 from functional_optim._structure import check_parameters
 from functional_optim._types import Scope, Transform
 

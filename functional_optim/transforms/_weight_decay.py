@@ -10,10 +10,10 @@ from functional_optim._hyperparameters import (
     Hyperparameter,
     checked,
     hyperparameter,
-    resolved_number,
     value_class,
 )
 from functional_optim._names import subset
+from functional_optim._resolving import resolved_number
 from functional_optim._scheduling import (
     ScheduleState,
     evaluate,

@@ -1,0 +1,332 @@
+"""compile=True: the same numbers, whatever lies where and changes when."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import functional_optim as fo
+from functional_optim.execution import _codes, _compiled, _copying
+
+_compiled.with_inductor()
+_inductor: Any = sys.modules["functional_optim.execution._inductor"]
+
+CHAINS: dict[str, Any] = {
+    "clip, AdamW": lambda: fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(1e-2)),
+    "Adam, clip": lambda: fo.chain(fo.ScaleByAdam(), fo.ClipByGlobalNorm(0.1)),
+    "SGD": lambda: fo.sgd(0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
+    "Nesterov": lambda: fo.sgd(0.1, momentum=0.9, nesterov=True),
+    "amsgrad": lambda: fo.adam(1e-2, amsgrad=True),
+    "largest magnitude": lambda: fo.chain(
+        fo.ClipByGlobalNorm(0.5, norm_type=float("inf")), fo.sgd(0.1)
+    ),
+    "nonfinite steps": lambda: fo.SkipNonfinite(fo.chain(fo.adamw(1e-2))),
+    "a schedule": lambda: fo.adamw(fo.schedules.linear(0.1, 0.01, 10)),
+    "masked decay": lambda: fo.adamw(1e-2, weight_decay=0.1, mask=fo.exclude("*bias")),
+}
+
+# One float32 operation rounds by 2^-24; an update of a dozen of them, contracted or not
+# and with another square root, differs by less than 16 roundings of the larger number.
+TOLERANCE = {torch.float32: 16 * 2.0**-24, torch.float64: 1e-12}
+
+
+def _shapes() -> dict[str, tuple[int, ...]]:
+    """Small ones, a large one, an empty one and a number."""
+    return {
+        "a.weight": (7, 5),
+        "a.bias": (7,),
+        "large.weight": (300, 200),
+        "empty": (0, 3),
+        "one": (1,),
+    }
+
+
+def _params(dtype: torch.dtype = torch.float64) -> list[tuple[str, Parameter]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (name, Parameter(torch.randn(shape, dtype=dtype, generator=generator)))
+        for name, shape in _shapes().items()
+    ]
+
+
+def _give_gradients(params: list[tuple[str, Parameter]], step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for _, p in params:
+        grad = torch.randn(p.shape, dtype=torch.float64, generator=generator)
+        p.grad = grad.to(p.dtype)
+
+
+@pytest.fixture(autouse=True)
+def _no_warning() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "compile=True")
+        yield
+
+
+def _compare(some: Any, others: Any, dtype: torch.dtype) -> None:
+    for (name, a), (_, b) in zip(some, others, strict=True):
+        scale = float(b.detach().abs().max()) if b.numel() else 0.0
+        bound = TOLERANCE[dtype]
+        torch.testing.assert_close(a, b, rtol=bound, atol=bound * scale, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("make", CHAINS.values(), ids=CHAINS)
+def test_as_without(make: Any, dtype: torch.dtype) -> None:
+    plain, code = _params(dtype), _params(dtype)
+    one = fo.TransformOptimizer(plain, make())
+    two = fo.TransformOptimizer(code, make(), compile=True)
+    for step in range(3):
+        _give_gradients(plain, step)
+        _give_gradients(code, step)
+        one.step()
+        two.step()
+        # From the same numbers: what is rounded otherwise must not add up.
+        _compare(code, plain, dtype)
+        with torch.no_grad():
+            for (_, a), (_, b) in zip(code, plain, strict=True):
+                a.copy_(b)
+        two.load_transform_state(one.transform_state())
+    assert two._engine is not None
+    assert all(bucket.codes for bucket in two._engine.executor.buckets)
+
+
+def _clip_adamw(params: Any, **options: Any) -> fo.TransformOptimizer:
+    tx = fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(1e-2))
+    return fo.TransformOptimizer(params, tx, compile=True, **options)
+
+
+def test_no_code_is_made_after_the_first_step() -> None:
+    """A thousand rates, the last one 0, and units of any length: the same code."""
+    params = _params()
+    optimizer = _clip_adamw(params)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 1000)
+    _give_gradients(params, 0)
+    optimizer.step()
+    with (
+        mock.patch.object(_codes, "traced", side_effect=AssertionError),
+        mock.patch.object(_inductor, "compile_fx", side_effect=AssertionError),
+    ):
+        for _ in range(1000):
+            schedule.step()
+            optimizer.step()
+    assert optimizer.param_groups[0]["lr"] == 0.0
+
+
+def test_other_lengths_run_the_same_code() -> None:
+    params = _params()
+    optimizer = _clip_adamw(params)
+    _give_gradients(params, 0)
+    optimizer.step()
+    with mock.patch.object(_inductor, "compile_fx", side_effect=AssertionError):
+        for sizes in ((1,), (3, 40_000), (2, 2, 70_001)):
+            others = [Parameter(torch.randn(size).double()) for size in sizes]
+            for p in others:
+                p.grad = torch.ones_like(p)
+            before = [p.detach().clone() for p in others]
+            _clip_adamw(others).step()
+            for p, old in zip(others, before, strict=True):
+                assert not torch.equal(p, old)
+
+
+def test_autograd_sees_that_parameters_were_written() -> None:
+    for size in (3, 100_000):
+        p = Parameter(torch.ones(size))
+        optimizer = _clip_adamw([p, Parameter(torch.ones(3))])
+        loss = (p * p).sum()
+        p.grad = torch.ones(size)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_tensors_anywhere() -> None:
+    """Not contiguous, channels_last, gradients that lie otherwise: right numbers."""
+    generator = torch.Generator().manual_seed(0)
+
+    def made() -> list[Parameter]:
+        generator.manual_seed(0)
+        whole = torch.randn(8, 40, 30, 30, generator=generator).double()
+        return [
+            Parameter(whole.to(memory_format=torch.channels_last)),
+            Parameter(torch.randn(300, 200, generator=generator).double().t()),
+            Parameter(torch.randn(10, 6, generator=generator).double()[:, ::2]),
+            Parameter(torch.randn(4, 5, generator=generator).double().t()),
+            Parameter(torch.randn((), generator=generator).double()),
+        ]
+
+    some, others = made(), made()
+    tx = fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(1e-2))
+    optimizers = (
+        fo.TransformOptimizer(some, tx),
+        fo.TransformOptimizer(others, tx, compile=True),
+    )
+    for step in range(3):
+        for params in (some, others):
+            generator.manual_seed(step)
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).double()
+                if step == 1 and p.ndim == 4:
+                    p.grad = p.grad.to(memory_format=torch.channels_last)
+        for optimizer in optimizers:
+            optimizer.step()
+        for a, b in zip(others, some, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_that_are_missing() -> None:
+    """Now and then: no decay, no momentum; the others go on with code."""
+    some, others = _params(), _params()
+    tx = fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(1e-2))
+    one = fo.TransformOptimizer(some, tx)
+    two = fo.TransformOptimizer(others, tx, compile=True)
+    for step in range(6):
+        for params in (some, others):
+            _give_gradients(params, step)
+            if step in {2, 3}:
+                params[step][1].grad = None
+        one.step()
+        two.step()
+        _compare(others, some, torch.float64)
+    for (_, a), (_, b) in zip(others, some, strict=True):
+        assert torch.equal(two.state[a]["step"], one.state[b]["step"])
+
+
+def test_hyperparameters_written_into_groups() -> None:
+    def run(*, is_compiled: bool) -> list[Parameter]:
+        params = _params()
+        groups = [{"params": params[:2]}, {"params": params[2:], "lr": 0.1}]
+        tx = fo.adamw(1e-2, weight_decay=0.1)
+        optimizer = fo.TransformOptimizer(groups, tx, compile=is_compiled)
+        for step in range(5):
+            _give_gradients(params, step)
+            optimizer.param_groups[step % 2]["lr"] = 0.1 * step
+            optimizer.param_groups[1]["betas"] = (0.9 - 0.1 * step, 0.99)
+            optimizer.param_groups[0]["weight_decay"] = 0.01 * step
+            optimizer.step()
+        return [p for _, p in params]
+
+    for a, b in zip(run(is_compiled=True), run(is_compiled=False), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_momentum_that_becomes_zero() -> None:
+    """A plain 0 is another kind of transform: the buffer waits, as in torch."""
+    params = _params()
+    optimizer = fo.TransformOptimizer(params, fo.sgd(0.1, momentum=0.9), compile=True)
+    p = params[0][1]
+    for step, momentum in enumerate((0.9, 0.0, 0.9)):
+        _give_gradients(params, step)
+        optimizer.param_groups[0]["momentum"] = momentum
+        before = optimizer.state[p]["momentum_buffer"].clone()
+        optimizer.step()
+        waits = torch.equal(optimizer.state[p]["momentum_buffer"], before)
+        assert waits is (momentum == 0.0)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_gradient_scaler(is_compiled: bool) -> None:
+    """An overflow skips the step, and the scale falls."""
+    params = _params(torch.float32)
+    tx = fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(1e-2))
+    optimizer = fo.TransformOptimizer(params, tx, compile=is_compiled, amp_scaling=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(4):
+        _give_gradients(params, step)
+        for _, p in params:
+            p.grad = torch.full_like(p, 4.0)
+        scaler.scale(torch.ones(()))  # Makes the scale.
+        if step == 1:
+            params[2][1].grad = torch.full_like(params[2][1], float("inf"))
+        before = [p.detach().clone() for _, p in params]
+        scaler.step(optimizer)
+        scaler.update(4.0)
+        kept = [torch.equal(p, old) for (_, p), old in zip(params, before, strict=True)]
+        assert all(kept) is (step == 1)
+    assert int(optimizer.state[params[0][1]]["step"]) == 3
+
+
+def test_copies_and_checkpoints_go_on() -> None:
+    params = _params()
+    optimizer = _clip_adamw(params)
+    _give_gradients(params, 0)
+    optimizer.step()
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    twins = copy.deepcopy([p for _, p in params])
+    copied = _clip_adamw([(n, p) for (n, _), p in zip(params, twins, strict=True)])
+    copied.load_state_dict(torch.load(file))
+    whole = copy.deepcopy(optimizer)
+    assert whole._compiles
+    for (_, a), b in zip(params, twins, strict=True):
+        a.grad = torch.ones_like(a)
+        b.grad = torch.ones_like(b)
+    optimizer.step()
+    copied.step()
+    for (_, a), b in zip(params, twins, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_parameter_is_added_and_one_frozen() -> None:
+    params = _params()
+    optimizer = _clip_adamw(params)
+    for step in range(4):
+        _give_gradients(params, step)
+        if step == 1:
+            new = Parameter(torch.ones(50, 1000).double())
+            optimizer.add_param_group({"params": [("new", new)]})
+            params.append(("new", new))
+            new.grad = torch.ones_like(new)
+        if step == 2:
+            params[0][1].requires_grad_(False)
+            params[0][1].grad = None
+        before = [p.detach().clone() for _, p in params]
+        optimizer.step()
+        moved = [
+            not torch.equal(p, b) for (_, p), b in zip(params, before, strict=True)
+        ]
+        wanted = [p.numel() > 0 for _, p in params]
+        wanted[0] = step < 2 or step == 3
+        assert moved == wanted
+
+
+# -- where no code can be made ---------------------------------------------------------
+
+
+def _failing(*_: Any, **__: Any) -> Any:
+    msg = "no C++ compiler was found"
+    raise RuntimeError(msg)
+
+
+@pytest.mark.filterwarnings("ignore:compile=True")
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One warning that says why; the same numbers; nothing is tried at every step."""
+    monkeypatch.setattr(_inductor, "_known", {})
+    tried = mock.Mock(side_effect=_failing)
+    monkeypatch.setattr(_inductor, "compile_fx", tried)
+    monkeypatch.setattr(_copying, "_library", _failing)
+    plain, code = _params(), _params()
+    one = fo.TransformOptimizer(plain, fo.adamw(1e-2))
+    two = fo.TransformOptimizer(code, fo.adamw(1e-2), compile=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(3):
+            _give_gradients(plain, step)
+            _give_gradients(code, step)
+            one.step()
+            two.step()
+    told = [str(w.message) for w in caught if "compile=True" in str(w.message)]
+    assert len(told) == 1
+    assert "no C++ compiler was found" in told[0]
+    assert tried.call_count == 1
+    _compare(code, plain, torch.float64)
