@@ -330,3 +330,10 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no C++ compiler was found" in told[0]
     assert tried.call_count == 1
     _compare(code, plain, torch.float64)
+    assert "not compiled (RuntimeError: no C++ compiler was found)" in fo.explain(two)
+
+
+def test_explain_says_what_is_compiled() -> None:
+    text = fo.explain(_clip_adamw(_params(torch.float32)))
+    assert "float32 on cpu: 1 slice, 1 pool, compiled" in text
+    assert "temporary   172 B beside parameters" in text  # 43 numbers are gathered.

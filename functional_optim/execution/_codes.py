@@ -81,11 +81,11 @@ class Codes:
 
     Attributes:
         compiler: Makes it.
-        failed: Whether this bucket runs without.
+        failure: Why this bucket runs without; empty if it does not.
     """
 
     def __init__(self, compiler: Compiler) -> None:
-        self.compiler, self.failed = compiler, False
+        self.compiler, self.failure = compiler, ""
         self._kinds: list[Any] = []
         self._codes: dict[Hashable, tuple[Code, ReduceOp]] = {}
         self._numbers: tuple[tuple[Number, ...], list[Tensor]] = ((), [])

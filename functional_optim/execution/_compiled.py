@@ -42,7 +42,7 @@ class CompiledRun:
 
     def calls(self) -> Sequence[Call]:
         """Return the calls of `reduce`."""
-        if not self._step.codes.failed:
+        if not self._step.codes.failure:
             try:
                 return self._step.calls()
             except Exception as error:
@@ -56,7 +56,7 @@ class CompiledRun:
     def _next_pass(self, totals: Totals) -> Pass | None:
         """Return the next pass, None if there is no code for it."""
         step = self._step
-        if step.codes.failed:
+        if step.codes.failure:
             return None
         try:
             return step.next_pass(totals)
@@ -65,8 +65,14 @@ class CompiledRun:
             return None
 
     def _fail(self, error: Exception) -> None:
-        self._step.codes.failed = True
-        _warn_of_failure(error)
+        lines = str(error).strip().splitlines() or [""]
+        why = f"{type(error).__name__}: {lines[0]}"
+        self._step.codes.failure = why
+        warnings.warn(
+            "compile=True: no code could be made, so this runs without it, with the "
+            f"same results ({why})",
+            stacklevel=2,
+        )
 
     def _inputs(self) -> list[Tensor]:
         if self._long is None or self.unit.pooled:
@@ -130,7 +136,7 @@ class Compiling:
             steps: What runs of this step have in common; it fills up.
         """
         codes = run.bucket.codes
-        if codes is None or codes.failed or run.alone:
+        if codes is None or codes.failure or run.alone:
             return run
         if not any(param.numel() for param in run.unit.params.values()):
             return run  # Code for any length is not code for none.
@@ -146,12 +152,3 @@ def with_inductor() -> Compiling:
         warnings.simplefilter("ignore")  # Names of torch that are about to go.
         inductor = importlib.import_module("functional_optim.execution._inductor")
     return Compiling(inductor.compiled)
-
-
-def _warn_of_failure(error: Exception) -> None:
-    lines = str(error).strip().splitlines() or [""]
-    warnings.warn(
-        "compile=True: no code could be made, so this runs without it, with the same "
-        f"results ({type(error).__name__}: {lines[0]})",
-        stacklevel=2,
-    )

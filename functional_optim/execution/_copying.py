@@ -74,8 +74,8 @@ class Gathered:
         self.memory = memory
         self._views = carved(memory, shapes)
         self._compiles = compiles and memory.is_cpu
-        sizes = (shape.numel() * memory.itemsize for shape in shapes)
-        self._sizes = array("q", sizes)
+        self._numels = [shape.numel() for shape in shapes]
+        self._sizes = array("q", [n * memory.itemsize for n in self._numels])
 
     def gather(self, tensors: list[Tensor], places: array[int] | None = None) -> None:
         """Copy tensors to here.
@@ -85,7 +85,10 @@ class Gathered:
             places: Where they lie, if that is known; see `places_of`.
         """
         library = self._library()
-        places = places_of(tensors) if library and places is None else places
+        if library is not None and places is None:
+            places = places_of(tensors)
+            if list(map(Tensor.numel, tensors)) != self._numels:
+                places = None  # torch says what is wrong, and reads nothing beyond.
         if library is None or places is None:
             torch._foreach_copy_(self._views, tensors)
         else:

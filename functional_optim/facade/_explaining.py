@@ -104,7 +104,10 @@ def _plan(executor: Executor) -> list[str]:
     )
     if len(buckets) > _MOST_BUCKETS:
         lines.append(f"  ... and {len(buckets) - _MOST_BUCKETS:,} more")
-    found = [temporary_bytes(bucket, executor.store.fields) for bucket in buckets]
+    found = [
+        0 if _is_compiled(bucket) else temporary_bytes(bucket, executor.store.fields)
+        for bucket in buckets
+    ]
     known = [count for count in found if count is not None]
     if len(known) < len(found):
         return [
@@ -128,7 +131,15 @@ def _bucket(bucket: Bucket) -> str:
     for unit in bucket.units:
         kinds[unit.kind] = kinds.get(unit.kind, 0) + 1
     cut = ", ".join(counted(count, kind) for kind, count in kinds.items())
+    code = ", compiled" if _is_compiled(bucket) else ""
+    if bucket.codes is not None and bucket.codes.failure:
+        code = f", not compiled ({bucket.codes.failure})"
     return (
         f"{counted(len(params), 'tensor')}, {counted(numbers, 'number')}, "
-        f"{str(first.dtype).removeprefix('torch.')} on {first.device}: {cut}"
+        f"{str(first.dtype).removeprefix('torch.')} on {first.device}: {cut}{code}"
     )
+
+
+def _is_compiled(bucket: Bucket) -> bool:
+    """Whether its units run as code, which writes where everything lies."""
+    return bucket.codes is not None and not bucket.codes.failure

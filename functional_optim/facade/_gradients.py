@@ -13,7 +13,7 @@ from functional_optim._structure import check_updates
 from functional_optim.execution._runs import Scaling
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from functional_optim._types import TensorMap
 
@@ -33,11 +33,13 @@ def gradients_of(names: Mapping[Tensor, str]) -> TensorMap:
         for name, grad in zip(names.values(), found, strict=True)
         if grad is not None
     }
+    given: Iterable[Tensor] = names
+    if len(grads) < len(found):
+        given = [p for p, g in zip(names, found, strict=True) if g is not None]
     # At every step, for every parameter: by functions in C.
-    alike = {*map(_dtype, names), *map(_dtype, grads.values())}
-    if len(alike) > 1 or not set(map(_layout, grads.values())) <= {torch.strided}:
-        params = {name: param.detach() for param, name in names.items()}
-        check_updates(grads, params)
+    alike = list(map(_dtype, given)) == list(map(_dtype, grads.values()))
+    if not alike or not set(map(_layout, grads.values())) <= {torch.strided}:
+        check_updates(grads, {name: param.detach() for param, name in names.items()})
     return grads
 
 

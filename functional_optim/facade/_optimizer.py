@@ -59,6 +59,13 @@ class TransformOptimizer(Tracking):
             of overflow instead of reading the flag on the host, as for torch's fused
             optimizers: a step then needs no sync. Lightning refuses to clip for such
             an optimizer, and Accelerate cannot tell that a step was skipped.
+        compile: Whether what runs on units of memory is compiled, by TorchInductor: one
+            loop over the elements for the whole chain. Code is made once for a kind of
+            transform, in seconds, whatever the number of parameters: hyperparameters,
+            counts and totals go in as tensors. Numbers are rounded otherwise than
+            without, by an ulp or two. What cannot be compiled, because a rule looks at
+            whole tensors or at values, or there is no compiler, runs without, and a
+            warning says so in the second case.
 
     State:
         `state[p]`: the transform's state of this parameter, under torch's keys where
