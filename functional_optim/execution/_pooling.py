@@ -77,7 +77,10 @@ class Pooled(Unit):
         """Gather the gradients, and the parameters."""
         if again and self._own and self._last is not None:
             return self._last
-        found = [grads[name] for name in self.names if name in grads]
+        try:
+            found = list(map(grads.__getitem__, self.names))
+        except KeyError:  # Then there is none, in a window that closes.
+            found = []
         known = self._grads
         if found and (known is None or known.memory.dtype != found[0].dtype):
             memory, own = self._scratch.take(

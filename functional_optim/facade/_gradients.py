@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,16 +27,13 @@ def gradients_of(names: Mapping[Tensor, str]) -> TensorMap:
     Raises:
         TypeError: one is sparse.
     """
-    found = [param.grad for param in names]
-    grads = {
-        name: grad
-        for name, grad in zip(names.values(), found, strict=True)
-        if grad is not None
-    }
+    found: list[Any] = [param.grad for param in names]
     given: Iterable[Tensor] = names
-    if len(grads) < len(found):
-        given = [p for p, g in zip(names, found, strict=True) if g is not None]
+    grads: TensorMap = dict(zip(names.values(), found, strict=True))
     # At every step, for every parameter: by functions in C.
+    if type(None) in set(map(type, found)):
+        given = [p for p, g in zip(names, found, strict=True) if g is not None]
+        grads = {name: grad for name, grad in grads.items() if grad is not None}
     alike = list(map(_dtype, given)) == list(map(_dtype, grads.values()))
     if not alike or not set(map(_layout, grads.values())) <= {torch.strided}:
         check_updates(grads, {name: param.detach() for param, name in names.items()})
