@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import io
 import sys
 import warnings
@@ -181,6 +182,55 @@ def test_tensors_anywhere() -> None:
             optimizer.step()
         for a, b in zip(others, some, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def _odd_gradients() -> dict[str, Any]:
+    return {
+        "negated view": lambda p: torch.complex(p.detach(), p.detach()).conj().imag,
+        "zeros without memory": torch._efficientzerotensor,
+        "one number for all": lambda p: p.new_ones(()).expand(p.shape),
+        "every second": lambda p: p.new_ones((*p.shape[:-1], 2 * p.shape[-1]))[
+            ..., ::2
+        ],
+    }
+
+
+@pytest.mark.parametrize("kind", _odd_gradients())
+def test_gradients_that_are_no_plain_memory(kind: str) -> None:
+    some, others = _params(), _params()
+    one = fo.TransformOptimizer(some, fo.adamw(1e-2))
+    two = fo.TransformOptimizer(others, fo.adamw(1e-2), compile=True)
+    make = _odd_gradients()[kind]
+    for params, optimizer in ((some, one), (others, two)):
+        for _, p in params:
+            is_zero = kind == "zeros without memory"
+            p.grad = make(p.shape).double() if is_zero else make(p)
+        optimizer.step()
+        optimizer.step()
+    _compare(others, some, torch.float64)
+
+
+def test_an_update_of_another_shape_is_refused_as_without() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Sum:
+        scope = fo.Scope.ELEMENTWISE
+
+        def init(self, params: Any) -> tuple[()]:
+            return ()
+
+        def update(self, updates: Any, state: Any, params: Any, *, context: Any) -> Any:
+            return {name: u.sum() for name, u in updates.items()}, state
+
+    params = _params()
+    optimizer = fo.TransformOptimizer(params, Sum(), compile=True)
+    _give_gradients(params, 0)
+    before = [p.detach().clone() for _, p in params]
+    with (
+        pytest.warns(UserWarning, match="must keep its shape"),
+        pytest.raises(ValueError, match="must keep the shapes"),
+    ):
+        optimizer.step()
+    assert all(map(torch.equal, [p for _, p in params], before))
 
 
 def test_gradients_that_are_missing() -> None:

@@ -78,7 +78,7 @@ class CompiledRun:
         if self._long is None or self.unit.pooled:
             again = self._long is not None
             (grad,) = self.unit.updates(self._grads, again=again).values()
-            self._long = [grad, *self.unit.long()]
+            self._long = [_plain(grad), *self.unit.long()]
         return self._long
 
     def __call__(self, reducer: Reducer) -> Any:
@@ -109,6 +109,13 @@ class CompiledRun:
             return None
         self._step.is_told = True
         return self._step.share(found, late, later)
+
+
+def _plain(grad: Tensor) -> Tensor:
+    """Return a gradient whose memory holds its numbers, one after the other."""
+    if grad.is_contiguous() and not grad.is_neg() and not grad._is_zerotensor():
+        return grad
+    return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
 class Compiling:

@@ -197,6 +197,9 @@ def _written(
 
     What is written may be what another entry was, so all is read first.
     """
+    if any(update.shape != params[name].shape for name, update in moved.items()):
+        msg = "an update must keep its shape"  # The run without code says whose it is.
+        raise ValueError(msg)
     results: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     after = over(params, at=moved).add(moved).to_map(like=params)

@@ -124,9 +124,14 @@ class Gathered:
 def places_of(tensors: Iterable[Tensor]) -> array[int] | None:
     """Return the addresses of tensors; None if one is not plain and contiguous."""
     found = list(tensors)
-    if not all(map(Tensor.is_contiguous, found)) or not {*map(type, found)} <= _PLAIN:
+    if (
+        not all(map(Tensor.is_contiguous, found))
+        or any(map(Tensor.is_neg, found))
+        or not {*map(type, found)} <= _PLAIN
+    ):
         return None
-    return array("q", map(Tensor.data_ptr, found))
+    places = array("q", map(Tensor.data_ptr, found))
+    return None if 0 in places else places  # There is no memory behind torch's zeros.
 
 
 _PLAIN = {Tensor, torch.nn.Parameter}
