@@ -4,7 +4,7 @@
 # make test-hosts install, then train inside Accelerate, Lightning, MMEngine and transformers
 # make mutants    install, then break one formula at a time and see that the tests notice
 # make laws       write docs/laws.md from a run of every law on every transform
-# make bench      install and time one step, pure, in place, wrapped, against torch.optim and TorchOpt
+# make bench      install, run the benchmark suite and write docs/benchmarks.md from it; then the smaller ones
 #
 # Each works on a fresh machine with Python 3.10 to 3.13 and nothing else.
 
@@ -46,9 +46,11 @@ lint: $(VENV)/dev.installed
 	$(BIN)/mypy
 
 bench: $(VENV)/bench.installed
-	$(BIN)/python benchmarks/update_step.py --out benchmarks/results $(ARGS)
-	$(BIN)/python benchmarks/optimizer_step.py --out benchmarks/results $(ARGS)
-	$(BIN)/python benchmarks/wrapper_overhead.py --out benchmarks/results $(ARGS)
+	$(BIN)/python benchmarks/suite.py --out benchmarks/results $(ARGS)
+	$(BIN)/python benchmarks/suite_page.py
+	$(BIN)/python benchmarks/update_step.py --out benchmarks/results
+	$(BIN)/python benchmarks/optimizer_step.py --out benchmarks/results
+	$(BIN)/python benchmarks/wrapper_overhead.py --out benchmarks/results
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -13,11 +13,12 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 
 Step: TypeAlias = Callable[[], object]
+T = TypeVar("T")
 
 
 def timed(step: Step, repeats: int = 1) -> float:
@@ -54,12 +55,19 @@ def interleaved(
     steps: Mapping[str, Step], rounds: int, measured: Callable[[Step], float] = timed
 ) -> dict[str, list[float]]:
     """Run all steps in turns and return what is measured, by round."""
-    found: dict[str, list[float]] = {name: [] for name in steps}
-    names = list(steps)
+    return in_turns(steps, rounds, measured)
+
+
+def in_turns(
+    contestants: Mapping[str, T], rounds: int, measured: Callable[[T], float]
+) -> dict[str, list[float]]:
+    """Measure all contestants in turns and return what is measured, by round."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    names = list(contestants)
     for index in range(rounds):
         # In random order: nobody always inherits the same cache.
         for name in random.Random(index).sample(names, len(names)):
-            found[name].append(measured(steps[name]))
+            found[name].append(measured(contestants[name]))
     return found
 
 

@@ -54,6 +54,18 @@ def gpt2_shapes() -> Shapes:
     return [(50257, width), (1024, width), *block * 12, *norm]
 
 
+def vit_shapes() -> Shapes:
+    """Return the parameter shapes of torchvision's ViT-B/16 in order: 152 of them."""
+    width, inner = 768, 3072
+    norm: Shapes = [(width,), (width,)]
+    block: Shapes = [*norm]
+    block += [(3 * width, width), (3 * width,), (width, width), (width,)]
+    block += norm
+    block += [(inner, width), (inner,), (width, inner), (width,)]
+    patches: Shapes = [(1, 1, width), (width, 3, 16, 16), (width,), (1, 197, width)]
+    return [*patches, *block * 12, *norm, (1000, width), (1000,)]
+
+
 def small_shapes() -> Shapes:
     """Return 1000 small parameters, 0.5 M elements: 500 layers Linear(31, 32)."""
     return [(32, 31), (32,)] * 500
