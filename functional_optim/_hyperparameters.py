@@ -209,7 +209,7 @@ def value_class(cls: C) -> C:
     """
     _define(
         cls,
-        __post_init__=_post_init,
+        __post_init__=after_init,
         __eq__=equal,
         __hash__=hash_of,
         __repr__=repr_of,
@@ -235,7 +235,8 @@ def _define(cls: type, **members: Any) -> None:
             setattr(cls, name, member)
 
 
-def _post_init(self: Any) -> None:
+def after_init(self: Any) -> None:
+    """`__post_init__` of a value: check its fields."""
     for name, check in self._field_checks:
         object.__setattr__(self, name, check(name, getattr(self, name)))
     if hasattr(self, "_check"):

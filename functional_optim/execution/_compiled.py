@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim.execution._codes import Codes
+from functional_optim.execution._codes import Codes, Library
 from functional_optim.execution._compiled_steps import CompiledStep
 from functional_optim.execution._passes import StopError, Supplied
 
@@ -46,7 +46,7 @@ class CompiledRun:
             try:
                 return self._step.calls()
             except Exception as error:
-                self._fail(error)
+                self._step.fail(error)
         return self._run.calls()
 
     def prepare(self, totals: Totals) -> None:
@@ -61,18 +61,8 @@ class CompiledRun:
         try:
             return step.next_pass(totals)
         except Exception as error:
-            self._fail(error)
+            self._step.fail(error)
             return None
-
-    def _fail(self, error: Exception) -> None:
-        lines = str(error).strip().splitlines() or [""]
-        why = f"{type(error).__name__}: {lines[0]}"
-        self._step.codes.failure = why
-        warnings.warn(
-            "compile=True: no code could be made, so this runs without it, with the "
-            f"same results ({why})",
-            stacklevel=2,
-        )
 
     def _inputs(self) -> list[Tensor]:
         if self._long is None or self.unit.pooled:
@@ -126,11 +116,11 @@ class Compiling:
     """
 
     def __init__(self, compiler: Compiler) -> None:
-        self._compiler = compiler
+        self._library = Library(compiler)
 
     def codes(self) -> Codes:
         """Return the code of a new bucket: none yet."""
-        return Codes(self._compiler)
+        return Codes(self._library)
 
     def run(
         self, run: Run, given: Given, steps: dict[Hashable, CompiledStep]

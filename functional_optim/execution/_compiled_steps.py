@@ -6,6 +6,7 @@ hyperparameters, counts, totals.
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,10 +61,15 @@ class CompiledStep:
         kind, self._numbers = codes.kind_of(run.transform, param)
         told = given.context.loss, given.context.weight
         self._beside = [
-            torch.as_tensor(x, device=param.device) for x in told if x is not None
+            x
+            if isinstance(x, Tensor)
+            else torch.tensor(x, dtype=torch.float64, device=param.device)
+            for x in told
+            if x is not None
         ]
         self._dtype = next(given.grads[n].dtype for n in run.unit.names)
-        self._key = kind, run.key, self._dtype, tuple(x is None for x in told)
+        self._kind = kind
+        self._key = kind, run.key, tuple(x is None for x in told)
         self._passes: dict[int, Pass] = {}
         self.is_told = False
         """Whether a unit has given the state that all share."""
@@ -74,7 +80,8 @@ class CompiledStep:
         if self._run.key not in known:
             calls: list[Call] = []
             try_out = self._function(lambda _: Recorded(calls), [], [])
-            try_out(*map(example_of, self._examples()), *self._short({}))
+            with torch.random.fork_rng(devices=[]):  # It must not be seen.
+                try_out(*[example_of(x) for x in self._examples()], *self._short({}))
             known[self._run.key] = calls
         return known[self._run.key]
 
@@ -115,12 +122,33 @@ class CompiledStep:
 
         def make() -> tuple[Code, ReduceOp]:
             function = self._function(Supplied, list(own), ops)
-            code = Code(function, examples, short, self.codes.compiler)
+            code = Code(function, examples, short, self.codes.library.compiler)
             return code, ops[-1]
 
-        code, op = self.codes.code((*self._key, len(own)), make)
+        entries = [
+            len(node) if isinstance(node, dict) else -1
+            for node in nodes_of(self._unit.state)
+        ]
+        inputs = [(x.dtype, x.device, x.shape) for x in short]
+        inputs += [(x.dtype, x.device, torch.Size()) for x in examples]
+        key = *self._key, len(own), tuple(entries), tuple(inputs)
+        code, op = self.codes.library.code(key, make)
         call = next((call for call in calls if call not in own), None)
         return Pass(call, code, op, code.numbers(short))
+
+    def fail(self, error: Exception) -> None:
+        """Let this kind of transform run without code from now on, and say so."""
+        lines = str(error).strip().splitlines() or [""]
+        why = f"{type(error).__name__}: {lines[0]}"
+        failures = self.codes.library.failures
+        self.codes.failure = why
+        if self._kind not in failures:
+            warnings.warn(
+                f"compile=True: no code could be made for {self._transform!r} ({why}); "
+                "it runs without, with the same results",
+                stacklevel=2,
+            )
+        failures[self._kind] = why
 
     def share(self, done: Pass, late: Sequence[Tensor], later: Later) -> list[Node]:
         """Keep the single numbers of the new state; return its nodes."""

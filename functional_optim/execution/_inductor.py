@@ -42,7 +42,12 @@ def compiled(graph: Graph) -> Callable[..., Any]:
     """
     if any(node.op == "get_attr" for node in graph.module.graph.nodes):
         return _compiled(graph)  # The text of the code does not tell its constants.
-    key = graph.module.code, tuple(graph.inputs), torch.get_num_threads()
+    key = (
+        graph.module.code,
+        tuple(graph.inputs),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+    )
     if key not in _known:
         _known[key] = _compiled(graph)
     return _known[key]

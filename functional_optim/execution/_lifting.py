@@ -7,11 +7,13 @@ is left, the kind, is compared by value.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
+from functional_optim._hyperparameters import after_init
 from functional_optim._resolving import is_zero
 
 if TYPE_CHECKING:
@@ -69,11 +71,21 @@ def lowered(value: Any, put: Callable[[Number], Number]) -> Any:
         >>> lowered(sgd(0.1), lambda number: 2 * number)
         chain(ScaleByLearningRate(0.2))
     """
-    return _mapped(value, put, dataclasses.replace)
+    return _mapped(value, put, _replaced)
 
 
 def _as_kind(value: Any, /, **fields: Any) -> Any:
     return type(value), *fields.items()
+
+
+def _replaced(value: Any, /, **fields: Any) -> Any:
+    """As `dataclasses.replace`, without `__init__`: what it did is done."""
+    if all(getattr(value, name) is part for name, part in fields.items()):
+        return value
+    other = copy.copy(value)
+    for name, part in fields.items():
+        object.__setattr__(other, name, part)
+    return other
 
 
 def _mapped(
@@ -99,6 +111,8 @@ def _mapped(
             for key, part in value.items()
         }
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        if is_kind and hasattr(value, "update") and hasattr(value, "__dict__"):
+            return value, dict(vars(value))  # Somebody may write into it.
         return value
     changes = {
         field.name: _mapped(
@@ -108,7 +122,6 @@ def _mapped(
             is_number=_is_lifted(value, field),
         )
         for field in dataclasses.fields(value)
-        if field.init
     }
     return build(value, **changes)
 
@@ -118,6 +131,9 @@ def _is_lifted(value: Any, field: dataclasses.Field[Any]) -> bool:
 
     A plain 0 that switches something off makes another kind.
     """
+    own = getattr(type(value), "__post_init__", None)
+    if own is not None and own is not after_init:
+        return False  # What it made of the number cannot be known.
     declared = getattr(type(value), "hyperparameters", ())
     if "hyperparameter" not in field.metadata and field.name not in declared:
         return False

@@ -123,7 +123,7 @@ class Layout:
                 source = self._shared(names)
                 bucket.columns = source.columns
                 bucket.units = self._flat_units(names, source)
-                bucket.codes = self.compiling.codes() if self.compiling else None
+                bucket.codes = self._codes(params)
             else:
                 bucket.units = self._shaped_units(names)
             buckets.append(bucket)
@@ -254,6 +254,11 @@ class Layout:
         if pool:
             units.append(self._pooled(pool, source))
         return units
+
+    def _codes(self, params: TensorMap) -> Codes | None:
+        """Return where the code of a bucket goes, None for what has none."""
+        plain = {*map(type, params.values())} <= {Tensor, torch.nn.Parameter}
+        return self.compiling.codes() if self.compiling and plain else None
 
     def _least_alone(self, size: int) -> int:
         """Return how many elements a tensor has that is not gathered with others.

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from functional_optim._hoisting import hoisting
 
@@ -89,17 +91,85 @@ def traced(
     Raises:
         Exception: from the function, where it asks for a value.
     """
+    if any(x.numel() != 1 for x in short):
+        msg = "a part of the state that is neither one number nor like the parameters"
+        raise NotImplementedError(msg)
+
+    def watched(*tensors: Tensor) -> Sequence[Tensor]:
+        with _Refusing():
+            return function(*tensors)
+
     # What is remembered here is no tensor that anybody else can use.
     with hoisting():
         graph = make_fx(
-            function, tracing_mode="symbolic", _error_on_data_dependent_ops=True
-        )(*map(example_of, long), *short)
+            functionalize(watched),
+            tracing_mode="symbolic",
+            _error_on_data_dependent_ops=True,
+        )(*[example_of(x) for x in long], *short)
+    _check_written(graph)
     return _split(graph, len(long))
 
 
-def example_of(long: Tensor) -> Tensor:
-    """Return a tensor to try on a function instead of one of any length."""
-    return torch.zeros(_EXAMPLE, dtype=long.dtype, device=long.device)
+class _Refusing(TorchDispatchMode):
+    """Refuses what would be computed once, when code is made, and never again."""
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation, unless it asks for a value or draws numbers."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            msg = "it reads the value of a tensor on the host"
+            raise NotImplementedError(msg)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            msg = f"it draws random numbers ({func})"
+            raise NotImplementedError(msg)
+        return func(*args, **(kwargs or {}))
+
+
+def _check_written(graph: fx.GraphModule) -> None:
+    """Refuse to write what another input was: compilers reorder such copies.
+
+    Raises:
+        NotImplementedError: a state becomes another one, or a parameter.
+    """
+    writes = [node.args for node in graph.graph.nodes if node.target is _COPY]
+    homes = {home for home, *_ in writes}
+    for home, written, *_ in writes:
+        value = written
+        while value.op == "call_function" and value.target in _SAME:
+            # The functional copy(home, value) is the value.
+            value = value.args[1 if value.target is _COPIED else 0]
+        if value in homes and value is not home:
+            msg = "it keeps what another tensor was, unchanged"
+            raise NotImplementedError(msg)
+
+
+_COPY = torch.ops.aten.copy_.default
+_COPIED = torch.ops.aten.copy.default
+_SAME = {
+    _COPIED,
+    torch.ops.aten.clone.default,
+    torch.ops.aten.alias.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten._unsafe_view.default,
+    torch.ops.aten._to_copy.default,
+}
+
+
+def example_of(long: Tensor, seed: int = 0) -> Tensor:
+    """Return a tensor to try on a function instead of one of any length.
+
+    Args:
+        long: A tensor of its dtype and device.
+        seed: Other numbers for others, all > 0.
+    """
+    numbers = torch.arange(_EXAMPLE, dtype=torch.float64) * (seed + 1) % 97 + 1.0
+    return (numbers / 50.0).to(device=long.device, dtype=long.dtype)
 
 
 def _is_small(value: Any) -> bool:
