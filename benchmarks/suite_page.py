@@ -17,6 +17,8 @@ from suite_contestants import FUSED
 from suite_sections import SECTIONS, Section
 
 PAGE, PLOT = "benchmarks.md", "benchmarks.png"
+LIMITS = pathlib.Path(__file__).with_name("limits.md")
+"""What the figures do not say by themselves, written by hand."""
 OURS, OTHERS, BASE = "#1f6fb4", "#b8b8b8", "#555555"
 ABOUT = (
     "Made by `make bench` (`benchmarks/suite.py`, then `benchmarks/suite_page.py`) "
@@ -41,6 +43,7 @@ def page(found: dict[str, dict[str, Any]]) -> str:
         if name == "step":
             parts.append(ABSENT)
         parts += tables(section, result)
+    parts.append(LIMITS.read_text().rstrip())
     return "\n\n".join(parts) + "\n"
 
 

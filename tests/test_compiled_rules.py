@@ -19,6 +19,7 @@ from torch.nn import Parameter
 
 import functional_optim as fo
 from functional_optim.execution import _compiled
+from functional_optim.execution._executor import Executor
 
 _compiled.with_inductor()
 
@@ -220,6 +221,42 @@ def test_random_numbers_are_drawn_in_every_step() -> None:
         seen.append(p.detach().clone())
         optimizer.step()
     assert not torch.equal(seen[1] - seen[0], seen[2] - seen[1])
+
+
+def test_code_that_computes_something_else_is_not_run() -> None:
+    """Compilers have bugs, too: what is made is tried once, on numbers of its own."""
+
+    def runs_twice(graph: Any) -> Any:
+        def run(tensors: list[torch.Tensor]) -> Any:
+            graph.module(*tensors)
+            return graph.module(*tensors)
+
+        return run
+
+    p = torch.ones(3, dtype=torch.float64)
+    executor = Executor(
+        {"p": p},
+        [fo.chain(fo.sgd(0.1))],
+        {"p": 0},
+        fo.chain(fo.sgd(0.1)).init({"p": p}),
+        compiling=_compiled.Compiling(runs_twice),
+    )
+    with pytest.warns(UserWarning, match="computes something else"):
+        executor.step({"p": torch.ones_like(p)}, context=fo.Context())
+    assert torch.equal(p, torch.full_like(p, 0.9))
+
+
+def test_a_gradient_of_another_size_is_not_read_beyond_its_end() -> None:
+    params = [Parameter(torch.ones(4)), Parameter(torch.ones(3))]
+    optimizer = fo.TransformOptimizer(params, fo.sgd(0.1), compile=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert params[0].grad is not None
+    params[0].grad.data = torch.ones(2)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        optimizer.step()
+    assert torch.equal(params[0], torch.full((4,), 0.9))
 
 
 def test_sharded_parameters_run_without(tmp_path: pathlib.Path) -> None:
