@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,7 +144,5 @@ class Compiling:
 
 def with_inductor() -> Compiling:
     """Return what makes code by TorchInductor."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Names of torch that are about to go.
-        inductor = importlib.import_module("functional_optim.execution._inductor")
+    inductor = importlib.import_module("functional_optim.execution._inductor")
     return Compiling(inductor.compiled)

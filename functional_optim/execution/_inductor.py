@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import (
     DimDynamic,
     ShapeEnv,
     StatelessSymbolicContext,
 )
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Names of torch's own that are about to go.
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
