@@ -207,6 +207,16 @@ def test_the_warning_names_rule_and_reason_once() -> None:
     assert "it reads the value of a tensor on the host" in told
 
 
+@pytest.mark.parametrize("name", ["the last parameters", "states that change places"])
+def test_a_state_that_takes_the_place_of_another_is_named(name: str) -> None:
+    """The compiler would write the one before it reads the other."""
+    p = Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = fo.TransformOptimizer([p], RULES[name](), compile=True)
+    p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="it keeps what another tensor was"):
+        optimizer.step()
+
+
 def test_random_numbers_are_drawn_in_every_step() -> None:
     rule = _rule(
         lambda self, u, s, p, c: ({k: torch.randn_like(v) for k, v in u.items()}, s)
