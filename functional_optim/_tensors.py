@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -39,6 +39,11 @@ def is_sixteen_bit(tensor: Tensor) -> bool:
     return tensor.dtype in _SIXTEEN_BIT
 
 
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors are torch's own: what they hold lies in their memory."""
+    return set(map(type, tensors)) <= _PLAIN_TYPES
+
+
 def foreach_applies(tensors: Sequence[Tensor]) -> bool:
     """Tell whether `torch._foreach_*` may run: plain tensors, nobody watching.
 
@@ -50,6 +55,6 @@ def foreach_applies(tensors: Sequence[Tensor]) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
-        and set(map(type, tensors)) <= _PLAIN_TYPES
+        and are_plain(tensors)
         and not (tensors and tensors[0].is_meta)  # There foreach reads a 0-dim operand.
     )

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from torch.nn import Parameter
 
 import functional_optim as fo
-from functional_optim.execution import _compiled
+from functional_optim.execution import _codes, _compiled
 from functional_optim.execution._executor import Executor
 
 _compiled.with_inductor()
@@ -231,6 +231,24 @@ def test_random_numbers_are_drawn_in_every_step() -> None:
         seen.append(p.detach().clone())
         optimizer.step()
     assert not torch.equal(seen[1] - seen[0], seen[2] - seen[1])
+
+
+def test_rules_that_change_at_every_step_run_without_in_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A look through all kinds there were must not grow with the steps."""
+    monkeypatch.setattr(_codes, "_MOST", 3)
+    rule = RULES["an attribute"]()
+    p = Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = fo.TransformOptimizer([p], rule, compile=True)
+    expected = p.detach().clone()
+    for step in range(6):
+        rule.rate = 0.1 * (step + 1)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        expected -= 0.1 * (step + 1)
+    torch.testing.assert_close(p.detach(), expected)
+    assert "not compiled (it is the transform of kind 4)" in fo.explain(optimizer)
 
 
 def test_code_that_computes_something_else_is_not_run() -> None:

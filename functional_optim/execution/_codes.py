@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._value import same_for_good
-from functional_optim.execution._lifting import lifted
+from functional_optim.execution._lifting import as_tensors, lifted
 from functional_optim.execution._tracing import example_of, traced
 
 if TYPE_CHECKING:
@@ -178,17 +178,14 @@ class Codes:
         kind, found = lifted(transform)
         numbers = tuple(found)
         if not same_for_good(numbers, self._numbers[0]):
-            tensors = [
-                number
-                if isinstance(number, Tensor)
-                else torch.tensor(number, dtype=torch.float64, device=like.device)
-                for number in numbers
-            ]
-            self._numbers = numbers, tensors
+            self._numbers = numbers, as_tensors(numbers, like)
         kinds = self.library.kinds
         for index, other in enumerate(kinds):
             if same_for_good(other, kind):
                 self.failure = self.library.failures.get(index, "")
                 return index, self._numbers[1]
+        if len(kinds) >= _MOST:  # Each step would look through more of them.
+            self.failure = f"it is the transform of kind {_MOST + 1}"
+            return len(kinds), self._numbers[1]
         kinds.append(kind)
         return len(kinds) - 1, self._numbers[1]

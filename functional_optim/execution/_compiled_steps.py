@@ -15,7 +15,7 @@ from torch import Tensor
 from functional_optim._tensor_map import over
 from functional_optim.execution._codes import Code
 from functional_optim.execution._guard import wrapped_state
-from functional_optim.execution._lifting import lowered
+from functional_optim.execution._lifting import as_tensors, lowered
 from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
 from functional_optim.execution._passes import Recorded, StopError, Supplied
 from functional_optim.execution._tracing import example_of
@@ -60,13 +60,7 @@ class CompiledStep:
         ((self._name, param),) = run.unit.params.items()
         kind, self._numbers = codes.kind_of(run.transform, param)
         told = given.context.loss, given.context.weight
-        self._beside = [
-            x
-            if isinstance(x, Tensor)
-            else torch.tensor(x, dtype=torch.float64, device=param.device)
-            for x in told
-            if x is not None
-        ]
+        self._beside = as_tensors([x for x in told if x is not None], param)
         self._dtype = next(given.grads[n].dtype for n in run.unit.names)
         self._kind = kind
         self._key = kind, run.key, tuple(x is None for x in told)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from functional_optim._tensors import are_plain
 from functional_optim.execution._memory import carved
 
 if TYPE_CHECKING:
@@ -127,11 +128,8 @@ def places_of(tensors: Iterable[Tensor]) -> array[int] | None:
     if (
         not all(map(Tensor.is_contiguous, found))
         or any(map(Tensor.is_neg, found))
-        or not {*map(type, found)} <= _PLAIN
+        or not are_plain(found)
     ):
         return None
     places = array("q", map(Tensor.data_ptr, found))
     return None if 0 in places else places  # There is no memory behind torch's zeros.
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}

@@ -11,13 +11,14 @@ import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from functional_optim._hyperparameters import after_init
 from functional_optim._resolving import is_zero
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 Number: TypeAlias = float | Tensor
 
@@ -72,6 +73,21 @@ def lowered(value: Any, put: Callable[[Number], Number]) -> Any:
         chain(ScaleByLearningRate(0.2))
     """
     return _mapped(value, put, _replaced)
+
+
+def as_tensors(numbers: Iterable[Number], like: Tensor) -> list[Tensor]:
+    """Return numbers as code takes them: in float64, where they are no tensors.
+
+    Args:
+        numbers: The numbers.
+        like: A tensor on the device where they go.
+    """
+    return [
+        number
+        if isinstance(number, Tensor)
+        else torch.tensor(number, dtype=torch.float64, device=like.device)
+        for number in numbers
+    ]
 
 
 def _as_kind(value: Any, /, **fields: Any) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._resolving import resolve
+from functional_optim._tensors import are_plain
 from functional_optim._types import Scope, Static
 from functional_optim._value import same_for_good
 from functional_optim.execution._joining import joined
@@ -257,7 +258,7 @@ class Layout:
 
     def _codes(self, params: TensorMap) -> Codes | None:
         """Return where the code of a bucket goes, None for what has none."""
-        plain = {*map(type, params.values())} <= {Tensor, torch.nn.Parameter}
+        plain = are_plain(params.values())
         return self.compiling.codes() if self.compiling and plain else None
 
     def _least_alone(self, size: int) -> int:

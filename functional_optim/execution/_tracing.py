@@ -28,6 +28,10 @@ _EXAMPLE = 1003
 """Elements of the units that a trace is made with: a number nothing else has."""
 
 
+class NoCodeError(Exception):
+    """Says why an update cannot be made into code; it can run without."""
+
+
 class Example(NamedTuple):
     """What an input of a graph is like.
 
@@ -93,7 +97,7 @@ def traced(
     """
     if any(x.numel() != 1 for x in short):
         msg = "a part of the state that is neither one number nor like the parameters"
-        raise NotImplementedError(msg)
+        raise NoCodeError(msg)
 
     def watched(*tensors: Tensor) -> Sequence[Tensor]:
         with _Refusing():
@@ -122,10 +126,10 @@ class _Refusing(TorchDispatchMode):
         """Run an operation, unless it asks for a value or draws numbers."""
         if func is torch.ops.aten._local_scalar_dense.default:
             msg = "it reads the value of a tensor on the host"
-            raise NotImplementedError(msg)
+            raise NoCodeError(msg)
         if torch.Tag.nondeterministic_seeded in func.tags:
             msg = f"it draws random numbers ({func})"
-            raise NotImplementedError(msg)
+            raise NoCodeError(msg)
         return func(*args, **(kwargs or {}))
 
 
@@ -133,7 +137,7 @@ def _check_written(graph: fx.GraphModule) -> None:
     """Refuse to write what another input was: compilers reorder such copies.
 
     Raises:
-        NotImplementedError: a state becomes another one, or a parameter.
+        NoCodeError: a state becomes another one, or a parameter.
     """
     writes = [node.args for node in graph.graph.nodes if node.target is _COPY]
     homes = {home for home, *_ in writes}
@@ -144,7 +148,7 @@ def _check_written(graph: fx.GraphModule) -> None:
             value = value.args[1 if value.target is _COPIED else 0]
         if value in homes and value is not home:
             msg = "it keeps what another tensor was, unchanged"
-            raise NotImplementedError(msg)
+            raise NoCodeError(msg)
 
 
 _COPY = torch.ops.aten.copy_.default

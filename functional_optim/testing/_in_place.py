@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from functional_optim._apply import apply_updates
 from functional_optim._chain import chain
@@ -15,6 +16,9 @@ from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
 from functional_optim.testing._law import law
 from functional_optim.transforms import Scale
+
+if TYPE_CHECKING:
+    from functional_optim.execution._compiled import Compiling
 
 _ROUNDING = 1e-12
 """Units change the order of sums: n * eps of float64, n < 4000."""
@@ -36,9 +40,9 @@ _CAUSE_WHOLE = (
 def in_place(transform: Transform, example: Example) -> None:
     """Run in place, in units of any size, it moves parameters as in the pure way."""
     for elements in (1, 3, 1000):
-        _moves_alike(chain(transform), example, elements)
+        moves_alike(chain(transform), example, elements)
     for chained in _beside_others(transform):
-        _moves_alike(chained, example, 3)
+        moves_alike(chained, example, 3)
 
 
 def _beside_others(transform: Transform) -> Iterator[Transform]:
@@ -48,8 +52,20 @@ def _beside_others(transform: Transform) -> Iterator[Transform]:
             yield chain(*members)
 
 
-def _moves_alike(transform: Transform, example: Example, elements: int) -> None:
-    """Require that an executor with units of this size does what `update` does."""
+def moves_alike(
+    transform: Transform,
+    example: Example,
+    elements: int,
+    compiling: Compiling | None = None,
+) -> None:
+    """Require that an executor with units of this size does what `update` does.
+
+    Args:
+        transform: The transform.
+        example: What it is tried on.
+        elements: Elements of a unit.
+        compiling: Makes code of what runs on units; None runs without.
+    """
     params, state = example.params, transform.init(example.params)
     widest = max(p.dtype.itemsize for p in params.values())
     own = {name: p.clone() for name, p in params.items()}
@@ -59,6 +75,7 @@ def _moves_alike(transform: Transform, example: Example, elements: int) -> None:
         dict.fromkeys(own, 0),
         transform.init(own),
         unit_bytes=elements * widest,
+        compiling=compiling,
     )
     cause = _CAUSE if transform.scope is Scope.ELEMENTWISE else _CAUSE_WHOLE
     for step, (updates, context) in enumerate(example.steps):
