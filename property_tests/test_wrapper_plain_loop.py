@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +12,19 @@ from hypothesis import strategies as st
 from plain_loops import Batch, PlainLoop, Setup, batches, bits_of, overflowing, setups
 
 import functional_optim as fo
+
+
+def _trained(
+    wrapper: Any, model: torch.nn.Module, setup: Setup, given: list[Batch]
+) -> Iterator[Batch]:
+    """Train as users do; yield each micro-batch after its update."""
+    if setup.end > 0:
+        wrapper.initialize_count_status(model, 0, setup.end)
+    for batch in given:
+        with wrapper.optim_context(model):
+            loss = batch.loss(model, setup.loss, setup.dtype)
+        wrapper.update_params(loss)
+        yield batch
 
 
 def _same_after(
@@ -39,12 +53,7 @@ def test_wrapper_is_the_plain_loop(setup: Setup, micro_batches: list[Batch]) -> 
     schedulers = setup.schedulers_for(optimizer)
     kept = None if setup.clip is None else dict(setup.clip)
     wrapper = fo.OptimWrapper(optimizer, setup.every, setup.clip)
-    if setup.end > 0:
-        wrapper.initialize_count_status(model, 0, setup.end)
-    for batch in micro_batches:
-        with wrapper.optim_context(model):
-            loss = batch.loss(model, setup.loss, setup.dtype)
-        wrapper.update_params(loss)
+    for batch in _trained(wrapper, model, setup, micro_batches):
         stepped = _same_after(plain, batch, wrapper, model, schedulers)
     if plain.norm is not None and stepped:
         logged = wrapper.message_hub.get_scalar("train/grad_norm").current()
@@ -95,12 +104,7 @@ def test_mixed_precision_is_the_plain_loop(
         accumulative_counts=setup.every,
         clip_grad=setup.clip,
     )
-    if setup.end > 0:
-        wrapper.initialize_count_status(model, 0, setup.end)
-    for batch in micro_batches:
-        with wrapper.optim_context(model):
-            loss = batch.loss(model, setup.loss, setup.dtype)
-        wrapper.update_params(loss)
+    for batch in _trained(wrapper, model, setup, micro_batches):
         _same_after(plain, batch, wrapper, model, schedulers)
         assert ("loss_scaler" in wrapper.state_dict()) == (scaler is not None)
         if scaler is not None:
@@ -162,10 +166,5 @@ def test_rules_from_a_config_are_groups_by_hand(
     }
     wrapper = fo.build_optim_wrapper(model, config)
     schedulers = setup.schedulers_for(wrapper.optimizer)
-    if setup.end > 0:
-        wrapper.initialize_count_status(model, 0, setup.end)
-    for batch in micro_batches:
-        with wrapper.optim_context(model):
-            loss = batch.loss(model, setup.loss, setup.dtype)
-        wrapper.update_params(loss)
+    for batch in _trained(wrapper, model, setup, micro_batches):
         _same_after(plain, batch, wrapper, model, schedulers)
