@@ -19,10 +19,11 @@ from torch import Tensor
 from functional_optim._hoisting import once
 from functional_optim._memory import Donated, current
 from functional_optim._names import lookup
-from functional_optim._tensors import foreach_applies, is_sixteen_bit
+from functional_optim._rounding import add, addcmul, lerp, widened
+from functional_optim._tensors import foreach_applies
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from functional_optim._types import TensorMap
 
@@ -76,7 +77,7 @@ class Expression:
             found = lookup(values, self._names)
         self._dtypes = [v.dtype for v in found]
         if at is not None and self._dtypes != [a.dtype for a in at.values()]:
-            wide = [_wide(v, a) for v, a in zip(found, at.values(), strict=True)]
+            wide = [widened(v, a) for v, a in zip(found, at.values(), strict=True)]
             found, self._dtypes = wide, [v.dtype for v in wide]
         # torch promotes a 0-dim tensor by a 0-dim number, and rounds it differently.
         self._scalars = 0 in map(Tensor.dim, found)
@@ -122,19 +123,14 @@ class Expression:
             if alpha == 1.0:
                 return self._run("add", column)
             return self._run("add", column, alpha=alpha)
-        # A 0-dim factor does not promote: round the product in the wider dtype.
-        rows = zip(self._values, self._rows(column, self._column(alpha)), strict=True)
-        scaled = [_wide(o, x) * a for x, (o, a) in rows]
-        return self._run("add", scaled)
+        return self._run_each(add, self._rows(column, self._each(alpha)))
 
     def addcmul(self, first: Operand, second: Operand, value: Factor) -> Expression:
         """Add a product: x + value * first * second."""
         one, two = self._column(first), self._column(second)
         if isinstance(value, (int, float)):
             return self._run("addcmul", one, two, value=value)
-        rows = zip(self._values, self._rows(one, self._column(value)), strict=True)
-        scaled = [_wide(o, x) * v for x, (o, v) in rows]
-        return self._run("addcmul", scaled, two)
+        return self._run_each(addcmul, self._rows(one, two, self._each(value)))
 
     def lerp(self, end: TensorMap, weight: Factor) -> Expression:
         """Move towards: x + weight * (end - x), with torch.lerp's rounding."""
@@ -143,12 +139,7 @@ class Expression:
             ends = [e.to(d) for e, d in zip(ends, self._dtypes, strict=True)]
         if isinstance(weight, (int, float)):
             return self._run("lerp", ends, weight)
-        rows = self._rows(ends, self._column(weight))
-        self._values = [
-            _lerp(x, *row) for x, row in zip(self._values, rows, strict=True)
-        ]
-        self._own = True
-        return self
+        return self._run_each(lerp, self._rows(ends, self._each(weight)))
 
     def sqrt(self) -> Expression:
         """Take the square root of x."""
@@ -196,6 +187,29 @@ class Expression:
         elif memory is not None and not any(_widens(c, x) for c in row):
             options = {**options, "out": memory.like(x)}
         self._values = [getattr(torch, name)(x, *row, **options)]
+
+    def _run_each(
+        self, function: Callable[..., Tensor], rows: Iterable[tuple[Any, ...]]
+    ) -> Expression:
+        """Apply a function to every tensor and its operands."""
+        pairs = zip(self._values, rows, strict=True)
+        self._values = [function(x, *row) for x, row in pairs]
+        self._own = True
+        return self
+
+    def _each(self, factor: Tensor | Mapping[str, float | Tensor]) -> Operands:
+        """Return a factor, or one for each tensor; numbers stay what they are.
+
+        torch rounds x + alpha * y once if alpha is a number, and twice if it is a
+        tensor: what a name has must not depend on what others have.
+        """
+        if isinstance(factor, Tensor):
+            return self._column(factor)
+        values: list[Any] = lookup(factor, self._names)
+        return [
+            v.to(x.device) if isinstance(v, Tensor) else v
+            for v, x in zip(values, self._values, strict=True)
+        ]
 
     def _rows(self, *columns: Operands) -> Iterable[tuple[Any, ...]]:
         """Return the operands of each tensor."""
@@ -277,17 +291,3 @@ def _widens(operand: Any, x: Tensor) -> bool:
 def _cloned(tensor: Tensor) -> Tensor:
     memory = current.memory
     return tensor.clone() if memory is None else memory.like(tensor).copy_(tensor)
-
-
-def _wide(tensor: Tensor, other: Tensor) -> Tensor:
-    """Return a tensor in the wider dtype of two."""
-    return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
-
-
-def _lerp(x: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
-    """Interpolate by a tensor weight with the rounding of a float one."""
-    if not isinstance(weight, Tensor):
-        return torch.lerp(x, end, weight)
-    # torch.lerp wants one dtype; a 16-bit weight would round 1 - beta to 3 digits.
-    wide = torch.float32 if is_sixteen_bit(x) else x.dtype
-    return torch.lerp(x.to(wide), end.to(wide), weight.to(wide)).to(x.dtype)

@@ -25,7 +25,9 @@ def test_every_line_is_read() -> None:
 def test_mutation_is_current(mutation: Mutation) -> None:
     """What it breaks stands once in its file, and what it makes of it compiles."""
     path = mutation.source()
-    compile(mutation.applied(path.read_text()), str(path), "exec")
+    broken = mutation.applied(path.read_text())
+    if path.suffix == ".py":
+        compile(broken, str(path), "exec")
 
 
 @pytest.mark.parametrize("room", ["transforms", "schedules", "optimizers"])

@@ -382,3 +382,23 @@ def test_a_schedule_that_returns_nothing_is_named() -> None:
         TypeError, match="must return a number or a 0-dim tensor, got N"
     ):
         scale.update(PARAMS, scale.init(PARAMS), PARAMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_number_by_name_is_rounded_as_for_all(dtype: torch.dtype) -> None:
+    """torch rounds x + alpha * y once; a map by name rounded the product, too."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("a", "b")
+
+    def drawn() -> dict[str, torch.Tensor]:
+        return {n: torch.randn(99, dtype=dtype, generator=generator) for n in names}
+
+    updates, params = drawn(), drawn()
+    for by_name in ({"a": 0.3, "b": 0.3}, {"a": 0.3, "b": torch.tensor(0.5)}):
+        for one, other in [
+            (fo.AddDecayedWeights(0.3), fo.AddDecayedWeights(by_name)),
+            (fo.ScaleByAdam((0.9, 0.7)), fo.ScaleByAdam((0.9, by_name | {"a": 0.7}))),
+        ]:
+            wanted, _ = one.update(updates, one.init(params), params)
+            found, _ = other.update(updates, other.init(params), params)
+            assert torch.equal(found["a"], wanted["a"])

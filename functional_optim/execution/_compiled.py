@@ -13,16 +13,19 @@ from functional_optim.execution._compiled_steps import CompiledStep
 from functional_optim.execution._passes import StopError, Supplied
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from functional_optim._context import Reducer
-    from functional_optim._types import TensorMap
     from functional_optim.execution._codes import Compiler
     from functional_optim.execution._compiled_steps import Pass
     from functional_optim.execution._nodes import Node
     from functional_optim.execution._passes import Call, Totals
     from functional_optim.execution._runs import Given, Run
     from functional_optim.execution._units import Later
+
+
+_MOST_KINDS = 16
+"""Kinds of steps that are known; where each is another, none comes again."""
 
 
 class CompiledRun:
@@ -34,7 +37,9 @@ class CompiledRun:
         grads: Gradients by name.
     """
 
-    def __init__(self, step: CompiledStep, run: Run, grads: TensorMap) -> None:
+    def __init__(
+        self, step: CompiledStep, run: Run, grads: Mapping[str, Tensor]
+    ) -> None:
         self.bucket, self.unit, self.key = run.bucket, run.unit, run.key
         self._step, self._run, self._grads = step, run, grads
         self._long: list[Tensor] | None = None
@@ -138,7 +143,12 @@ class Compiling:
             return run  # Code for any length is not code for none.
         key = id(run.bucket), run.key, given.grads[run.unit.names[0]].dtype
         if key not in steps:
-            steps[key] = CompiledStep(codes, run, given)
+            known = codes.steps.get(key)
+            if known is None or not known.restart(run, given):
+                if len(codes.steps) >= _MOST_KINDS:
+                    codes.steps.clear()
+                known = codes.steps[key] = CompiledStep(codes, run, given)
+            steps[key] = known
         return CompiledRun(steps[key], run, given.grads)
 
 

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from functional_optim._context import Context
 from functional_optim._tensor_map import over
 from functional_optim.execution._codes import Code
 from functional_optim.execution._guard import wrapped_state
-from functional_optim.execution._lifting import as_tensors, lowered
+from functional_optim.execution._lifting import as_tensors, is_fixed, lowered
 from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
 from functional_optim.execution._passes import Recorded, StopError, Supplied
 from functional_optim.execution._tracing import example_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from functional_optim._context import ReduceOp, Reducer
     from functional_optim._types import TensorMap
@@ -56,17 +57,45 @@ class CompiledStep:
     def __init__(self, codes: Codes, run: Run, given: Given) -> None:
         self.codes = codes
         self._run, self._unit = run, run.unit
-        self._transform, self._given = run.transform, given
+        self._transform = run.transform
         ((self._name, param),) = run.unit.params.items()
-        kind, self._numbers = codes.kind_of(run.transform, param)
+        self._kind, self._numbers = codes.kind_of(run.transform, param)
+        self._dtype = given.grads[run.unit.names[0]].dtype
+        self._is_fixed = is_fixed(run.transform)
+        self._made: dict[tuple[Call, ...], tuple[Call | None, Code, ReduceOp]] = {}
+        self._start(given)
+        self._signature = self._signature_of()
+
+    def _start(self, given: Given) -> None:
+        (param,) = self._unit.params.values()
         told = given.context.loss, given.context.weight
+        self._has_told = [x is not None for x in told]
         self._beside = as_tensors([x for x in told if x is not None], param)
-        self._dtype = next(given.grads[n].dtype for n in run.unit.names)
-        self._kind = kind
-        self._key = kind, run.key, tuple(x is None for x in told)
+        self._context = given.context
+        self._scaling = given.scaling
         self._passes: dict[int, Pass] = {}
         self.is_told = False
         """Whether a unit has given the state that all share."""
+
+    def _signature_of(self) -> Hashable:
+        beside = [(x.dtype, x.device, x.shape) for x in self._beside]
+        return *self._has_told, *beside
+
+    def restart(self, run: Run, given: Given) -> bool:
+        """Go on to the next step, if it is like the last one.
+
+        Args:
+            run: One of its runs.
+            given: What it was given.
+
+        Returns:
+            Whether it is.
+        """
+        same = self._is_fixed and run.transform is self._transform
+        if not same or self.codes.failure:
+            return False
+        self._start(given)
+        return self._signature_of() == self._signature
 
     def calls(self) -> list[Call]:
         """Return the calls of `reduce`: always the same, so tried once."""
@@ -109,13 +138,28 @@ class CompiledStep:
         return self._passes[len(totals)]
 
     def _new_pass(self, totals: Totals) -> Pass:
-        calls = self.calls()
-        own = {call: totals[call] for call in calls if call in totals}
-        short, examples = self._short(own), self._examples()
+        own = {call: totals[call] for call in self.calls() if call in totals}
+        short = self._short(own)
+        made = tuple(own)
+        if made not in self._made:
+            self._made[made] = self._made_for(made, short)
+        call, code, op = self._made[made]
+        return Pass(call, code, op, code.numbers(short))
+
+    def _made_for(
+        self, known: tuple[Call, ...], short: list[Tensor]
+    ) -> tuple[Call | None, Code, ReduceOp]:
+        """Return where a pass ends, its code, and what it brings to a total.
+
+        Args:
+            known: The totals that it knows.
+            short: The inputs that are single numbers.
+        """
+        examples = self._examples()
         ops: list[ReduceOp] = ["sum"]
 
         def make() -> tuple[Code, ReduceOp]:
-            function = self._function(Supplied, list(own), ops)
+            function = self._function(Supplied, list(known), ops)
             code = Code(function, examples, short, self.codes.library.compiler)
             return code, ops[-1]
 
@@ -125,10 +169,24 @@ class CompiledStep:
         ]
         inputs = [(x.dtype, x.device, x.shape) for x in short]
         inputs += [(x.dtype, x.device, torch.Size()) for x in examples]
-        key = *self._key, len(own), tuple(entries), tuple(inputs)
+        key = (
+            self._kind,
+            self._run.key,
+            *self._has_told,
+            len(known),
+            tuple(entries),
+            tuple(inputs),
+        )
         code, op = self.codes.library.code(key, make)
-        call = next((call for call in calls if call not in own), None)
-        return Pass(call, code, op, code.numbers(short))
+        call = next((call for call in self.calls() if call not in known), None)
+        return call, code, op
+
+    def finish(self) -> None:
+        """Let go of what the step was given."""
+        self._context = Context()
+        self._scaling = None
+        self._beside = []
+        self._passes = {}
 
     def fail(self, error: Exception) -> None:
         """Let this kind of transform run without code from now on, and say so."""
@@ -169,7 +227,8 @@ class CompiledStep:
         It returns what the units bring to a total, and leaves its operation in `ops`.
         The last one writes parameters and states, and returns the single numbers.
         """
-        name, given = self._name, self._given
+        name, transform_now = self._name, self._transform
+        now, scaling = self._context, self._scaling
         unit, nodes = self._unit, nodes_of(self._unit.state)
 
         def function(*tensors: Tensor) -> list[Tensor]:
@@ -185,16 +244,16 @@ class CompiledStep:
                     elif kind is Kind.EACH and isinstance(node, Tensor):
                         filled[index] = next(inputs)
             old = [filled.get(index, node) for index, node in enumerate(nodes)]
-            transform = lowered(self._transform, lambda _: next(inputs))
+            transform = lowered(transform_now, lambda _: next(inputs))
             changes: dict[str, Any] = {}
             for field_name in ("loss", "weight"):
-                if getattr(given.context, field_name) is not None:
+                if getattr(now, field_name) is not None:
                     changes[field_name] = next(inputs)
             totals = {call: next(inputs) for call in known}
-            context = given.context.with_reducer(reducer(totals), **changes)
+            context = now.with_reducer(reducer(totals), **changes)
             state = rebuilt(unit.state, iter(old))
-            if given.scaling is not None:
-                state = wrapped_state(state, given.scaling.grad_scale)
+            if scaling is not None:
+                state = wrapped_state(state, scaling.grad_scale)
             try:
                 moved, new = transform.update(
                     {name: grad}, state, {name: param}, context=context
@@ -202,7 +261,7 @@ class CompiledStep:
             except StopError as stop:
                 ops.append(stop.op)
                 return [stop.partial]
-            new = new if given.scaling is None else new[-1]
+            new = new if scaling is None else new[-1]
             return _written(moved, {name: param}, unit.fields, old, nodes_of(new))
 
         return function

@@ -18,9 +18,9 @@ from functional_optim.execution._passes import Recorded
 from functional_optim.execution._remembering import num_remembered
 
 if TYPE_CHECKING:
+    from functional_optim.execution._buckets import Bucket
     from functional_optim.execution._nodes import Field, Node
     from functional_optim.execution._passes import Call
-    from functional_optim.execution._plan import Bucket
     from functional_optim.execution._units import Unit
 
 _TRIED_BYTES = 32 * 2**20

@@ -90,6 +90,27 @@ def as_tensors(numbers: Iterable[Number], like: Tensor) -> list[Tensor]:
     ]
 
 
+def is_fixed(value: Any) -> bool:
+    """Whether a transform stays of its kind, with the same numbers.
+
+    Nobody writes into a frozen dataclass; into an object of another class, perhaps.
+
+    Example:
+        >>> from functional_optim import sgd
+        >>> is_fixed(sgd(0.1)), is_fixed({"a": sgd(0.1)})
+        (True, False)
+    """
+    if isinstance(value, tuple):
+        return all(map(is_fixed, value))
+    if isinstance(value, (dict, list, set)):
+        return False
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        frozen = bool(vars(type(value))["__dataclass_params__"].frozen)
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return frozen and all(map(is_fixed, parts))
+    return not (hasattr(value, "update") and hasattr(value, "__dict__"))
+
+
 def _as_kind(value: Any, /, **fields: Any) -> Any:
     return type(value), *fields.items()
 

@@ -112,14 +112,56 @@ def carved(memory: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     return views
 
 
+ALIGNMENT = 64
+"""Bytes of a line of memory: what a processor reads at once."""
+
+
+def joint(
+    shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """Return new one-dimensional memory, and consecutive pieces of it.
+
+    On the CPU each piece has a storage of its own, so that saving it saves no other;
+    the memory lives as long as one of them.
+
+    Args:
+        shapes: The shapes of the pieces.
+        dtype: Dtype of the elements.
+        device: Where they lie.
+
+    Example:
+        >>> shapes = [torch.Size([2, 3]), torch.Size([1])]
+        >>> memory, pieces = joint(shapes, torch.float32, torch.device("cpu"))
+        >>> memory.numel(), [piece.untyped_storage().nbytes() for piece in pieces]
+        (7, [24, 4])
+    """
+    numel = sum(shape.numel() for shape in shapes)
+    if device.type != "cpu" or not numel:
+        memory = torch.empty(numel, dtype=dtype, device=device)
+        return memory, carved(memory, shapes)
+    space = bytearray(numel * dtype.itemsize + ALIGNMENT)
+    start = -torch.frombuffer(space, dtype=torch.uint8).data_ptr() % ALIGNMENT
+    memory = torch.frombuffer(space, dtype=dtype, count=numel, offset=start)
+    pieces = []
+    for shape in shapes:
+        count = shape.numel()
+        if count:
+            piece = torch.frombuffer(space, dtype=dtype, count=count, offset=start)
+            pieces.append(piece.view(shape))
+        else:
+            pieces.append(torch.empty(shape, dtype=dtype))
+        start += count * dtype.itemsize
+    return memory, pieces
+
+
 def own_like(entry: Tensor, param: Tensor) -> Tensor:
     """Return an entry of the state in memory of its own that lies like a parameter."""
-    if entry.stride() == param.stride() and _alone(entry):
+    if entry.stride() == param.stride() and is_alone(entry):
         return entry
     return torch.empty_like(param, dtype=entry.dtype).copy_(entry)
 
 
-def _alone(tensor: Tensor) -> bool:
+def is_alone(tensor: Tensor) -> bool:
     """Whether a tensor is all that lies in its memory."""
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
-from functional_optim.execution._copying import Gathered, places_of
-from functional_optim.execution._memory import carved
+from functional_optim.execution._copying import Gathered, Places, Written, places_of
+from functional_optim.execution._memory import joint
 from functional_optim.execution._nodes import Kind
+from functional_optim.execution._scanning import Gradients
 from functional_optim.execution._units import Unit
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from functional_optim._types import TensorMap
     from functional_optim.execution._memory import Scratch
     from functional_optim.execution._nodes import Node
@@ -26,7 +30,12 @@ class Pooled(Unit):
         params: The parameters, detached.
         source: Where their state comes from. Entries are replaced by views.
         scratch: Where to gather.
+        memory: Memory of which the first parameters are the first pieces; None if they
+            lie elsewhere, and are gathered.
         compiles: Whether to copy by compiled code where that works.
+
+    Attributes:
+        laid: How many of them, from the first, need not be gathered.
     """
 
     kind: ClassVar[str] = "pool"
@@ -37,6 +46,7 @@ class Pooled(Unit):
         params: TensorMap,
         source: Source,
         scratch: Scratch,
+        memory: Tensor | None = None,
         *,
         compiles: bool = False,
     ) -> None:
@@ -46,11 +56,19 @@ class Pooled(Unit):
         self._numel = sum(param.numel() for param in self._tensors)
         self._key, self._scratch, self._compiles = self.names[0], scratch, compiles
         first = self._tensors[0]
-        memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
-        self._params = Gathered(memory, self._shapes, compiles=compiles)
-        self._places = places_of(self._tensors) if memory.is_cpu else None
+        self._own = True
+        if memory is None:
+            memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
+        self.laid, start = _laid_in(memory, self._tensors)
+        laid = self.laid
+        self._loose = self._tensors[laid:]
+        self._all = Written(self._tensors, compiles=compiles)
+        self._laid = Written(self._tensors[:laid], compiles=compiles)
+        self._params = Gathered(memory[start:], self._shapes[laid:], compiles=compiles)
+        self._places = places_of(self._loose) if memory.is_cpu else None
         self.params = {self._key: memory}
         self._grads: Gathered | None = None
+        self._members: array[int] | None = None
         self._last: TensorMap | None = None
         own: list[Node] = []
         for node, field in zip(source.nodes, source.fields, strict=True):
@@ -67,34 +85,39 @@ class Pooled(Unit):
     def _joined(self, node: TensorMap) -> Tensor:
         """Bring the entries of all members into one flat tensor."""
         entries = [node[name] for name in self.names]
-        memory = entries[0].new_empty(self._numel)
-        views = carved(memory, self._shapes)
+        memory, views = joint(self._shapes, entries[0].dtype, entries[0].device)
         torch._foreach_copy_(views, entries)
         node.update(zip(self.names, views, strict=True))
         return memory
 
-    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
+    def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
         """Gather the gradients, and the parameters."""
         if again and self._own and self._last is not None:
             return self._last
-        try:
-            found = list(map(grads.__getitem__, self.names))
-        except KeyError:  # Then there is none, in a window that closes.
-            found = []
-        known = self._grads
-        if found and (known is None or known.memory.dtype != found[0].dtype):
+        self._params.gather(self._loose, self._places)
+        self._last = {}
+        if self._key in grads:  # Then all have one; none in a window that closes.
+            self._last = {self._key: self._gathered(grads)}
+        return self._last
+
+    def _gathered(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Return the gradients, one after the other."""
+        known, dtype = self._grads, grads[self._key].dtype
+        if known is None or known.memory.dtype != dtype:
             memory, own = self._scratch.take(
-                self._numel, self._tensors[0], found[0].dtype, "grads"
+                self._numel, self._tensors[0], dtype, "grads"
             )
             known = Gathered(memory, self._shapes, compiles=self._compiles)
             self._grads = known
             self._own = self._own and own
-        self._params.gather(self._tensors, self._places)
-        self._last = {}
-        if found and known is not None:
-            known.gather(found)
-            self._last = {self._key: known.memory}
-        return self._last
+        if isinstance(grads, Gradients):
+            if self._members is None:
+                order = {name: index for index, name in enumerate(grads.kinds)}
+                self._members = array("q", [order[name] for name in self.names])
+            if known.gather_from(Places(grads.places, self._members)):
+                return known.memory
+        known.gather([grads[name] for name in self.names])
+        return known.memory
 
     def _apply(self, moved: TensorMap) -> None:
         super()._apply(moved)
@@ -102,4 +125,16 @@ class Pooled(Unit):
 
     def put_back(self) -> None:
         """Write the gathered parameters to their own places."""
-        self._params.scatter(self._tensors, self._places)
+        seen = self._params.scatter(self._loose, self._places)
+        (self._laid if seen else self._all).count()
+
+
+def _laid_in(memory: Tensor, tensors: list[Tensor]) -> tuple[int, int]:
+    """Return how many tensors are the first pieces of memory, and their elements."""
+    count = start = 0
+    for tensor in tensors:
+        here = memory.data_ptr() + start * memory.itemsize
+        if tensor.data_ptr() != here or not tensor.numel():
+            break
+        count, start = count + 1, start + tensor.numel()
+    return count, start

@@ -16,13 +16,13 @@ from functional_optim.execution._remembering import Memory, remembered
 from functional_optim.execution._resting import from_window
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from functional_optim._context import Reducer
     from functional_optim._memory import Workspace
     from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._buckets import Bucket
     from functional_optim.execution._nodes import Node
-    from functional_optim.execution._plan import Bucket
     from functional_optim.execution._units import Later, Unit
 
 _MOST_KNOWN = 256
@@ -54,7 +54,7 @@ class Given:
         scaling: What a gradient scaler asks for.
     """
 
-    grads: TensorMap
+    grads: Mapping[str, Tensor]
     context: Context
     scaling: Scaling | None
 

@@ -19,6 +19,8 @@ from functional_optim.execution._memory import flat, flat_like, memory_of
 from functional_optim.execution._nodes import Kind, mapped, nodes_of, rebuilt
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from functional_optim._types import Static, TensorMap
     from functional_optim.execution._nodes import Field, Node
 
@@ -106,7 +108,7 @@ class Unit:
         changed = [statics.get(index, node) for index, node in enumerate(nodes)]
         self._show(self.state, changed)
 
-    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
+    def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
         """Return the gradients as the transform sees them; empty if there are none.
 
         Args:
@@ -227,7 +229,7 @@ class Shaped(Unit):
                 own.append(node)
         self._keep(source.template, own)
 
-    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
+    def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
         """Return the gradients that there are."""
         return {name: grads[name] for name in self.names if name in grads}
 
@@ -260,7 +262,7 @@ class Piece(Unit):
                 own.append({name: node[name]})
         self._keep(source.template, own)
 
-    def updates(self, grads: TensorMap, *, again: bool = False) -> TensorMap:
+    def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
         """Return the slice of the gradient."""
         if self._name not in grads:
             return {}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import operator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -12,6 +10,7 @@ from functional_optim._apply import apply_updates
 from functional_optim._types import Static
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._joining import joined
+from functional_optim.execution._laying import Laying
 from functional_optim.execution._nodes import mapped, nodes_of, rebuilt
 from functional_optim.facade._apart import check_apart
 from functional_optim.facade._entries import (
@@ -21,6 +20,8 @@ from functional_optim.facade._entries import (
     loaded_nodes,
     rest_of,
 )
+from functional_optim.facade._layouts import check_may_be_flat
+from functional_optim.facade._survey import Survey, entries_in
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping, Set
@@ -42,6 +43,8 @@ class Engine:
         transforms: The transform of each group, now.
         state: The state to go on from; None makes a fresh one.
         compiling: Makes code of what runs on units; None runs without.
+        layout: Where small parameters lie; see `TransformOptimizer`.
+        before: What served some of them up to now.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class Engine:
         state: Any,
         *,
         compiling: Compiling | None = None,
+        layout: str = "auto",
+        before: Engine | None = None,
     ) -> None:
         self._transform = transform
         self.names = dict(names)
@@ -62,22 +67,36 @@ class Engine:
         check_apart(params)
         if state is None:
             state = initial(transform, params)
+        self.survey = Survey(self.names, compiles=compiling is not None)
+        """What looks at parameters and gradients."""
+        self._laying: Laying | None = None
+        if layout == "flat":
+            check_may_be_flat(params)
+            known = {} if before is None else before.executor.params
+            owned = {name: param for param, name in names.items()}
+            self._laying = Laying(owned, known)
         self._executor = Executor(
             params,
             transforms,
             group_of,
             state,
             compiling=compiling,
+            apart=layout == "leaves",
+            laying=self._laying,
         )
+        self._settle()
         self._store = self._executor.store
         self._keys = keys_of(self._store.nodes, self._store.fields)
-        self._strided = [param for param in names if not param.is_contiguous()]
-        self._places = self._found_places()
         self._shapes = {name: param.shape for name, param in params.items()}
         self._shown: list[Any] = []
         self.rest_shown: dict[str, Any] = {}
         """What belongs to the transform as a whole, as it is now."""
         self._show_rest()
+
+    def _settle(self) -> None:
+        """Where parameters lie after a new plan is where they should be."""
+        if self._laying is not None and self._laying.finish():
+            self.survey.restart()
 
     def params(self) -> TensorMap:
         """Return the parameters by name, as they are now."""
@@ -102,20 +121,7 @@ class Engine:
         """Go on with other numbers; see `Executor`."""
         self._transforms = transforms
         self._executor.set_transforms(transforms)
-
-    def _found_places(self) -> list[Any]:
-        # At every step, for every parameter: by functions in C, and few of them.
-        return [
-            list(map(Tensor.data_ptr, self.names)),
-            list(map(Tensor.numel, self.names)),
-            list(map(Tensor.is_contiguous, self.names)),
-            [param.stride() for param in self._strided],
-        ]
-
-    @property
-    def moved(self) -> bool:
-        """Whether parameters lie elsewhere than when this was made."""
-        return self._found_places() != self._places
+        self._settle()
 
     def state_beside(self) -> Any:
         """Return the state on the device where the parameters lie now.
@@ -156,7 +162,7 @@ class Engine:
         """Write the state by parameter, as torch shows it; the tensors are ours."""
         for param, name in self.names.items():
             state.setdefault(param, {}).update(self.entries(name))
-        self._shown = _entries_in(state)
+        self._shown = entries_in(state)
         self._store.replaced = False
 
     def entries(self, name: str) -> dict[str, Tensor]:
@@ -174,9 +180,7 @@ class Engine:
         Args:
             state: What `show` wrote into.
         """
-        found = _entries_in(state)
-        same = len(found) == len(self._shown)
-        if not (same and all(map(operator.is_, found, self._shown))):
+        if not self.survey.shows(state, self._shown):
             self._adopt(state)
         self.show_replaced(state)
 
@@ -222,6 +226,7 @@ class Engine:
         nodes = loaded_nodes(self._store.nodes, self._keys, per_name, rest)
         self._executor.check(nodes)
         self._executor.load(nodes)
+        self._settle()
         self._show_rest()
 
     def take(self, state: Any) -> None:
@@ -249,7 +254,11 @@ class Engine:
     # -- steps -----------------------------------------------------------------------
 
     def step(
-        self, grads: TensorMap, *, context: Context, scaling: Scaling | None
+        self,
+        grads: Mapping[str, Tensor],
+        *,
+        context: Context,
+        scaling: Scaling | None,
     ) -> None:
         """Step in place.
 
@@ -269,10 +278,11 @@ class Engine:
             )
             raise ValueError(msg)
         self._executor.step(grads, context=context, scaling=scaling)
+        self._settle()
         if self._executor.holds:
             self._show_rest()
 
-    def step_recorded(self, grads: TensorMap, *, context: Context) -> None:
+    def step_recorded(self, grads: Mapping[str, Tensor], *, context: Context) -> None:
         """Step with a graph: everything at once, out of place.
 
         Args:
@@ -280,7 +290,9 @@ class Engine:
             context: What the loop knows.
         """
         params: TensorMap = {name: param for param, name in self.names.items()}
-        moved, state = self.transform.update(grads, self.state, params, context=context)
+        moved, state = self.transform.update(
+            dict(grads), self.state, params, context=context
+        )
         new = apply_updates(params, moved, differentiable=True)
         for name in moved:
             params[name].copy_(new[name])
@@ -295,9 +307,3 @@ def _continued(known: Node, fresh: Node, gone: Set[str]) -> Node:
     if isinstance(known, Static) and isinstance(known.value, tuple):
         return Static(tuple(told for told in known.value if told not in gone))
     return known
-
-
-def _entries_in(state: Mapping[Tensor, Any]) -> list[Any]:
-    """Return what is shown, in order: this is asked at every step."""
-    shown = [own.values() for own in state.values()]
-    return list(itertools.chain.from_iterable(shown))

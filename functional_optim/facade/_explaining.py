@@ -13,8 +13,8 @@ from functional_optim.facade._optimizer import TransformOptimizer
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
+    from functional_optim.execution._buckets import Bucket
     from functional_optim.execution._executor import Executor
-    from functional_optim.execution._plan import Bucket
 
 _MOST_BUCKETS = 12
 
@@ -131,6 +131,10 @@ def _bucket(bucket: Bucket) -> str:
     for unit in bucket.units:
         kinds[unit.kind] = kinds.get(unit.kind, 0) + 1
     cut = ", ".join(counted(count, kind) for kind, count in kinds.items())
+    laid = sum(getattr(unit, "laid", 0) for unit in bucket.units)
+    if laid:
+        pooled = sum(len(unit.names) for unit in bucket.units if unit.pooled)
+        cut += f" ({laid} of {counted(pooled, 'tensor')} side by side)"
     code = ", compiled" if _is_compiled(bucket) else ""
     if bucket.codes is not None and bucket.codes.failure:
         code = f", not compiled ({bucket.codes.failure})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +11,9 @@ from torch import Tensor
 from functional_optim._chain import chain, checked_transform
 from functional_optim._context import Context
 from functional_optim._readings import readings
-from functional_optim.facade._gradients import (
-    gradients_of,
-    scaling_of,
-    warn_of_no_gradient,
-)
+from functional_optim.facade._gradients import scaling_of, warn_of_no_gradient
 from functional_optim.facade._groups import Groups
+from functional_optim.facade._layouts import check_layout
 from functional_optim.facade._members import (
     by_choices,
     check_group_parameters,
@@ -66,6 +63,15 @@ class TransformOptimizer(Tracking):
             without, by an ulp or two. What cannot be compiled, because a rule looks at
             whole tensors or at values, or there is no compiler, runs without, and a
             warning says so in the second case.
+        layout: Where small tensors lie during a step, on which a call each would cost
+            more than their numbers. "auto": they are gathered into one piece of memory,
+            and put back. "leaves": each is updated where it lies, with a call each.
+            "flat": parameters that fill whole lines of memory (64 bytes) are moved side
+            by side for good, and only gradients are gathered; on the CPU only. Each
+            keeps a storage of its own, so that `torch.save` and `deepcopy` see no
+            other. What shares its memory with other tensors stays where it is; what
+            later is taken from a parameter (`p.data`, `model.state_dict()`) follows it
+            as always, until something makes the optimizer plan anew.
 
     State:
         `state[p]`: the transform's state of this parameter, under torch's keys where
@@ -76,7 +82,8 @@ class TransformOptimizer(Tracking):
     Raises:
         TypeError: `transform` is no transform, a parameter no dense real tensor.
         ValueError: no parameters, one twice, two in one memory, a non-leaf, several
-            devices, a rule that matches nothing, two values for one key of a group.
+            devices, a rule that matches nothing, two values for one key of a group; a
+            layout that there is not, or that does not go with the rest.
 
     Example:
         >>> import functional_optim as fo
@@ -102,10 +109,12 @@ class TransformOptimizer(Tracking):
         differentiable: bool = False,
         amp_scaling: bool = False,
         compile: bool = False,
+        layout: Literal["leaves", "auto", "flat"] = "auto",
     ) -> None:
+        check_layout(layout, differentiable=differentiable)
         self._transform: Transform = chain(checked_transform("transform", transform))
         self._differentiable = differentiable
-        self._compiles = compile
+        self._compiles, self._layout = compile, layout
         self._step_supports_amp_scaling = amp_scaling
         self._start()
         if isinstance(params, Tensor):
@@ -167,7 +176,7 @@ class TransformOptimizer(Tracking):
         # What a step allocates must be of use outside of inference mode, too.
         with torch.inference_mode(mode=False), torch.set_grad_enabled(records):
             engine = self._followed()
-            grads = gradients_of(self._names)
+            grads = engine.survey.gradients()
             if not grads and not self._warned:
                 self._warned = True
                 warn_of_no_gradient()

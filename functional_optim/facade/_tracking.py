@@ -38,6 +38,7 @@ class Tracking(torch.optim.Optimizer):
     _transform: Transform
     _differentiable: bool
     _compiles: bool
+    _layout: str = "auto"
     _groups: Groups
     _engine: Engine | None
     _names: dict[Tensor, str]
@@ -97,6 +98,8 @@ class Tracking(torch.optim.Optimizer):
             transforms,
             state,
             compiling=_compiling() if self._compiles else None,
+            layout=self._layout,
+            before=self._engine,
         )
         self._groups.connect(engine.state, engine.params())
         self._groups.show_schedules()
@@ -114,7 +117,7 @@ class Tracking(torch.optim.Optimizer):
             engine = self._engine = self._built(None)
         elif self._groups.have_moved(self.param_groups):
             engine = self._engine = self._regrouped(engine)
-        elif engine.moved:
+        elif engine.survey.moved:
             engine = self._engine = self._built(engine.state_beside())
         engine.follow(self.state)
         transforms = self._groups.changed(self.param_groups)
@@ -187,6 +190,7 @@ class Tracking(torch.optim.Optimizer):
             "_transform": self._transform,
             "_differentiable": self._differentiable,
             "_compiles": self._compiles,
+            "_layout": self._layout,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
             "_saved": (list(self._names.items()), saved),
         }

@@ -1,0 +1,98 @@
+"""Small parameters moved side by side, so that they need not be gathered.
+
+Each keeps a storage of its own, of just its elements: whoever saves or copies one saves
+or copies no other. Only memory that nobody else looks at is left for another, so that
+what others see of a parameter stays what it is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from functional_optim._tensors import are_plain
+from functional_optim.execution._memory import ALIGNMENT, is_alone, joint
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from functional_optim._types import TensorMap
+
+
+class Laying:
+    """Moves the parameters of an executor.
+
+    Args:
+        params: The parameters by name, as their owner has them.
+        known: Views of them that somebody else has, and that do not count.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], known: TensorMap) -> None:
+        self._params, self._known = params, known
+        self._has_moved = False
+
+    def finish(self) -> bool:
+        """Let all views count from now on.
+
+        Returns:
+            Whether a parameter was moved since the last time.
+        """
+        moved, self._has_moved = self._has_moved, False
+        self._known = {}
+        return moved
+
+    def lay(self, views: TensorMap) -> tuple[Tensor | None, TensorMap]:
+        """Move what may be moved side by side.
+
+        Args:
+            views: Parameters of one dtype, detached: the only views that we have.
+
+        Returns:
+            One-dimensional memory with room for all, those that lie there first; None
+            if none does. And the views that are right now, in this order.
+        """
+        chosen = [name for name, view in views.items() if self._may_move(name, view)]
+        if not chosen:
+            return None, views
+        order = dict.fromkeys([*chosen, *views])
+        first = views[chosen[0]]
+        shapes = [views[name].shape for name in order]
+        memory, pieces = joint(shapes, first.dtype, first.device)
+        found: TensorMap = {}
+        for name, piece in zip(order, pieces, strict=True):
+            found[name] = views[name]
+            if name in chosen:
+                param = self._params[name]
+                piece.copy_(views[name])
+                param.data = piece
+                found[name] = param.detach()
+                self._has_moved = True
+        return memory, found
+
+    def _may_move(self, name: str, view: Tensor) -> bool:
+        """Whether a parameter fills whole lines of memory that nobody else looks at."""
+        param = self._params[name]
+        size = param.numel() * param.itemsize
+        if (
+            not size
+            or size % ALIGNMENT
+            or not are_plain([param])
+            or not param.is_contiguous()
+            or param.is_neg()
+            or param.is_shared()
+            or not is_alone(param)
+        ):
+            return False
+        ours = [view, self._known[name]] if name in self._known else [view]
+        here = param.data_ptr()
+        wanted = 1 + sum(other.data_ptr() == here for other in ours)
+        return _holders(param) == wanted
+
+
+def _holders(tensor: Tensor) -> int:
+    """Return how many tensors have this memory."""
+    storage = tensor.untyped_storage()  # It is a holder, too.
+    return int(torch._C._storage_Use_Count(storage._cdata)) - 1

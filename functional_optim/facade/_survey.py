@@ -1,0 +1,107 @@
+"""What a step asks of every parameter: whether it is as before, and its gradient."""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from functional_optim._tensors import are_plain
+from functional_optim.execution._scanning import Scan, has_values
+from functional_optim.facade._gradients import gradients_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from functional_optim.execution._scanning import Gradients
+
+
+class Survey:
+    """Looks at parameters, gradients and state.
+
+    All is asked by functions in C, and few of them, because it is asked at every step:
+    by those that Python has, or by our own where they can be compiled.
+
+    Args:
+        names: The names of the parameters.
+        compiles: Whether to compile.
+    """
+
+    def __init__(self, names: Mapping[Tensor, str], *, compiles: bool = False) -> None:
+        self._names = names
+        self._strided = [param for param in names if not param.is_contiguous()]
+        self._scan: Scan | None = None
+        self._has_values: Callable[[Any, Any], int] = lambda *_: 0
+        if compiles and are_plain(names):
+            self._compile()
+        self._found: Gradients | None = None
+        self._moved = False
+        self.restart()
+
+    def _compile(self) -> None:
+        try:
+            self._scan = Scan({name: param for param, name in self._names.items()})
+            self._has_values = has_values()
+        except Exception:
+            self._scan = None  # There is no compiler; what needs one more says so.
+
+    @property
+    def compiled(self) -> bool:
+        """Whether our own functions look."""
+        return self._scan is not None
+
+    def restart(self) -> None:
+        """Take the parameters to be where they should be now."""
+        self._places = self._found_places()
+        self._moved = False
+        if self._scan is not None:
+            self._scan.look()
+
+    def _found_places(self) -> list[Any]:
+        if self._scan is not None:
+            return [param.stride() for param in self._strided]
+        return [
+            list(map(Tensor.data_ptr, self._names)),
+            list(map(Tensor.numel, self._names)),
+            list(map(Tensor.is_contiguous, self._names)),
+            [param.stride() for param in self._strided],
+        ]
+
+    @property
+    def moved(self) -> bool:
+        """Whether parameters lie elsewhere than at the last start."""
+        if self._scan is not None:
+            self._found = self._scan.look()
+            # The next look compares with this one.
+            self._moved = self._moved or self._scan.moved
+        return self._moved or self._found_places() != self._places
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Return the gradients that there are, by name; to be asked after `moved`.
+
+        Raises:
+            TypeError: one is sparse.
+        """
+        found, self._found = self._found, None
+        return gradients_of(self._names) if found is None else found
+
+    def shows(self, state: Mapping[Tensor, Any], entries: list[Any]) -> bool:
+        """Whether a state by parameter has these entries, in this order.
+
+        Args:
+            state: The state.
+            entries: The entries.
+        """
+        if self._has_values(state, entries):
+            return True
+        found = entries_in(state)
+        same = len(found) == len(entries)
+        return same and all(map(operator.is_, found, entries))
+
+
+def entries_in(state: Mapping[Tensor, Any]) -> list[Any]:
+    """Return the entries of a state by parameter, in order."""
+    shown = [own.values() for own in state.values()]
+    return list(itertools.chain.from_iterable(shown))
