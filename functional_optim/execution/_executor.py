@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from functional_optim.execution._buckets import Bucket
     from functional_optim.execution._compiled import CompiledRun, Compiling
     from functional_optim.execution._compiled_steps import CompiledStep
-    from functional_optim.execution._laying import Laying
     from functional_optim.execution._nodes import Node
     from functional_optim.execution._units import Later, Unit
+    from functional_optim.facade._laying import Laying
 
 
 class Executor:

@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from functional_optim.execution._codes import Codes
     from functional_optim.execution._cohorts import Cohorts
     from functional_optim.execution._compiled import Compiling
-    from functional_optim.execution._laying import Laying
     from functional_optim.execution._nodes import Field, Node
+    from functional_optim.facade._laying import Laying
 
 UNIT_BYTES = {"cpu": 4 * 2**20}
 """Size of a unit by type of device: small enough for the last cache together with its

@@ -20,9 +20,9 @@ from functional_optim.execution._scanning import Gradients
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._compiled import Compiling
-    from functional_optim.execution._laying import Laying
     from functional_optim.execution._store import Store
     from functional_optim.execution._units import Unit
+    from functional_optim.facade._laying import Laying
 
 _dtype = operator.attrgetter("dtype")
 

@@ -10,7 +10,6 @@ from functional_optim._apply import apply_updates
 from functional_optim._types import Static
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._joining import joined
-from functional_optim.execution._laying import Laying
 from functional_optim.execution._nodes import mapped, nodes_of, rebuilt
 from functional_optim.facade._apart import check_apart
 from functional_optim.facade._entries import (
@@ -20,7 +19,7 @@ from functional_optim.facade._entries import (
     loaded_nodes,
     rest_of,
 )
-from functional_optim.facade._layouts import check_may_be_flat
+from functional_optim.facade._laying import Laying, check_may_be_flat
 from functional_optim.facade._survey import Survey, entries_in
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from functional_optim._context import Context
 from functional_optim._readings import readings
 from functional_optim.facade._gradients import scaling_of, warn_of_no_gradient
 from functional_optim.facade._groups import Groups
-from functional_optim.facade._layouts import check_layout
+from functional_optim.facade._laying import check_layout
 from functional_optim.facade._members import (
     by_choices,
     check_group_parameters,
