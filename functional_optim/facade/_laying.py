@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from functional_optim._tensors import are_plain
-from functional_optim.execution._memory import ALIGNMENT, is_alone, joint
+from functional_optim.execution._memory import ALIGNMENT, joint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,7 +86,6 @@ class Laying:
             or not param.is_contiguous()
             or param.is_neg()
             or param.is_shared()
-            or not is_alone(param)
         ):
             return False
         ours = [view, self._known[name]] if name in self._known else [view]
