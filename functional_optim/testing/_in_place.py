@@ -12,6 +12,7 @@ from functional_optim._context import Context
 from functional_optim._types import Scope, TensorMap, Transform
 from functional_optim.execution._executor import Executor
 from functional_optim.testing._broken import require
+from functional_optim.facade._laying import Laying
 from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
 from functional_optim.testing._law import law
@@ -57,6 +58,7 @@ def moves_alike(
     example: Example,
     elements: int,
     compiling: Compiling | None = None,
+    layout: str = "auto",
 ) -> None:
     """Require that an executor with units of this size does what `update` does.
 
@@ -65,17 +67,21 @@ def moves_alike(
         example: What it is tried on.
         elements: Elements of a unit.
         compiling: Makes code of what runs on units; None runs without.
+        layout: Where small parameters lie; see `TransformOptimizer`.
     """
     params, state = example.params, transform.init(example.params)
     widest = max(p.dtype.itemsize for p in params.values())
     own = {name: p.clone() for name, p in params.items()}
+    views = {name: p.view(p.shape) for name, p in own.items()}
     executor = Executor(
-        own,
+        views,
         [transform],
         dict.fromkeys(own, 0),
         transform.init(own),
         unit_bytes=elements * widest,
         compiling=compiling,
+        apart=layout == "leaves",
+        laying=Laying(own, {}) if layout == "flat" else None,
     )
     cause = _CAUSE if transform.scope is Scope.ELEMENTWISE else _CAUSE_WHOLE
     for step, (updates, context) in enumerate(example.steps):

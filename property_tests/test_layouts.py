@@ -1,0 +1,37 @@
+"""Wherever small parameters lie, a step does what `update` does."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import functional_optim as fo
+from functional_optim.execution._compiled import Compiling
+from functional_optim.testing import Example, strategies
+from functional_optim.testing._in_place import moves_alike
+from test_compiled import the_graph
+
+# A line of memory holds 8 of these numbers: some fill lines, some do not.
+SHAPES = {"a": (8,), "b": (3,), "c": (2, 4), "d": (0,), "e": (), "f": (16,)}
+PARAMS = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
+
+
+@settings(max_examples=60)
+@given(
+    transform=strategies.chains(list(SHAPES)),
+    example=strategies.examples(PARAMS),
+    elements=st.sampled_from([1, 20, 1000]),
+    layout=st.sampled_from(["leaves", "flat"]),
+    compiles=st.booleans(),
+)
+def test_every_chain(
+    transform: fo.Chain, example: Example, elements: int, layout: str, compiles: bool
+) -> None:
+    """Parameters, state and gradients are those of the pure way, step by step."""
+    compiling = Compiling(the_graph) if compiles else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "compile=True")
+        moves_alike(transform, example, elements, compiling, layout)
