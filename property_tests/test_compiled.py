@@ -8,24 +8,18 @@ of chains can be tried: what is traced, hoisted, written, and shared between uni
 from __future__ import annotations
 
 import warnings
-from typing import Any
 
+from graph_code import the_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functional_optim as fo
 from functional_optim.execution._compiled import Compiling
-from functional_optim.execution._tracing import Graph
 from functional_optim.testing import Example, strategies
 from functional_optim.testing._examples import SHAPES, fixed_examples
 from functional_optim.testing._in_place import moves_alike
 
 PARAMS = fixed_examples(None)[0].params
-
-
-def the_graph(graph: Graph) -> Any:
-    """Return code that is the graph itself."""
-    return lambda tensors: graph.module(*tensors)
 
 
 @settings(max_examples=60)

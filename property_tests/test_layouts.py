@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from graph_code import the_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +13,6 @@ import functional_optim as fo
 from functional_optim.execution._compiled import Compiling
 from functional_optim.testing import Example, strategies
 from functional_optim.testing._in_place import moves_alike
-from test_compiled import the_graph
 
 # A line of memory holds 8 of these numbers: some fill lines, some do not.
 SHAPES = {"a": (8,), "b": (3,), "c": (2, 4), "d": (0,), "e": (), "f": (16,)}

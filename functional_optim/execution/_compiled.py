@@ -11,6 +11,7 @@ from torch import Tensor
 from functional_optim.execution._codes import Codes, Library
 from functional_optim.execution._compiled_steps import CompiledStep
 from functional_optim.execution._passes import StopError, Supplied
+from functional_optim.execution._scanning import dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
@@ -77,14 +78,24 @@ class CompiledRun:
 
     def __call__(self, reducer: Reducer) -> Any:
         """Run up to the first total that is not known, and stop there."""
-        found = None
         if isinstance(reducer, Supplied):
-            found = self._next_pass(reducer.totals)
+            stop = self._stopped(reducer.totals)
+            if stop is not None:
+                raise stop
+        return self._run(reducer)
+
+    def stop(self, totals: Totals) -> StopError | None:
+        """Run up to the first total that is not known; return where that was."""
+        return self._stopped(totals) or self._run.stop(totals)
+
+    def _stopped(self, totals: Totals) -> StopError | None:
+        """Return where the code stops, None if there is none or it does not."""
+        found = self._next_pass(totals)
         if found is None or found.call is None:
-            return self._run(reducer)
+            return None
         late = found.code(self._inputs(), found.crossing)
         (partial,) = found.code.results(late, found.early)
-        raise StopError(found.call, partial, found.op)
+        return StopError(found.call, partial, found.op)
 
     def apply(self, totals: Totals, later: Later) -> list[Node] | None:
         """Move parameters and state.
@@ -96,8 +107,6 @@ class CompiledRun:
         if found is None:
             return self._run.apply(totals, later)
         late = found.code(self._inputs(), found.crossing)
-        if not self.unit.pooled:  # Autograd must see that they were written.
-            torch.autograd.graph.increment_version(self.unit.params.values())
         self.unit.put_back()
         if self._step.is_told:
             return None
@@ -141,7 +150,7 @@ class Compiling:
             return run
         if not any(param.numel() for param in run.unit.params.values()):
             return run  # Code for any length is not code for none.
-        key = id(run.bucket), run.key, given.grads[run.unit.names[0]].dtype
+        key = id(run.bucket), run.key, dtype_of(given.grads, run.unit.names[0])
         if key not in steps:
             known = codes.steps.get(key)
             if known is None or not known.restart(run, given):

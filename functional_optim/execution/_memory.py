@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -113,7 +114,7 @@ def carved(memory: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 ALIGNMENT = 64
-"""Bytes of a line of memory: what a processor reads at once."""
+"""Bytes of a line of memory: what a processor reads at once, and where torch begins."""
 
 
 def joint(
@@ -135,13 +136,14 @@ def joint(
         >>> memory.numel(), [piece.untyped_storage().nbytes() for piece in pieces]
         (7, [24, 4])
     """
-    numel = sum(shape.numel() for shape in shapes)
-    if device.type != "cpu" or not numel:
-        memory = torch.empty(numel, dtype=dtype, device=device)
+    memory = torch.empty(
+        sum(shape.numel() for shape in shapes), dtype=dtype, device=device
+    )
+    if not memory.is_cpu or not memory.numel():
         return memory, carved(memory, shapes)
-    space = bytearray(numel * dtype.itemsize + ALIGNMENT)
-    start = -torch.frombuffer(space, dtype=torch.uint8).data_ptr() % ALIGNMENT
-    memory = torch.frombuffer(space, dtype=dtype, count=numel, offset=start)
+    space: Any = (ctypes.c_char * memory.nbytes).from_address(memory.data_ptr())
+    space.memory = memory  # What is made of it keeps it alive.
+    start = 0
     pieces = []
     for shape in shapes:
         count = shape.numel()

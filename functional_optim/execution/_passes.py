@@ -143,22 +143,11 @@ def through(run: Callable[[Reducer], R], totals: Totals) -> R:
         raise _disordered(stop.call) from None
 
 
-def _stop_of(run: Callable[[Reducer], Any], totals: Totals) -> StopError | None:
-    """Run an update, and return where it stopped."""
-    try:
-        run(Supplied(totals))
-    except StopError as stop:
-        return stop
-    return None
-
-
-def collected(
-    runs: Sequence[Callable[[Reducer], Any]], call: Call, totals: Totals
-) -> Tensor:
+def collected(runs: Sequence[Run | CompiledRun], call: Call, totals: Totals) -> Tensor:
     """Run updates up to a call, and return the total over them.
 
     Args:
-        runs: Functions that run the update of a unit with a reducer.
+        runs: The updates.
         call: The call.
         totals: The totals of the calls before it.
 
@@ -168,7 +157,7 @@ def collected(
     partials: list[Tensor] = []
     op: ReduceOp = "sum"
     for run in runs:
-        stop = _stop_of(run, totals)
+        stop = run.stop(totals)
         if stop is None or stop.call != call:
             raise _disordered(call)
         partials.append(stop.partial)

@@ -11,7 +11,14 @@ from functional_optim._context import Context
 from functional_optim._types import Scope
 from functional_optim.execution._guard import wrapped_state
 from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
-from functional_optim.execution._passes import Call, Recorded, Totals, through
+from functional_optim.execution._passes import (
+    Call,
+    Recorded,
+    StopError,
+    Supplied,
+    Totals,
+    through,
+)
 from functional_optim.execution._remembering import Memory, remembered
 from functional_optim.execution._resting import from_window
 
@@ -104,6 +111,14 @@ class Run:
             self._memory = Memory()
             self.transform = remembered(self.transform, self._memory)
         return known[self.key]
+
+    def stop(self, totals: Totals) -> StopError | None:
+        """Run up to the first total that is not known; return where that was."""
+        try:
+            self(Supplied(totals))
+        except StopError as stop:
+            return stop
+        return None
 
     def prepare(self, totals: Totals) -> None:
         """Get ready for `apply`: what can fail in another way than the update."""

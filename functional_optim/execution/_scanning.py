@@ -60,6 +60,12 @@ class Gradients(Mapping[str, Tensor]):
         return self._count
 
 
+def dtype_of(grads: Mapping[str, Tensor], name: str) -> torch.dtype:
+    """Return the dtype of a gradient, without a look at it where that is known."""
+    kind = grads.kinds[name] if isinstance(grads, Gradients) else None
+    return grads[name].dtype if kind is None else kind
+
+
 class Scan:
     """Looks at parameters and gradients.
 

@@ -11,8 +11,8 @@ from functional_optim._chain import chain
 from functional_optim._context import Context
 from functional_optim._types import Scope, TensorMap, Transform
 from functional_optim.execution._executor import Executor
-from functional_optim.testing._broken import require
 from functional_optim.facade._laying import Laying
+from functional_optim.testing._broken import require
 from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
 from functional_optim.testing._law import law
