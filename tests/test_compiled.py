@@ -16,7 +16,8 @@ import torch
 from torch.nn import Parameter
 
 import functional_optim as fo
-from functional_optim.execution import _codes, _compiled, _copying, _scanning
+from functional_optim.execution import _codes, _compiled, _copying
+from functional_optim.facade import _survey
 
 _compiled.with_inductor()
 _inductor: Any = sys.modules["functional_optim.execution._inductor"]
@@ -366,8 +367,8 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_inductor, "_known", {})
     tried = mock.Mock(side_effect=_failing)
     monkeypatch.setattr(_inductor, "compile_fx", tried)
-    monkeypatch.setattr(_copying, "_functions", _failing)
-    monkeypatch.setattr(_scanning, "native", _failing)
+    for module in (_copying, _survey):
+        monkeypatch.setattr(module, "native", lambda: "RuntimeError: no header")
     plain, code = _params(), _params()
     one = fo.TransformOptimizer(plain, fo.adamw(1e-2))
     two = fo.TransformOptimizer(code, fo.adamw(1e-2), compile=True)
@@ -383,7 +384,9 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no C++ compiler was found" in told[0]
     assert tried.call_count == 1
     _compare(code, plain, torch.float64)
-    assert "not compiled (RuntimeError: no C++ compiler was found)" in fo.explain(two)
+    told = fo.explain(two)
+    assert "not compiled (RuntimeError: no C++ compiler was found)" in told
+    assert "not compiled: the look at gradients (RuntimeError: no header)" in told
 
 
 def test_explain_says_what_is_compiled() -> None:

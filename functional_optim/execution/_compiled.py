@@ -107,7 +107,7 @@ class CompiledRun:
         if found is None:
             return self._run.apply(totals, later)
         late = found.code(self._inputs(), found.crossing)
-        self.unit.put_back()
+        self.unit.after_write()
         if self._step.is_told:
             return None
         self._step.is_told = True

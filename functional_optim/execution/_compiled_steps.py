@@ -16,9 +16,10 @@ from functional_optim._context import Context
 from functional_optim._tensor_map import over
 from functional_optim.execution._codes import Code
 from functional_optim.execution._guard import wrapped_state
-from functional_optim.execution._lifting import as_tensors, is_fixed, lowered
+from functional_optim.execution._lifting import as_tensors, is_frozen, lowered
 from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
 from functional_optim.execution._passes import Recorded, StopError, Supplied
+from functional_optim.execution._scanning import dtype_of
 from functional_optim.execution._tracing import example_of
 
 if TYPE_CHECKING:
@@ -56,12 +57,12 @@ class CompiledStep:
 
     def __init__(self, codes: Codes, run: Run, given: Given) -> None:
         self.codes = codes
-        self._run, self._unit = run, run.unit
+        self._run_key, self._known, self._unit = run.key, run.bucket.calls, run.unit
         self._transform = run.transform
         ((self._name, param),) = run.unit.params.items()
         self._kind, self._numbers = codes.kind_of(run.transform, param)
-        self._dtype = given.grads[run.unit.names[0]].dtype
-        self._is_fixed = is_fixed(run.transform)
+        self._dtype = dtype_of(given.grads, run.unit.names[0])
+        self._is_frozen = is_frozen(run.transform)
         self._made: dict[tuple[Call, ...], tuple[Call | None, Code, ReduceOp]] = {}
         self._start(given)
         self._signature = self._signature_of()
@@ -91,7 +92,7 @@ class CompiledStep:
         Returns:
             Whether it is.
         """
-        same = self._is_fixed and run.transform is self._transform
+        same = self._is_frozen and run.transform is self._transform
         if not same or self.codes.failure:
             return False
         self._start(given)
@@ -99,14 +100,13 @@ class CompiledStep:
 
     def calls(self) -> list[Call]:
         """Return the calls of `reduce`: always the same, so tried once."""
-        known = self._run.bucket.calls
-        if self._run.key not in known:
+        if self._run_key not in self._known:
             calls: list[Call] = []
             try_out = self._function(lambda _: Recorded(calls), [], [])
             with torch.random.fork_rng(devices=[]):  # It must not be seen.
                 try_out(*[example_of(x) for x in self._examples()], *self._short({}))
-            known[self._run.key] = calls
-        return known[self._run.key]
+            self._known[self._run_key] = calls
+        return self._known[self._run_key]
 
     def _examples(self) -> list[Tensor]:
         (param,) = self._unit.params.values()
@@ -171,7 +171,7 @@ class CompiledStep:
         inputs += [(x.dtype, x.device, torch.Size()) for x in examples]
         key = (
             self._kind,
-            self._run.key,
+            self._run_key,
             *self._has_told,
             len(known),
             tuple(entries),

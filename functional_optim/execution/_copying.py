@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from array import array
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from functional_optim._tensors import are_plain
 from functional_optim.execution._memory import carved
-from functional_optim.execution._native import native
+from functional_optim.execution._native import Native, address, native
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+
+    from functional_optim.execution._scanning import Gradients
 
 
-class Written:
+def _native(*, wanted: bool) -> Native | None:
+    found = native() if wanted else None
+    return found if isinstance(found, Native) else None
+
+
+class Versions:
     """Counts that tensors were written, so that autograd sees it.
 
     Args:
@@ -30,30 +36,14 @@ class Written:
         self._tensors, self._compiles = tensors, compiles
         self._objects = array("q", map(id, tensors))
 
-    def count(self) -> None:
-        """Count them once more."""
-        if self._compiles:
-            try:
-                count = _functions()[2]
-            except Exception:
-                self._compiles = False
-            else:
-                objects, offset = self._objects.buffer_info(), native().offset
-                if count(objects[0], offset, objects[1]):
-                    return
-        torch.autograd.graph.increment_version(self._tensors)
-
-
-class Places(NamedTuple):
-    """Where tensors lie.
-
-    Attributes:
-        everywhere: Addresses, of others, too.
-        members: Which of them are meant, in order.
-    """
-
-    everywhere: array[int]
-    members: array[int]
+    def bump(self) -> None:
+        """Count once more."""
+        code = _native(wanted=self._compiles)
+        count = len(self._tensors)
+        if code is None or not code.bump_versions(
+            address(self._objects), code.offset, count
+        ):
+            torch.autograd.graph.increment_version(self._tensors)
 
 
 class Gathered:
@@ -75,11 +65,11 @@ class Gathered:
         self._views = carved(memory, shapes)
         self._compiles = compiles and memory.is_cpu
         self._numels = [shape.numel() for shape in shapes]
-        self._address = memory.data_ptr()
+        self._place = memory.data_ptr()
         sizes = [n * memory.itemsize for n in self._numels]
         self._starts = array("q", itertools.accumulate(sizes, initial=0))
 
-    def gather(self, tensors: list[Tensor], places: Places | None = None) -> None:
+    def gather(self, tensors: list[Tensor], places: array[int] | None = None) -> None:
         """Copy tensors to here.
 
         Args:
@@ -88,26 +78,39 @@ class Gathered:
         """
         if not self._numels:
             return
-        if places is None and self._compiles:
+        code = _native(wanted=self._compiles)
+        if places is None and code is not None:
             places = places_of(tensors)
             if list(map(Tensor.numel, tensors)) != self._numels:
                 places = None  # torch says what is wrong, and reads nothing beyond.
-        if places is None or not self.gather_from(places):
+        if places is None or code is None:
             torch._foreach_copy_(self._views, tensors)
+        else:
+            code.gather(self._place, address(places), *self._sizes())
 
-    def gather_from(self, places: Places) -> bool:
-        """Copy what lies at some places to here.
+    def gather_grads(self, grads: Gradients, members: array[int]) -> bool:
+        """Copy gradients to here by their addresses.
 
         Args:
-            places: The places, of as many elements as belong here.
+            grads: Gradients of all parameters.
+            members: The places of those that belong here among them.
 
         Returns:
-            Whether that was possible.
+            Whether that was possible: all lie in one piece, where they were found.
         """
-        functions = self._functions()
-        return bool(functions and functions[0](*self._arguments(places)))
+        code = _native(wanted=self._compiles)
+        return code is not None and bool(
+            code.gather_grads(
+                self._place,
+                address(grads.objects),
+                code.offset,
+                address(grads.places),
+                address(members),
+                *self._sizes(),
+            )
+        )
 
-    def scatter(self, tensors: list[Tensor], places: Places | None) -> bool:
+    def scatter(self, tensors: list[Tensor], places: array[int] | None) -> bool:
         """Copy what is here to tensors.
 
         Args:
@@ -119,57 +122,26 @@ class Gathered:
         """
         if not self._numels:
             return True
-        functions = self._functions()
-        if functions is None or places is None:
+        code = _native(wanted=self._compiles)
+        if places is None or code is None:
             torch._foreach_copy_(tensors, self._views)
             return True
-        functions[1](*self._arguments(places))
+        code.scatter(self._place, address(places), *self._sizes())
         return False
 
-    def _functions(self) -> tuple[Any, Any, Any] | None:
-        if self._compiles:
-            try:
-                return _functions()
-            except Exception:
-                self._compiles = False
-        return None
-
-    def _arguments(self, places: Places) -> tuple[int, ...]:
-        return (
-            self._address,
-            places.everywhere.buffer_info()[0],
-            places.members.buffer_info()[0],
-            self._starts.buffer_info()[0],
-            len(self._numels),
-            torch.get_num_threads(),
-        )
+    def _sizes(self) -> tuple[int, int, int]:
+        return address(self._starts), len(self._numels), torch.get_num_threads()
 
 
-@functools.cache
-def _functions() -> tuple[Any, Any, Any]:
-    """Return what gathers, what scatters, and what counts as written.
-
-    Raises:
-        Exception: they cannot be compiled.
-    """
-    library = native()
-    return (
-        library.function("gather", "ppppii"),
-        library.function("scatter", "ppppii"),
-        library.function("count_as_written", "pii"),
-    )
-
-
-def places_of(tensors: Iterable[Tensor]) -> Places | None:
+def places_of(tensors: list[Tensor]) -> array[int] | None:
     """Return the addresses of tensors; None if one is not plain and contiguous."""
-    found = list(tensors)
     if (
-        not all(map(Tensor.is_contiguous, found))
-        or any(map(Tensor.is_neg, found))
-        or not are_plain(found)
+        not all(map(Tensor.is_contiguous, tensors))
+        or any(map(Tensor.is_neg, tensors))
+        or not are_plain(tensors)
     ):
         return None
-    places = array("q", map(Tensor.data_ptr, found))
-    if 0 in places:  # There is no memory behind torch's zeros.
-        return None
-    return Places(places, array("q", range(len(places))))
+    places = array("q", map(Tensor.data_ptr, tensors))
+    if any(not place and x.numel() for place, x in zip(places, tensors, strict=True)):
+        return None  # There is no memory behind torch's zeros.
+    return places

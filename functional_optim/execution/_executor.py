@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from functional_optim.execution._buckets import Bucket
     from functional_optim.execution._compiled import CompiledRun, Compiling
     from functional_optim.execution._compiled_steps import CompiledStep
+    from functional_optim.execution._layout import Mover
     from functional_optim.execution._nodes import Node
     from functional_optim.execution._units import Later, Unit
-    from functional_optim.facade._laying import Laying
 
 
 class Executor:
@@ -64,7 +64,7 @@ class Executor:
         unit_bytes: int | None = None,
         compiling: Compiling | None = None,
         apart: bool = False,
-        laying: Laying | None = None,
+        laying: Mover | None = None,
     ) -> None:
         self.params, self._compiling = params, compiling
         self._workspace = Workspace()
@@ -127,6 +127,10 @@ class Executor:
         """
         self._plan.set_transforms(transforms)
 
+    def views(self) -> list[Tensor]:
+        """Return all tensors here that lie where parameters lie."""
+        return self._plan.views()
+
     @property
     def scratch_bytes(self) -> int:
         """Bytes that are kept to gather small tensors."""
@@ -148,13 +152,13 @@ class Executor:
         """
         if not grads:
             return
-        kinds = self._plan.kinds_of(grads)
-        self._plan.follow(kinds)
+        dtypes = self._plan.dtypes_of(grads)
+        self._plan.follow(dtypes)
         structure = None
         if self._windows is not None:
-            dtypes = {name: kind for name, kind in kinds.items() if kind is not None}
+            given = {name: dtype for name, dtype in dtypes.items() if dtype is not None}
             structure = self._windows.structure(
-                dtypes, self._store.nodes, context=context
+                given, self._store.nodes, context=context
             )
         steps: dict[Hashable, CompiledStep] = {}
         runs = self._runs(Given(grads, context, scaling), structure, steps)

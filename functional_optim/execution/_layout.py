@@ -8,8 +8,8 @@ tensors are pooled, large ones cut where the scope allows it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from functional_optim.execution._cohorts import Cohorts
     from functional_optim.execution._compiled import Compiling
     from functional_optim.execution._nodes import Field, Node
-    from functional_optim.facade._laying import Laying
 
 UNIT_BYTES = {"cpu": 4 * 2**20}
 """Size of a unit by type of device: small enough for the last cache together with its
@@ -51,6 +50,16 @@ _LONGEST = 2**30
 
 SCRATCH_BYTES = 16 * 2**20
 """What gathering small tensors may keep for good."""
+
+
+class Mover(Protocol):
+    """Moves parameters to where they need not be gathered."""
+
+    def disregard(self, views: Iterable[Tensor]) -> None:
+        """Let views of ours not count as somebody who looks at a parameter."""
+
+    def lay(self, views: TensorMap) -> tuple[Tensor | None, TensorMap]:
+        """Move parameters side by side; return their memory, and the views now."""
 
 
 @dataclasses.dataclass
@@ -82,7 +91,7 @@ class Layout:
     unit_bytes: int | None
     compiling: Compiling | None = None
     apart: bool = False
-    laying: Laying | None = None
+    laying: Mover | None = None
     scratch: Scratch = dataclasses.field(default_factory=lambda: Scratch(SCRATCH_BYTES))
 
     def buckets(self) -> list[Bucket]:

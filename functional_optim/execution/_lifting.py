@@ -90,24 +90,27 @@ def as_tensors(numbers: Iterable[Number], like: Tensor) -> list[Tensor]:
     ]
 
 
-def is_fixed(value: Any) -> bool:
-    """Whether a transform stays of its kind, with the same numbers.
+def is_frozen(value: Any) -> bool:
+    """Whether nobody can write into a transform.
 
-    Nobody writes into a frozen dataclass; into an object of another class, perhaps.
+    Frozen dataclasses and tuples of such are; so is what has no update, such as a
+    schedule: what that closes over is no part of the kind.
 
     Example:
         >>> from functional_optim import sgd
-        >>> is_fixed(sgd(0.1)), is_fixed({"a": sgd(0.1)})
+        >>> is_frozen(sgd(0.1)), is_frozen({"a": sgd(0.1)})
         (True, False)
     """
     if isinstance(value, tuple):
-        return all(map(is_fixed, value))
+        return all(map(is_frozen, value))
     if isinstance(value, (dict, list, set)):
         return False
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        frozen = bool(vars(type(value))["__dataclass_params__"].frozen)
+        # A subclass that is no dataclass itself may have an attribute of its own.
+        made = vars(type(value)).get("__dataclass_params__")
+        frozen = made is not None and bool(made.frozen)
         parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
-        return frozen and all(map(is_fixed, parts))
+        return frozen and all(map(is_frozen, parts))
     return not (hasattr(value, "update") and hasattr(value, "__dict__"))
 
 

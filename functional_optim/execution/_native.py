@@ -7,6 +7,8 @@ import functools
 import importlib
 import pathlib
 import sys
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,33 +19,44 @@ _WORD = ctypes.sizeof(ctypes.c_void_p)
 
 
 class Native:
-    """The functions, by name.
+    """The functions; what they do stands in `native.cpp`.
 
     Raises:
         Exception: there is no compiler, or tensors do not look as expected.
+
+    Attributes:
+        offset: Where a Python tensor keeps the address of its implementation, in bytes.
     """
 
     def __init__(self) -> None:
+        if not getattr(sys, "_is_gil_enabled", lambda: True)():
+            msg = "without the interpreter's lock others may take gradients away"
+            raise RuntimeError(msg)
         # Imported when it is needed: it takes a second.
         cache = importlib.import_module("torch._inductor.codecache").CppCodeCache
         source = pathlib.Path(__file__).with_name("native.cpp").read_text("utf-8")
         path = cache.load(source, extra_flags=("-lc10",))._name
-        # They read objects of Python, so none may run without its lock.
-        self._library = ctypes.PyDLL(path)
+        self._library = ctypes.PyDLL(path)  # It keeps the lock during a call.
         self.offset = _offset_of_implementation()
+        self.scan = self._function("scan", "piiipppp")
+        self.gather = self._function("gather", "pppii")
+        self.scatter = self._function("scatter", "pppii")
+        self.gather_grads = self._function("gather_grads", "ppipppii")
+        self.bump_versions = self._function("bump_versions", "pii")
+        self.has_values = self._function("has_values", "oo")
 
-    def function(self, name: str, arguments: str) -> Any:
+    def _function(self, name: str, arguments: str) -> Callable[..., int]:
         """Return a function.
 
         Args:
             name: Its name.
-            arguments: A letter for each: `p` a pointer or an address, `i` an integer,
-                `o` an object.
+            arguments: A letter for each: `p` an address, `i` an integer, `o` an object.
         """
         function = getattr(self._library, name)
         function.argtypes = [_TYPES[letter] for letter in arguments]
         function.restype = ctypes.c_int64
-        return function
+        found: Callable[..., int] = function
+        return found
 
 
 _TYPES: dict[str, Any] = {
@@ -54,13 +67,18 @@ _TYPES: dict[str, Any] = {
 
 
 @functools.cache
-def native() -> Native:
-    """Return the functions; made once in a process.
+def native() -> Native | str:
+    """Return the functions, or why there are none; tried once in a process."""
+    try:
+        return Native()
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"{type(error).__name__}: {lines[0]}"
 
-    Raises:
-        Exception: they cannot be made.
-    """
-    return Native()
+
+def address(numbers: array[int]) -> int:
+    """Return where the numbers of an array lie."""
+    return numbers.buffer_info()[0]
 
 
 def _offset_of_implementation() -> int:
@@ -84,5 +102,5 @@ def _offset_of_implementation() -> int:
     return found[0]
 
 
-def _word(address: int) -> int | None:
-    return ctypes.c_void_p.from_address(address).value
+def _word(place: int) -> int | None:
+    return ctypes.c_void_p.from_address(place).value

@@ -20,9 +20,9 @@ from functional_optim.execution._scanning import Gradients
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._compiled import Compiling
+    from functional_optim.execution._layout import Mover
     from functional_optim.execution._store import Store
     from functional_optim.execution._units import Unit
-    from functional_optim.facade._laying import Laying
 
 _dtype = operator.attrgetter("dtype")
 
@@ -45,9 +45,6 @@ class Plan:
         units: All units, each with its bucket.
     """
 
-    buckets: list[Bucket]
-    units: list[tuple[Bucket, Unit]]
-
     def __init__(
         self,
         params: TensorMap,
@@ -58,10 +55,12 @@ class Plan:
         unit_bytes: int | None,
         compiling: Compiling | None,
         apart: bool = False,
-        laying: Laying | None = None,
+        laying: Mover | None = None,
     ) -> None:
         self._params, self._transforms, self._group_of = params, transforms, group_of
         self._store = store
+        self.buckets: list[Bucket] = []
+        self.units: list[tuple[Bucket, Unit]] = []
         self._unit_bytes, self._compiling = unit_bytes, compiling
         self._apart, self._laying = apart, laying
         self._cohorts = Cohorts()
@@ -73,6 +72,11 @@ class Plan:
     def scratch_bytes(self) -> int:
         """Bytes that are kept to gather small tensors."""
         return self._scratch.taken
+
+    def views(self) -> list[Tensor]:
+        """Return all tensors here that lie where parameters lie."""
+        shown = [param for _, unit in self.units for param in unit.params.values()]
+        return [*self._params.values(), *shown]
 
     def keep_versions(self) -> None:
         """Take the numbers that parameters share to be as they should be now."""
@@ -86,6 +90,8 @@ class Plan:
 
     def _renew(self) -> None:
         self._store.replaced = True
+        if self._laying is not None:
+            self._laying.disregard(self.views())
         layout = Layout(
             self._params,
             self._transforms,
@@ -108,7 +114,7 @@ class Plan:
             column for bucket in self.buckets for column in bucket.columns.values()
         ]
         self.keep_versions()
-        self._last_kinds: Mapping[str, Any] | None = None
+        self._last_dtypes: Mapping[str, Any] | None = None
 
     def set_transforms(self, transforms: list[Transform]) -> None:
         """Go on with other numbers.
@@ -145,32 +151,34 @@ class Plan:
         )
         self.renew()
 
-    def kinds_of(self, grads: Mapping[str, Tensor]) -> Mapping[str, torch.dtype | None]:
+    def dtypes_of(
+        self, grads: Mapping[str, Tensor]
+    ) -> Mapping[str, torch.dtype | None]:
         """Return the dtype of the gradient of each parameter, None without one.
 
         Returns:
             The same object as in the step before if nothing changed.
         """
         if isinstance(grads, Gradients):
-            return grads.kinds
+            return grads.dtypes
         found = list(grads), list(map(_dtype, grads.values()))
         if found != self._given:
             self._given = found
             self._wanted = dict.fromkeys(self._params) | dict(zip(*found, strict=True))
         return self._wanted
 
-    def follow(self, kinds: Mapping[str, torch.dtype | None]) -> None:
+    def follow(self, dtypes: Mapping[str, torch.dtype | None]) -> None:
         """Let parameters part that did not get a gradient alike, or were written to.
 
         Args:
-            kinds: The dtype of the gradient of each, None without one.
+            dtypes: The dtype of the gradient of each, None without one.
         """
         written = [column._version for column in self._columns] != self._versions
-        if written or (kinds is self._last_kinds and self._cohorts.rest(kinds)):
+        if written or (dtypes is self._last_dtypes and self._cohorts.rest(dtypes)):
             self.renew()
-        if kinds is not self._last_kinds:  # Also after a plan: it ignores gradients.
+        if dtypes is not self._last_dtypes:  # Also after a plan: it ignores gradients.
             together = [unit.names for _, unit in self.units if unit.pooled]
             together += [list(b.params) for b in self.buckets if b.columns]
-            if self._cohorts.follow(kinds, together):
+            if self._cohorts.follow(dtypes, together):
                 self.renew()
-        self._last_kinds = kinds
+        self._last_dtypes = dtypes

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from functional_optim.execution._copying import Gathered, Places, Written, places_of
+from functional_optim.execution._copying import Gathered, Versions, places_of
 from functional_optim.execution._memory import joint
 from functional_optim.execution._nodes import Kind
-from functional_optim.execution._scanning import Gradients
+from functional_optim.execution._scanning import Gradients, dtype_of
 from functional_optim.execution._units import Unit
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Pooled(Unit):
         self.laid, start = _laid_in(memory, self._tensors)
         laid = self.laid
         self._loose = self._tensors[laid:]
-        self._all = Written(self._tensors, compiles=compiles)
-        self._laid = Written(self._tensors[:laid], compiles=compiles)
+        self._all = Versions(self._tensors, compiles=compiles)
+        self._laid = Versions(self._tensors[:laid], compiles=compiles)
         self._params = Gathered(memory[start:], self._shapes[laid:], compiles=compiles)
         self._places = places_of(self._loose) if memory.is_cpu else None
         self.params = {self._key: memory}
@@ -102,7 +102,7 @@ class Pooled(Unit):
 
     def _gathered(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Return the gradients, one after the other."""
-        known, dtype = self._grads, grads[self._key].dtype
+        known, dtype = self._grads, dtype_of(grads, self._key)
         if known is None or known.memory.dtype != dtype:
             memory, own = self._scratch.take(
                 self._numel, self._tensors[0], dtype, "grads"
@@ -112,21 +112,21 @@ class Pooled(Unit):
             self._own = self._own and own
         if isinstance(grads, Gradients):
             if self._members is None:
-                order = {name: index for index, name in enumerate(grads.kinds)}
+                order = {name: index for index, name in enumerate(grads.dtypes)}
                 self._members = array("q", [order[name] for name in self.names])
-            if known.gather_from(Places(grads.places, self._members)):
+            if known.gather_grads(grads, self._members):
                 return known.memory
         known.gather([grads[name] for name in self.names])
         return known.memory
 
     def _apply(self, moved: TensorMap) -> None:
         super()._apply(moved)
-        self.put_back()
+        self.after_write()
 
-    def put_back(self) -> None:
-        """Write the gathered parameters to their own places."""
+    def after_write(self) -> None:
+        """Write the gathered parameters to their own places, and count it."""
         seen = self._params.scatter(self._loose, self._places)
-        (self._laid if seen else self._all).count()
+        (self._laid if seen else self._all).bump()
 
 
 def _laid_in(memory: Tensor, tensors: list[Tensor]) -> tuple[int, int]:

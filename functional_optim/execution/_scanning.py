@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from functional_optim.execution._native import native
+from functional_optim.execution._native import Native, address
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap
 
+# The same numbers stand in native.cpp.
 _MOVED, _CHANGED, _ODD, _FAILED = 1, 2, 4, 8
 
 
@@ -22,39 +23,45 @@ class Gradients(Mapping[str, Tensor]):
 
     Args:
         params: The parameters by name.
-        kinds: The dtype of the gradient of each, None where there is none. As long as
+        dtypes: The dtype of the gradient of each, None where there is none. As long as
             nothing changes it is the same object.
-        places: Where the gradients lie, in this order; 0 for what is not one piece of
-            memory.
+        objects: The addresses of the parameters as objects of Python, in this order.
+        places: Where the gradients lay; 0 for what is not one piece of memory.
     """
 
-    __slots__ = ("_count", "_params", "kinds", "places")
+    __slots__ = ("_count", "_params", "dtypes", "objects", "places")
 
     def __init__(
         self,
         params: TensorMap,
-        kinds: Mapping[str, torch.dtype | None],
+        dtypes: Mapping[str, torch.dtype | None],
+        objects: array[int],
         places: array[int],
     ) -> None:
-        self._params, self.kinds, self.places = params, kinds, places
-        self._count = len(kinds) - list(kinds.values()).count(None)
+        self._params, self.dtypes = params, dtypes
+        self.objects, self.places = objects, places
+        self._count = len(dtypes) - list(dtypes.values()).count(None)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a gradient.
 
         Raises:
             KeyError: there is none.
+            RuntimeError: somebody has taken it away.
         """
         grad = self._params[name].grad
-        if grad is None:
-            raise KeyError(name)
-        return grad
+        if grad is not None:
+            return grad
+        if self.dtypes[name] is not None:
+            msg = f"the gradient of {name!r} was set to None during the step"
+            raise RuntimeError(msg)
+        raise KeyError(name)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self.kinds.get(name) is not None
+        return isinstance(name, str) and self.dtypes.get(name) is not None
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, kind in self.kinds.items() if kind is not None)
+        return (name for name, dtype in self.dtypes.items() if dtype is not None)
 
     def __len__(self) -> int:
         return self._count
@@ -62,8 +69,8 @@ class Gradients(Mapping[str, Tensor]):
 
 def dtype_of(grads: Mapping[str, Tensor], name: str) -> torch.dtype:
     """Return the dtype of a gradient, without a look at it where that is known."""
-    kind = grads.kinds[name] if isinstance(grads, Gradients) else None
-    return grads[name].dtype if kind is None else kind
+    dtype = grads.dtypes[name] if isinstance(grads, Gradients) else None
+    return grads[name].dtype if dtype is None else dtype
 
 
 class Scan:
@@ -71,27 +78,23 @@ class Scan:
 
     Args:
         params: Parameters by name. They are kept alive.
+        native: Compiled code.
 
     Raises:
-        Exception: it cannot be compiled, or sees something else than Python.
+        RuntimeError: it sees something else than Python.
+
+    Attributes:
+        moved: Whether parameters lie elsewhere, or otherwise, than at the last look.
     """
 
-    def __init__(self, params: TensorMap) -> None:
-        library = native()
-        self._scan = library.function("scan", "piiipppp")
-        self._params, tensors = params, list(params.values())
+    def __init__(self, params: TensorMap, native: Native) -> None:
+        self._native, self._params = native, params
+        tensors = list(params.values())
         count = len(tensors)
         self._objects = array("q", map(id, tensors))
         self._places, self._shapes = array("q", [0] * count), array("q", [0] * count)
         self._grads, self._given = array("q", [0] * count), array("b", [0] * count)
-        self._arguments = (
-            _address(self._objects),
-            library.offset,
-            count,
-            torch.get_num_threads(),
-            *map(_address, (self._places, self._shapes, self._grads, self._given)),
-        )
-        failed = self._scan(*self._arguments) & _FAILED
+        failed = self._told() & _FAILED
         shapes = [2 * x.numel() + x.is_contiguous() for x in tensors]
         if (
             failed
@@ -102,35 +105,26 @@ class Scan:
             raise RuntimeError(msg)
         self._found: Gradients | None = None
         self.moved = False
-        """Whether parameters lie elsewhere, or otherwise, than at the last look."""
+
+    def _told(self) -> int:
+        arrays = self._places, self._shapes, self._grads, self._given
+        return self._native.scan(
+            address(self._objects),
+            self._native.offset,
+            len(self._objects),
+            torch.get_num_threads(),
+            *map(address, arrays),
+        )
 
     def look(self) -> Gradients | None:
         """Return the gradients; None if one is not as its parameter, or all failed."""
-        told = self._scan(*self._arguments)
+        told = self._told()
         self.moved = bool(told & (_MOVED | _FAILED))
         if told & (_ODD | _FAILED):
             self._found = None
             return None
         if self._found is None or told & _CHANGED:
-            kinds = {
-                name: param.dtype if given else None
-                for (name, param), given in zip(
-                    self._params.items(), self._given, strict=True
-                )
-            }
-            self._found = Gradients(self._params, kinds, self._grads)
+            pairs = zip(self._params.items(), self._given, strict=True)
+            dtypes = {name: p.dtype if given else None for (name, p), given in pairs}
+            self._found = Gradients(self._params, dtypes, self._objects, self._grads)
         return self._found
-
-
-def has_values() -> Callable[[Any, Any], int]:
-    """Return a function that tells whether dicts in a dict have these values, in order.
-
-    Raises:
-        Exception: it cannot be compiled.
-    """
-    function: Callable[[Any, Any], int] = native().function("has_values", "oo")
-    return function
-
-
-def _address(numbers: array[int]) -> int:
-    return numbers.buffer_info()[0]

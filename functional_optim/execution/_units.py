@@ -15,7 +15,7 @@ from torch import Tensor
 from functional_optim._memory import Donated
 from functional_optim._names import shown
 from functional_optim._tensor_map import over
-from functional_optim.execution._copying import Written
+from functional_optim.execution._copying import Versions
 from functional_optim.execution._memory import flat, flat_like, memory_of
 from functional_optim.execution._nodes import Kind, mapped, nodes_of, rebuilt
 
@@ -161,8 +161,8 @@ class Unit:
             home = self._columns.get(id(old), old)
             later.setdefault(id(home), (home, new))
 
-    def put_back(self) -> None:
-        """Bring `params`, which code has written, to where the parameters lie."""
+    def after_write(self) -> None:
+        """Do what is left when `params` were written past torch."""
 
     def _gives_back(self, moved: TensorMap, nodes: list[Node]) -> bool:
         """Whether a result is what another entry of the state was, as in a delay."""
@@ -251,7 +251,7 @@ class Piece(Unit):
         ((self._name, self._param),) = param.items()
         name, self._where = self._name, where
         self.params = {name: flat(self._param)[where]}
-        self._written = Written([self._param], compiles=True)
+        self._versions = Versions([self._param], compiles=True)
         self._is_whole = self._param.is_contiguous() and where.indices(
             self._param.numel()
         ) == (0, self._param.numel(), 1)
@@ -276,6 +276,6 @@ class Piece(Unit):
             return {self._name: grad.view(-1)}
         return {self._name: flat_like(grad, self._param, self._where)}
 
-    def put_back(self) -> None:
+    def after_write(self) -> None:
         """Let autograd see that the parameter was written."""
-        self._written.count()
+        self._versions.bump()

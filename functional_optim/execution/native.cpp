@@ -4,7 +4,9 @@
 // memory is cold: more than the arithmetic on small tensors. Nothing here computes.
 //
 // A Python tensor is given by its address; the word at `offset` in it points to its
-// TensorImpl. Python code keeps the tensors alive, and holds the interpreter's lock.
+// TensorImpl. The caller keeps these tensors alive, and holds the interpreter's lock, so
+// that nobody takes a gradient away in between. Gradients are asked for anew in each
+// call: nobody else keeps them.
 
 #include <Python.h>
 
@@ -27,7 +29,8 @@ const at::TensorBase& grad_of(const c10::TensorImpl& tensor) {
 }
 
 bool is_plain(const c10::TensorImpl& tensor) {
-  return tensor.layout() == c10::kStrided && !tensor.is_python_dispatch() &&
+  return tensor.layout() == c10::kStrided && tensor.device().is_cpu() &&
+      !tensor.is_python_dispatch() &&
       tensor.has_storage() && !tensor.is_neg() && !tensor._is_zerotensor();
 }
 
@@ -47,6 +50,7 @@ bool keep(T& kept, T value) {
   return changed;
 }
 
+// The same numbers stand in _scanning.py.
 constexpr int64_t kMoved = 1;    // A parameter lies elsewhere, or is laid out anew.
 constexpr int64_t kChanged = 2;  // Other parameters have a gradient.
 constexpr int64_t kOdd = 4;      // A gradient is sparse, or of another dtype.
@@ -68,6 +72,16 @@ void each(int64_t count, int64_t threads, const F& function) {
 #pragma omp parallel for num_threads(threads)
   for (int64_t i = 0; i < count; ++i) {
     function(i);
+  }
+}
+
+char* memory_at(int64_t place) {
+  return reinterpret_cast<char*>(place);
+}
+
+void copy(char* to, const char* from, int64_t size) {
+  if (size != 0) {  // What is empty may lie nowhere.
+    std::memcpy(to, from, size);
   }
 }
 
@@ -163,37 +177,54 @@ int64_t scan(
   return found;
 }
 
-// Copies the tensors at some of the places to one piece of memory: each to its start,
-// in bytes, up to the start of the next. Returns whether all have a place; else nothing
-// is copied.
-int64_t gather(
-    char* to, const int64_t* places, const int64_t* members, const int64_t* starts,
-    int64_t count, int64_t threads) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (places[members[i]] == 0 && starts[i + 1] != starts[i]) {
-      return 0;
-    }
-  }
+// Copies tensors to one piece of memory: each from its place to its start, in bytes, up
+// to the start of the next.
+void gather(
+    char* to, const int64_t* places, const int64_t* starts, int64_t count,
+    int64_t threads) {
   each(count, count < kMany ? 1 : threads, [=](int64_t i) {
-    const auto* from = reinterpret_cast<const char*>(places[members[i]]);
-    std::memcpy(to + starts[i], from, starts[i + 1] - starts[i]);
+    copy(to + starts[i], memory_at(places[i]), starts[i + 1] - starts[i]);
   });
-  return 1;
 }
 
 // The way back.
-int64_t scatter(
-    const char* from, const int64_t* places, const int64_t* members,
-    const int64_t* starts, int64_t count, int64_t threads) {
+void scatter(
+    const char* from, const int64_t* places, const int64_t* starts, int64_t count,
+    int64_t threads) {
   each(count, count < kMany ? 1 : threads, [=](int64_t i) {
-    auto* to = reinterpret_cast<char*>(places[members[i]]);
-    std::memcpy(to, from + starts[i], starts[i + 1] - starts[i]);
+    copy(memory_at(places[i]), from + starts[i], starts[i + 1] - starts[i]);
+  });
+}
+
+// As `gather`, for the gradients of some of the parameters. Returns whether all still
+// lie where `scan` found them, each in one piece; else nothing is copied.
+int64_t gather_grads(
+    char* to, const int64_t* objects, int64_t offset, const int64_t* grads,
+    const int64_t* members, const int64_t* starts, int64_t count, int64_t threads) {
+  const auto lies_there = [=](int64_t i) {
+    const at::TensorBase& grad = grad_of(*impl_of(objects[members[i]], offset));
+    const int64_t place = grads[members[i]];
+    return grad.defined() && place_of(*grad.unsafeGetTensorImpl()) == place &&
+        (place != 0 || starts[i + 1] == starts[i]);
+  };
+  std::atomic<int64_t> others{0};
+  each(count, count < kMany ? 1 : threads, [=, &others](int64_t i) {
+    if (!lies_there(i)) {
+      ++others;
+    }
+  });
+  if (others != 0) {
+    return 0;
+  }
+  each(count, count < kMany ? 1 : threads, [=](int64_t i) {
+    copy(to + starts[i], memory_at(grads[members[i]]), starts[i + 1] - starts[i]);
   });
   return 1;
 }
 
-// Lets autograd see that tensors were written. Returns whether that was possible.
-int64_t count_as_written(const int64_t* objects, int64_t offset, int64_t count) {
+// Lets autograd see that tensors were written. Returns whether that was possible for
+// all; a version may be counted twice.
+int64_t bump_versions(const int64_t* objects, int64_t offset, int64_t count) {
   try {
     for (int64_t i = 0; i < count; ++i) {
       impl_of(objects[i], offset)->bump_version();

@@ -71,9 +71,9 @@ class Engine:
         self._laying: Laying | None = None
         if layout == "flat":
             check_may_be_flat(params)
-            known = {} if before is None else before.executor.params
-            owned = {name: param for param, name in names.items()}
-            self._laying = Laying(owned, known)
+            self._laying = Laying({name: param for param, name in names.items()})
+            if before is not None:
+                self._laying.disregard(before.executor.views())
         self._executor = Executor(
             params,
             transforms,

@@ -82,6 +82,10 @@ def explain(tx: Transform | TransformOptimizer, params: TensorMap | None = None)
             engine = tx._followed()
             blocks = table(engine.transform, engine.params())
             blocks.insert(2, _plan(engine.executor))
+            if engine.survey.failure:
+                blocks[2].append(
+                    f"not compiled: the look at gradients ({engine.survey.failure})"
+                )
     elif params is None:
         msg = "params must be given with a transform: explain(tx, params)"
         raise TypeError(msg)

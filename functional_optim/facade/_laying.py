@@ -15,7 +15,7 @@ from functional_optim._tensors import are_plain
 from functional_optim.execution._memory import ALIGNMENT, joint
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
 
@@ -30,12 +30,21 @@ class Laying:
 
     Args:
         params: The parameters by name, as their owner has them.
-        known: Views of them that somebody else has, and that do not count.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], known: TensorMap) -> None:
-        self._params, self._known = params, known
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
+        self._params = params
+        self._ours: dict[int, set[int]] = {}
         self._has_moved = False
+
+    def disregard(self, views: Iterable[Tensor]) -> None:
+        """Let views of ours not count as somebody who looks at a parameter.
+
+        Args:
+            views: The views, which live until `finish`.
+        """
+        for view in views:
+            self._ours.setdefault(_storage(view), set()).add(id(view))
 
     def finish(self) -> bool:
         """Let all views count from now on.
@@ -44,14 +53,14 @@ class Laying:
             Whether a parameter was moved since the last time.
         """
         moved, self._has_moved = self._has_moved, False
-        self._known = {}
+        self._ours = {}
         return moved
 
     def lay(self, views: TensorMap) -> tuple[Tensor | None, TensorMap]:
         """Move what may be moved side by side.
 
         Args:
-            views: Parameters of one dtype, detached: the only views that we have.
+            views: Parameters of one dtype, detached.
 
         Returns:
             One-dimensional memory with room for all, those that lie there first; None
@@ -88,14 +97,17 @@ class Laying:
             or param.is_shared()
         ):
             return False
-        ours = [view, self._known[name]] if name in self._known else [view]
-        here = param.data_ptr()
-        wanted = 1 + sum(other.data_ptr() == here for other in ours)
-        return _holders(param) == wanted
+        ours = {*self._ours.get(_storage(param), ()), id(view)}
+        return _holders(param) == 1 + len(ours)
+
+
+def _storage(tensor: Tensor) -> int:
+    """Return which storage it is; pieces of one memory have several."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _holders(tensor: Tensor) -> int:
-    """Return how many tensors have this memory."""
+    """Return how many tensors have this storage."""
     storage = tensor.untyped_storage()  # It is a holder, too.
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from functional_optim._tensors import are_plain
-from functional_optim.execution._scanning import Scan, has_values
+from functional_optim.execution._native import Native, native
+from functional_optim.execution._scanning import Scan
 from functional_optim.facade._gradients import gradients_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from functional_optim.execution._scanning import Gradients
 
@@ -32,8 +33,10 @@ class Survey:
     def __init__(self, names: Mapping[Tensor, str], *, compiles: bool = False) -> None:
         self._names = names
         self._strided = [param for param in names if not param.is_contiguous()]
+        self._native: Native | None = None
         self._scan: Scan | None = None
-        self._has_values: Callable[[Any, Any], int] = lambda *_: 0
+        self.failure = ""
+        """Why nothing is compiled although it should be."""
         if compiles and are_plain(names):
             self._compile()
         self._found: Gradients | None = None
@@ -41,11 +44,16 @@ class Survey:
         self.restart()
 
     def _compile(self) -> None:
+        found = native()
+        if isinstance(found, str):
+            self.failure = found
+            return
+        self._native = found
         try:
-            self._scan = Scan({name: param for param, name in self._names.items()})
-            self._has_values = has_values()
-        except Exception:
-            self._scan = None  # There is no compiler; what needs one more says so.
+            params = {name: param for param, name in self._names.items()}
+            self._scan = Scan(params, found)
+        except RuntimeError as error:  # As on the meta device.
+            self.failure = str(error)
 
     @property
     def compiled(self) -> bool:
@@ -54,38 +62,41 @@ class Survey:
 
     def restart(self) -> None:
         """Take the parameters to be where they should be now."""
-        self._places = self._found_places()
+        self._geometry = self._found_geometry()
         self._moved = False
         if self._scan is not None:
             self._scan.look()
 
-    def _found_places(self) -> list[Any]:
+    def _found_geometry(self) -> list[Any]:
+        strides = [param.stride() for param in self._strided]
         if self._scan is not None:
-            return [param.stride() for param in self._strided]
+            return strides
         return [
             list(map(Tensor.data_ptr, self._names)),
             list(map(Tensor.numel, self._names)),
             list(map(Tensor.is_contiguous, self._names)),
-            [param.stride() for param in self._strided],
+            strides,
         ]
 
-    @property
-    def moved(self) -> bool:
-        """Whether parameters lie elsewhere than at the last start."""
+    def look(self) -> bool:
+        """Look at everything.
+
+        Returns:
+            Whether parameters lie elsewhere, or otherwise, than at the last start.
+        """
         if self._scan is not None:
             self._found = self._scan.look()
             # The next look compares with this one.
             self._moved = self._moved or self._scan.moved
-        return self._moved or self._found_places() != self._places
+        return self._moved or self._found_geometry() != self._geometry
 
     def gradients(self) -> Mapping[str, Tensor]:
-        """Return the gradients that there are, by name; to be asked after `moved`.
+        """Return the gradients that there are, by name, as of the last look.
 
         Raises:
             TypeError: one is sparse.
         """
-        found, self._found = self._found, None
-        return gradients_of(self._names) if found is None else found
+        return gradients_of(self._names) if self._found is None else self._found
 
     def shows(self, state: Mapping[Tensor, Any], entries: list[Any]) -> bool:
         """Whether a state by parameter has these entries, in this order.
@@ -94,7 +105,7 @@ class Survey:
             state: The state.
             entries: The entries.
         """
-        if self._has_values(state, entries):
+        if self._native is not None and self._native.has_values(state, entries):
             return True
         found = entries_in(state)
         same = len(found) == len(entries)

@@ -117,7 +117,7 @@ class Tracking(torch.optim.Optimizer):
             engine = self._engine = self._built(None)
         elif self._groups.have_moved(self.param_groups):
             engine = self._engine = self._regrouped(engine)
-        elif engine.survey.moved:
+        elif engine.survey.look():
             engine = self._engine = self._built(engine.state_beside())
         engine.follow(self.state)
         transforms = self._groups.changed(self.param_groups)

@@ -81,7 +81,7 @@ def moves_alike(
         unit_bytes=elements * widest,
         compiling=compiling,
         apart=layout == "leaves",
-        laying=Laying(own, {}) if layout == "flat" else None,
+        laying=Laying(own) if layout == "flat" else None,
     )
     cause = _CAUSE if transform.scope is Scope.ELEMENTWISE else _CAUSE_WHOLE
     for step, (updates, context) in enumerate(example.steps):
