@@ -6,9 +6,11 @@ Each is the smallest case of what a trace, or the compiler, once got wrong in si
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import pathlib
 import warnings
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -299,3 +301,87 @@ def test_sharded_parameters_run_without(tmp_path: pathlib.Path) -> None:
         assert float(p.detach().to_local().max()) < 1.0
     finally:
         dist.destroy_process_group()
+
+
+# -- what a step must let go of --------------------------------------------------------
+
+
+def test_nothing_of_a_step_is_kept() -> None:
+    """No loss with its graph, and no gradients, in whatever form they came."""
+    params = [Parameter(torch.ones(64)) for _ in range(4)]
+    optimizer = fo.TransformOptimizer(params, fo.adamw(1e-2), compile=True)
+    kept: list[weakref.ref[Any]] = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = sum(p.sum() for p in params)
+        loss.backward(retain_graph=True)
+        if not kept:
+            params[0].grad = params[0].grad.to_sparse().to_dense()
+        kept.extend(weakref.ref(x) for x in (loss, *(p.grad for p in params)))
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    optimizer.zero_grad()
+    assert [ref() for ref in kept] == [None] * len(kept)
+
+
+def test_a_plan_that_is_over_is_freed_at_once() -> None:
+    """No cycle keeps its buffers until somebody collects garbage."""
+    params = [Parameter(torch.ones(64)) for _ in range(4)]
+    optimizer = fo.TransformOptimizer(params, fo.adamw(1e-2), compile=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    unit = weakref.ref(optimizer._engine.executor.buckets[0].units[0])
+    gc.disable()
+    try:
+        optimizer.load_state_dict(optimizer.state_dict())
+        optimizer.step()
+        assert unit() is None
+    finally:
+        gc.enable()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plain:
+    lr: float = 0.1
+    scope = fo.Scope.ELEMENTWISE
+    hyperparameters = ("lr",)
+
+    def init(self, params: Any) -> tuple[()]:
+        return ()
+
+    def update(self, u: Any, s: Any, p: Any, *, context: Any = fo.Context()) -> Any:
+        return {k: -v * self.lr for k, v in u.items()}, ()
+
+
+class _Undecorated(_Plain):
+    pass
+
+
+def test_a_subclass_that_is_no_dataclass_itself() -> None:
+    for rule in (_Plain(0.2), _Undecorated(0.2)):
+        p = Parameter(torch.ones(3))
+        optimizer = fo.TransformOptimizer([p], rule, compile=True)
+        for _ in range(2):
+            p.grad = torch.ones(3)
+            optimizer.step()
+        torch.testing.assert_close(p.detach(), torch.full((3,), 0.6))
+
+
+def test_a_gradient_that_is_taken_away_during_the_step_is_named() -> None:
+    """No memory is read that others have by then."""
+    params = [Parameter(torch.ones(3)) for _ in range(3)]
+
+    def update(_: Any, u: Any, s: Any, p: Any, context: Any) -> Any:
+        params[1].grad = None
+        return {k: -v for k, v in u.items()}, s
+
+    tx = fo.chain(_rule(update), fo.Scale(1.0))
+    optimizer = fo.TransformOptimizer(params, tx, compile=True)
+    for p in params:
+        p.grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="'1' was set to None during the step"):
+        optimizer.step()

@@ -11,6 +11,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._codes import Codes
+    from functional_optim.execution._compiled_steps import CompiledStep
     from functional_optim.execution._passes import Call
     from functional_optim.execution._units import Unit
 
@@ -29,6 +30,7 @@ class Bucket:
         columns: Numbers that its parameters share; see `Source`.
         calls: The calls of `reduce` in its update, by the `Static` values before it.
         codes: Its compiled code; None if it runs without.
+        steps: What its units had in common in the last step of each kind.
     """
 
     transform: Transform
@@ -39,3 +41,4 @@ class Bucket:
     columns: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     calls: dict[Hashable, list[Call]] = dataclasses.field(default_factory=dict)
     codes: Codes | None = None
+    steps: dict[Hashable, CompiledStep] = dataclasses.field(default_factory=dict)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from functional_optim._context import ReduceOp
     from functional_optim._types import Transform
-    from functional_optim.execution._compiled_steps import CompiledStep
     from functional_optim.execution._lifting import Number
     from functional_optim.execution._tracing import Graph
 
@@ -163,12 +162,10 @@ class Codes:
     Attributes:
         library: Where it comes from.
         failure: Why this bucket runs without; empty if it does not.
-        steps: What its units had in common in the last steps of each kind.
     """
 
     def __init__(self, library: Library) -> None:
         self.library, self.failure = library, ""
-        self.steps: dict[Hashable, CompiledStep] = {}
         self._numbers: tuple[tuple[Number, ...], list[Tensor]] = ((), [])
 
     def kind_of(self, transform: Transform, like: Tensor) -> tuple[int, list[Tensor]]:

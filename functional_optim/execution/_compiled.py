@@ -152,11 +152,11 @@ class Compiling:
             return run  # Code for any length is not code for none.
         key = id(run.bucket), run.key, dtype_of(given.grads, run.unit.names[0])
         if key not in steps:
-            known = codes.steps.get(key)
+            known = run.bucket.steps.get(key)
             if known is None or not known.restart(run, given):
-                if len(codes.steps) >= _MOST_KINDS:
-                    codes.steps.clear()
-                known = codes.steps[key] = CompiledStep(codes, run, given)
+                if len(run.bucket.steps) >= _MOST_KINDS:
+                    run.bucket.steps.clear()
+                known = run.bucket.steps[key] = CompiledStep(codes, run, given)
             steps[key] = known
         return CompiledRun(steps[key], run, given.grads)
 

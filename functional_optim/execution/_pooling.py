@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.execution._copying import Gathered, Versions, places_of
-from functional_optim.execution._memory import joint
+from functional_optim.execution._memory import carved
 from functional_optim.execution._nodes import Kind
 from functional_optim.execution._scanning import Gradients, dtype_of
 from functional_optim.execution._units import Unit
@@ -85,7 +85,8 @@ class Pooled(Unit):
     def _joined(self, node: TensorMap) -> Tensor:
         """Bring the entries of all members into one flat tensor."""
         entries = [node[name] for name in self.names]
-        memory, views = joint(self._shapes, entries[0].dtype, entries[0].device)
+        memory = entries[0].new_empty(self._numel)
+        views = carved(memory, self._shapes)
         torch._foreach_copy_(views, entries)
         node.update(zip(self.names, views, strict=True))
         return memory
@@ -121,9 +122,14 @@ class Pooled(Unit):
 
     def _apply(self, moved: TensorMap) -> None:
         super()._apply(moved)
-        self.after_write()
+        self._put_back()
 
     def after_write(self) -> None:
+        """Write the gathered parameters to their own places, too."""
+        self._put_back()
+        super().after_write()
+
+    def _put_back(self) -> None:
         """Write the gathered parameters to their own places, and count it."""
         seen = self._params.scatter(self._loose, self._places)
         (self._laid if seen else self._all).bump()

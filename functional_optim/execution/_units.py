@@ -69,6 +69,7 @@ class Unit:
         self._columns = source.columns
         self._stored: list[dict[str, Tensor]] = []
         self._memory: set[int] | None = None
+        self._versions: Versions | None = None
         self.state: Any = None
         self.donated: Any = None
 
@@ -162,7 +163,14 @@ class Unit:
             later.setdefault(id(home), (home, new))
 
     def after_write(self) -> None:
-        """Do what is left when `params` were written past torch."""
+        """Do what is left when parameters and state were written past torch."""
+        if self._versions is None:
+            self._versions = Versions(self._written(), compiles=True)
+        self._versions.bump()
+
+    def _written(self) -> list[Tensor]:
+        """Return what shares its version with the state that code has written."""
+        return self.long()[len(self.params) :]
 
     def _gives_back(self, moved: TensorMap, nodes: list[Node]) -> bool:
         """Whether a result is what another entry of the state was, as in a delay."""
@@ -251,7 +259,6 @@ class Piece(Unit):
         ((self._name, self._param),) = param.items()
         name, self._where = self._name, where
         self.params = {name: flat(self._param)[where]}
-        self._versions = Versions([self._param], compiles=True)
         self._is_whole = self._param.is_contiguous() and where.indices(
             self._param.numel()
         ) == (0, self._param.numel(), 1)
@@ -272,10 +279,9 @@ class Piece(Unit):
         if self._name not in grads:
             return {}
         grad = grads[self._name]
-        if self._is_whole and grad.is_contiguous():
+        if self._is_whole and grad.is_contiguous() and grad.shape == self._param.shape:
             return {self._name: grad.view(-1)}
         return {self._name: flat_like(grad, self._param, self._where)}
 
-    def after_write(self) -> None:
-        """Let autograd see that the parameter was written."""
-        self._versions.bump()
+    def _written(self) -> list[Tensor]:
+        return [self._param, *super()._written()]

@@ -56,6 +56,7 @@ constexpr int64_t kChanged = 2;  // Other parameters have a gradient.
 constexpr int64_t kOdd = 4;      // A gradient is sparse, or of another dtype.
 constexpr int64_t kFailed = 8;   // Something could not be asked.
 
+constexpr int64_t kDtypes = 128;
 constexpr int64_t kMany = 64;   // Tensors that are worth a second thread.
 constexpr int64_t kBlock = 16;  // Tensors whose memory is fetched at once.
 
@@ -85,23 +86,28 @@ void copy(char* to, const char* from, int64_t size) {
   }
 }
 
+// The number of elements, whether they are contiguous, and the dtype, in one number.
+int64_t geometry_of(const c10::TensorImpl& tensor) {
+  const auto dtype = static_cast<int64_t>(c10::typeMetaToScalarType(tensor.dtype()));
+  return (2 * tensor.numel() + (tensor.is_contiguous() ? 1 : 0)) * kDtypes + dtype;
+}
+
 // Looks at one parameter; see `scan`.
 int64_t look(
     const c10::TensorImpl* param, int64_t& place, int64_t& shape, int64_t& grad,
     int8_t& given) noexcept {
   try {
     int64_t found = 0;
-    const int64_t numel = param->numel();
     const auto here = reinterpret_cast<int64_t>(param->data());
     const bool moved =
-        keep(place, here) | keep(shape, 2 * numel + (param->is_contiguous() ? 1 : 0));
+        keep(place, here) | keep(shape, geometry_of(*param));
     const at::TensorBase& own = grad_of(*param);
     grad = 0;
     if (own.defined()) {
       const c10::TensorImpl& tensor = *own.unsafeGetTensorImpl();
       if (tensor.layout() != c10::kStrided || tensor.dtype() != param->dtype()) {
         found |= kOdd;
-      } else if (tensor.numel() == numel) {
+      } else if (tensor.sizes() == param->sizes()) {
         grad = place_of(tensor);
       }
     }
@@ -153,7 +159,7 @@ extern "C" {
 // Looks at parameters and their gradients.
 //
 //   places:  where each parameter lies
-//   shapes:  its number of elements, twice, plus one if it is contiguous
+//   shapes:  its number of elements, whether it is contiguous, and its dtype
 //   grads:   where its gradient lies; 0 if that cannot be read as one piece of memory
 //   given:   whether it has a gradient
 int64_t scan(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from functional_optim._tensors import are_plain
 from functional_optim.execution._memory import ALIGNMENT, joint
@@ -80,6 +81,7 @@ class Laying:
                 param = self._params[name]
                 piece.copy_(views[name])
                 param.data = piece
+                _homes[param] = piece.data_ptr()
                 found[name] = param.detach()
                 self._has_moved = True
         return memory, found
@@ -95,10 +97,21 @@ class Laying:
             or not param.is_contiguous()
             or param.is_neg()
             or param.is_shared()
+            or not _is_torchs(param)
         ):
             return False
         ours = {*self._ours.get(_storage(param), ()), id(view)}
         return _holders(param) == 1 + len(ours)
+
+
+_homes = WeakTensorKeyDictionary()
+"""Where each parameter was moved to."""
+
+
+def _is_torchs(param: Tensor) -> bool:
+    """Whether torch gave the memory, or we did; an array elsewhere is not counted."""
+    home: int | None = _homes.get(param)
+    return param.untyped_storage().resizable() or home == param.data_ptr()
 
 
 def _storage(tensor: Tensor) -> int:

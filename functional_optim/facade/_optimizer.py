@@ -166,8 +166,11 @@ class TransformOptimizer(Tracking):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        told = loss if isinstance(loss, Tensor) else None
+        if told is not None and not self._differentiable:
+            told = told.detach()
         context = Context(
-            loss=loss if isinstance(loss, Tensor) else None,
+            loss=told,
             weight=weight,
             last=last,
             differentiable=self._differentiable,

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from functional_optim.execution._scanning import Gradients
 
 
+_dtype = operator.attrgetter("dtype")
+
+
 class Survey:
     """Looks at parameters, gradients and state.
 
@@ -74,6 +77,7 @@ class Survey:
         return [
             list(map(Tensor.data_ptr, self._names)),
             list(map(Tensor.numel, self._names)),
+            list(map(_dtype, self._names)),
             list(map(Tensor.is_contiguous, self._names)),
             strides,
         ]
