@@ -147,7 +147,7 @@ def test_copies_go_their_own_way(how: str, compiles: bool) -> None:
         torch.save(both, file)
         file.seek(0)
         copies = torch.load(file, weights_only=False)
-    assert copies[1]._layout == "flat"
+    assert "80 of 80 tensors side by side" in _plan(copies[1])
     before = [p.detach().clone() for p in model.parameters()]
     _train(*copies)
     assert all(map(torch.equal, model.parameters(), before))
@@ -338,8 +338,12 @@ def test_layouts_that_there_are_not() -> None:
     params = [Parameter(torch.ones(16))]
     with pytest.raises(ValueError, match="'leaves', 'auto', 'flat', got 'Flat'"):
         _adamw(params, "Flat")
-    with pytest.raises(ValueError, match="autograd cannot record; leave it out"):
+    with pytest.raises(ValueError, match="layout='flat' works in place, which auto"):
         _adamw(params, "flat", differentiable=True)
+    with pytest.raises(ValueError, match="compile=True works in place, which auto"):
+        _adamw(params, "auto", compile=True, differentiable=True)
+    with pytest.raises(ValueError, match="compile must be True or False, got 'yes'"):
+        _adamw(params, "auto", compile="yes")
 
 
 def test_parameters_elsewhere_are_named() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._context import Context
+from functional_optim._levels import callers_level
 from functional_optim._tensor_map import over
 from functional_optim.execution._codes import Code
 from functional_optim.execution._guard import wrapped_state
@@ -197,8 +198,8 @@ class CompiledStep:
         if self._kind not in failures:
             warnings.warn(
                 f"compile=True: no code could be made for {self._transform!r} ({why}); "
-                "it runs without, with the same results",
-                stacklevel=2,
+                "it runs without: the same update, only slower",
+                stacklevel=callers_level(),
             )
         failures[self._kind] = why
 

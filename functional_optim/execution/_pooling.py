@@ -67,7 +67,7 @@ class Pooled(Unit):
         self._params = Gathered(memory[start:], self._shapes[laid:], compiles=compiles)
         self._places = places_of(self._loose) if memory.is_cpu else None
         self.params = {self._key: memory}
-        self._grads: Gathered | None = None
+        self._grads = self._room(first.dtype)
         self._members: array[int] | None = None
         self._last: TensorMap | None = None
         own: list[Node] = []
@@ -101,16 +101,18 @@ class Pooled(Unit):
             self._last = {self._key: self._gathered(grads)}
         return self._last
 
+    def _room(self, dtype: torch.dtype) -> Gathered:
+        """Return where to gather gradients."""
+        memory, own = self._scratch.take(self._numel, self._tensors[0], dtype, "grads")
+        self._own = self._own and own
+        return Gathered(memory, self._shapes, compiles=self._compiles)
+
     def _gathered(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Return the gradients, one after the other."""
-        known, dtype = self._grads, dtype_of(grads, self._key)
-        if known is None or known.memory.dtype != dtype:
-            memory, own = self._scratch.take(
-                self._numel, self._tensors[0], dtype, "grads"
-            )
-            known = Gathered(memory, self._shapes, compiles=self._compiles)
-            self._grads = known
-            self._own = self._own and own
+        dtype = dtype_of(grads, self._key)
+        if self._grads.memory.dtype != dtype:
+            self._grads = self._room(dtype)
+        known = self._grads
         if isinstance(grads, Gradients):
             if self._members is None:
                 order = {name: index for index, name in enumerate(grads.dtypes)}

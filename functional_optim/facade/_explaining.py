@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from functional_optim._cost import size
 from functional_optim._explain import counted, shown_bytes, table
+from functional_optim._types import Scope, inner_transforms
 from functional_optim.execution._dry import temporary_bytes
 from functional_optim.facade._optimizer import TransformOptimizer
+from functional_optim.facade._wrapper import OptimWrapper
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
 _MOST_BUCKETS = 12
 
 
-def explain(tx: Transform | TransformOptimizer, params: TensorMap | None = None) -> str:
+def explain(
+    tx: Transform | TransformOptimizer | OptimWrapper, params: TensorMap | None = None
+) -> str:
     """Say what a transform does to these parameters, as a table to print.
 
     A line for each stage: the transform as written, its scope, the bytes of its state.
@@ -39,7 +43,7 @@ def explain(tx: Transform | TransformOptimizer, params: TensorMap | None = None)
     trying the largest unit of each bucket on zeros.
 
     Args:
-        tx: Any transform, or a `TransformOptimizer`.
+        tx: Any transform, a `TransformOptimizer`, or an `OptimWrapper` around one.
         params: Parameters by name; only names, shapes and dtypes are looked at. None
             for an optimizer, which has its own.
 
@@ -73,6 +77,9 @@ def explain(tx: Transform | TransformOptimizer, params: TensorMap | None = None)
           exclude('bias') -> 1 of 2 tensors, 65,536 numbers: weight
           the rest        -> 1 of 2 tensors,    256 numbers: bias
     """
+    if isinstance(tx, OptimWrapper):
+        inner: Any = tx.optimizer
+        return explain(inner, params)
     blocks: list[list[str]]
     if isinstance(tx, TransformOptimizer):
         if params is not None:
@@ -81,20 +88,23 @@ def explain(tx: Transform | TransformOptimizer, params: TensorMap | None = None)
         with torch.no_grad():
             engine = tx._followed()
             blocks = table(engine.transform, engine.params())
-            blocks.insert(2, _plan(engine.executor))
+            blocks.insert(2, _plan(tx, engine.executor))
             if engine.survey.failure:
                 blocks[2].append(
                     f"not compiled: the look at gradients ({engine.survey.failure})"
                 )
     elif params is None:
-        msg = "params must be given with a transform: explain(tx, params)"
+        msg = (
+            "params must be given with a transform, as in explain(tx, params); only a "
+            f"TransformOptimizer has its own, got {type(tx).__name__}"
+        )
         raise TypeError(msg)
     else:
         blocks = table(tx, params)
     return "\n\n".join("\n".join(line.rstrip() for line in b) for b in blocks if b)
 
 
-def _plan(executor: Executor) -> list[str]:
+def _plan(optimizer: TransformOptimizer, executor: Executor) -> list[str]:
     """Return what is updated together, and the memory that it takes."""
     buckets = executor.buckets
     units = [unit for bucket in buckets for unit in bucket.units]
@@ -103,7 +113,7 @@ def _plan(executor: Executor) -> list[str]:
         f"plan        {counted(len(units), 'unit')} of at most {shown_bytes(most)}"
     ]
     lines.extend(
-        f"  bucket {number:<3}{_bucket(bucket)}"
+        f"  bucket {number:<3}{_bucket(bucket, optimizer)}"
         for number, bucket in enumerate(buckets[:_MOST_BUCKETS], start=1)
     )
     if len(buckets) > _MOST_BUCKETS:
@@ -126,7 +136,7 @@ def _plan(executor: Executor) -> list[str]:
     return lines
 
 
-def _bucket(bucket: Bucket) -> str:
+def _bucket(bucket: Bucket, optimizer: TransformOptimizer) -> str:
     """Return one line: what is in it, and how it is cut."""
     params = bucket.params
     first = next(iter(params.values()))
@@ -136,16 +146,27 @@ def _bucket(bucket: Bucket) -> str:
         kinds[unit.kind] = kinds.get(unit.kind, 0) + 1
     cut = ", ".join(counted(count, kind) for kind, count in kinds.items())
     laid = sum(getattr(unit, "laid", 0) for unit in bucket.units)
-    if laid:
-        pooled = sum(len(unit.names) for unit in bucket.units if unit.pooled)
-        cut += f" ({laid} of {counted(pooled, 'tensor')} side by side)"
-    code = ", compiled" if _is_compiled(bucket) else ""
-    if bucket.codes is not None and bucket.codes.failure:
-        code = f", not compiled ({bucket.codes.failure})"
+    pooled = sum(len(unit.names) for unit in bucket.units if unit.pooled)
+    if pooled and optimizer._layout == "flat":
+        cut += f" ({laid:,} of {counted(pooled, 'tensor')} side by side)"
+    code = _code(bucket) if optimizer._compiles else ""
     return (
         f"{counted(len(params), 'tensor')}, {counted(numbers, 'number')}, "
         f"{str(first.dtype).removeprefix('torch.')} on {first.device}: {cut}{code}"
     )
+
+
+def _code(bucket: Bucket) -> str:
+    """Return whether it is compiled, and why not."""
+    if bucket.codes is None:
+        parts = inner_transforms(bucket.transform) or (bucket.transform,)
+        widest = max(parts, key=lambda part: part.scope)
+        if widest.scope > Scope.ELEMENTWISE:
+            return f", not compiled ({widest!r} looks at whole tensors)"
+        return ", not compiled (tensors of another class, or numbers as parameters)"
+    if bucket.codes.failure:
+        return f", not compiled ({bucket.codes.failure})"
+    return ", compiled" if bucket.steps else ", to be compiled at the first step"
 
 
 def _is_compiled(bucket: Bucket) -> bool:

@@ -125,26 +125,32 @@ def _holders(tensor: Tensor) -> int:
     return int(torch._C._storage_Use_Count(storage._cdata)) - 1
 
 
-def check_layout(layout: object, *, differentiable: bool) -> None:
-    """Refuse a layout that there is not.
+def check_options(*, layout: object, compiles: object, differentiable: bool) -> None:
+    """Refuse options that there are not, or that do not go together.
 
     Args:
         layout: What was given.
+        compiles: What was given as `compile`.
         differentiable: Whether autograd records the steps.
 
     Raises:
-        ValueError: it is none, or does not go with `differentiable`.
+        ValueError: one is none, or does not go with `differentiable`.
     """
     if layout not in _LAYOUTS:
         names = ", ".join(map(repr, _LAYOUTS))
         msg = f"layout must be one of {names}, got {layout!r}"
         raise ValueError(msg)
-    if layout == "flat" and differentiable:
-        msg = (
-            "layout='flat' moves parameters, which autograd cannot record; leave it "
-            "out with differentiable=True"
-        )
+    if not isinstance(compiles, bool):
+        msg = f"compile must be True or False, got {compiles!r}"
         raise ValueError(msg)
+    given = {"layout='flat'": layout == "flat", "compile=True": compiles}
+    for text, is_given in given.items():
+        if is_given and differentiable:
+            msg = (
+                f"{text} works in place, which autograd cannot record; leave it out "
+                "with differentiable=True"
+            )
+            raise ValueError(msg)
 
 
 def check_may_be_flat(params: TensorMap) -> None:

@@ -13,7 +13,7 @@ from functional_optim._context import Context
 from functional_optim._readings import readings
 from functional_optim.facade._gradients import scaling_of, warn_of_no_gradient
 from functional_optim.facade._groups import Groups
-from functional_optim.facade._laying import check_layout
+from functional_optim.facade._laying import check_options
 from functional_optim.facade._members import (
     by_choices,
     check_group_parameters,
@@ -63,15 +63,16 @@ class TransformOptimizer(Tracking):
             without, by an ulp or two. What cannot be compiled, because a rule looks at
             whole tensors or at values, or there is no compiler, runs without, and a
             warning says so in the second case.
-        layout: Where small tensors lie during a step, on which a call each would cost
-            more than their numbers. "auto": they are gathered into one piece of memory,
-            and put back. "leaves": each is updated where it lies, with a call each.
-            "flat": parameters that fill whole lines of memory (64 bytes) are moved side
-            by side for good, and only gradients are gathered; on the CPU only. Each
-            keeps a storage of its own, so that `torch.save` and `deepcopy` see no
-            other. What shares its memory with other tensors stays where it is; what
-            later is taken from a parameter (`p.data`, `model.state_dict()`) follows it
-            as always, until something makes the optimizer plan anew.
+        layout: Where small tensors lie while an elementwise chain updates them; a call
+            for each would cost more than their numbers. Small are those below 32,768
+            elements if compiled, else below 1 MiB. "auto": they are gathered into one
+            piece of memory, and put back. "leaves": none is gathered, unless it has
+            gaps. "flat", on the CPU only: parameters of a multiple of 64 bytes are
+            moved side by side for good, and only gradients are gathered. Each has a
+            storage of its own, so that `torch.save` and `deepcopy` see no other; it
+            cannot be resized. What something else holds in memory (`p.data`, a kept
+            `model.state_dict()`) when the optimizer plans stays where it is, and is
+            gathered, so that such views stay right.
 
     State:
         `state[p]`: the transform's state of this parameter, under torch's keys where
@@ -111,7 +112,7 @@ class TransformOptimizer(Tracking):
         compile: bool = False,
         layout: Literal["leaves", "auto", "flat"] = "auto",
     ) -> None:
-        check_layout(layout, differentiable=differentiable)
+        check_options(layout=layout, compiles=compile, differentiable=differentiable)
         self._transform: Transform = chain(checked_transform("transform", transform))
         self._differentiable = differentiable
         self._compiles, self._layout = compile, layout

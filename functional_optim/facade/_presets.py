@@ -10,6 +10,8 @@ from functional_optim._resolving import is_zero
 from functional_optim._types import Transform
 from functional_optim.facade._optimizer import TransformOptimizer
 
+_OF_OPTIMIZER = {"compile": True, "layout": True}.keys()
+
 
 class PresetOptimizer:
     """A preset that takes parameters first, and makes a `TransformOptimizer` of them.
@@ -31,8 +33,10 @@ class PresetOptimizer:
         self.__doc__ = preset.__doc__
         own = inspect.signature(preset)
         params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        of_optimizer = inspect.signature(TransformOptimizer).parameters
+        further = [of_optimizer[name] for name in _OF_OPTIMIZER]
         self.__signature__ = own.replace(
-            parameters=[params, *own.parameters.values()],
+            parameters=[params, *own.parameters.values(), *further],
             return_annotation=TransformOptimizer,
         )
 
@@ -45,9 +49,10 @@ class PresetOptimizer:
             params: As `TransformOptimizer` takes them: also groups with an `lr`, a
                 `weight_decay` and so on of their own.
             args: Arguments of the preset.
-            options: Arguments of the preset.
+            options: Arguments of the preset; `compile` and `layout` of the optimizer.
         """
         given = list(params)
+        own_options = {key: options.pop(key) for key in _OF_OPTIMIZER & options.keys()}
         bound = inspect.signature(self.preset).bind(*args, **options)
         bound.apply_defaults()
         decay = bound.arguments.get("weight_decay")
@@ -55,12 +60,14 @@ class PresetOptimizer:
         own = [g["weight_decay"] for g in groups if "weight_decay" in g]
         own = [value for value in own if not is_zero(value)]
         if not own or decay is None or not is_zero(decay):
-            return TransformOptimizer(given, self.preset(*bound.args, **bound.kwargs))
+            transform = self.preset(*bound.args, **bound.kwargs)
+            return TransformOptimizer(given, transform, **own_options)
         # A preset leaves out what a plain 0 switches off; some groups need it.
         bound.arguments["weight_decay"] = own[0]
         optimizer = TransformOptimizer(
             [{"weight_decay": decay, **group} for group in groups],
             self.preset(*bound.args, **bound.kwargs),
+            **own_options,
         )
         optimizer.defaults["weight_decay"] = decay
         return optimizer

@@ -39,6 +39,7 @@ class Tracking(torch.optim.Optimizer):
     _differentiable: bool
     _compiles: bool
     _layout: str = "auto"
+    _lays_anew: bool = False
     _groups: Groups
     _engine: Engine | None
     _names: dict[Tensor, str]
@@ -115,6 +116,9 @@ class Tracking(torch.optim.Optimizer):
         engine = self._engine
         if engine is None:
             engine = self._engine = self._built(None)
+        elif self._lays_anew:
+            self._lays_anew = False
+            engine = self._engine = self._built(engine.state_beside())
         elif self._groups.have_moved(self.param_groups):
             engine = self._engine = self._regrouped(engine)
         elif engine.survey.look():
@@ -210,6 +214,8 @@ class Tracking(torch.optim.Optimizer):
             members = [(self._names[param], param) for param in group["params"]]
             self._groups.add(group, next(iter(by_choices(self._transform, members, 0))))
         self._engine = self._built(saved)
+        # While others of the pickle are made, their makers look at the parameters, too.
+        self._lays_anew = self._layout == "flat"
 
 
 def _compiling() -> Compiling:
