@@ -147,7 +147,9 @@ def test_copies_go_their_own_way(how: str, compiles: bool) -> None:
         torch.save(both, file)
         file.seek(0)
         copies = torch.load(file, weights_only=False)
-    assert "80 of 80 tensors side by side" in _plan(copies[1])
+    # What torch.load makes cannot be told from what others made, and stays.
+    wanted = 0 if how == "torch.save" else 80
+    assert f"({wanted} of 80 tensors side by side)" in _plan(copies[1])
     before = [p.detach().clone() for p in model.parameters()]
     _train(*copies)
     assert all(map(torch.equal, model.parameters(), before))

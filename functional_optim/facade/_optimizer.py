@@ -71,8 +71,8 @@ class TransformOptimizer(Tracking):
             moved side by side for good, and only gradients are gathered. Each has a
             storage of its own, so that `torch.save` and `deepcopy` see no other; it
             cannot be resized. What something else holds in memory (`p.data`, a kept
-            `model.state_dict()`) when the optimizer plans stays where it is, and is
-            gathered, so that such views stay right.
+            `model.state_dict()`, NumPy) when the optimizer plans stays where it is, and
+            is gathered, so that such views stay right; so does what `torch.load` made.
 
     State:
         `state[p]`: the transform's state of this parameter, under torch's keys where
