@@ -59,12 +59,16 @@ def conditions(name: str, result: dict[str, Any]) -> str:
         for library, version in result["versions"].items()
         if version is not None
     )
-    return (
+    load = ""
+    if "load" in result:
+        before, after = result["load"], result["load_after"]
+        load = f", load {before:.1f} before and {after:.1f} after"
+    text = (
         f"`python benchmarks/suite.py --only {name} --rounds {result['rounds']} "
-        f"--threads {result['threads']}` on {result['device']} ({result['cpus']} CPUs, "
-        f"load {result['load']:.1f} before and {result['load_after']:.1f} after), "
-        f"Python {result['python']}, torch {result['torch']}, {versions}."
+        f"--threads {result['threads']}` on {result['device']} ({result['cpus']} CPUs"
+        f"{load}), Python {result['python']}, torch {result['torch']}, {versions}."
     )
+    return f"{text} {result['digits']}" if "digits" in result else text
 
 
 def plot(result: dict[str, Any], path: pathlib.Path) -> None:
