@@ -50,7 +50,7 @@ def _rule(update: Any, init: Any = lambda params: ()) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Root:
+class _Plain:
     lr: float = 0.1
     scope = fo.Scope.ELEMENTWISE
     hyperparameters = ("lr",)
@@ -58,6 +58,12 @@ class _Root:
     def init(self, params: Any) -> tuple[()]:
         return ()
 
+    def update(self, u: Any, s: Any, p: Any, *, context: Any = fo.Context()) -> Any:
+        return {k: -v * self.lr for k, v in u.items()}, ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Root(_Plain):
     def update(self, u: Any, s: Any, p: Any, *, context: Any = fo.Context()) -> Any:
         return {k: -v * math.sqrt(self.lr) for k, v in u.items()}, ()
 
@@ -342,19 +348,6 @@ def test_a_plan_that_is_over_is_freed_at_once() -> None:
         assert unit() is None
     finally:
         gc.enable()
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plain:
-    lr: float = 0.1
-    scope = fo.Scope.ELEMENTWISE
-    hyperparameters = ("lr",)
-
-    def init(self, params: Any) -> tuple[()]:
-        return ()
-
-    def update(self, u: Any, s: Any, p: Any, *, context: Any = fo.Context()) -> Any:
-        return {k: -v * self.lr for k, v in u.items()}, ()
 
 
 class _Undecorated(_Plain):

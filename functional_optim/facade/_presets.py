@@ -10,7 +10,8 @@ from functional_optim._resolving import is_zero
 from functional_optim._types import Transform
 from functional_optim.facade._optimizer import TransformOptimizer
 
-_OF_OPTIMIZER = {"compile": True, "layout": True}.keys()
+_OF_OPTIMIZER = ("compile", "layout")
+"""What a config says to the optimizer in the midst of a preset's own arguments."""
 
 
 class PresetOptimizer:
@@ -52,7 +53,7 @@ class PresetOptimizer:
             options: Arguments of the preset; `compile` and `layout` of the optimizer.
         """
         given = list(params)
-        own_options = {key: options.pop(key) for key in _OF_OPTIMIZER & options.keys()}
+        own_options = {k: options.pop(k) for k in _OF_OPTIMIZER if k in options}
         bound = inspect.signature(self.preset).bind(*args, **options)
         bound.apply_defaults()
         decay = bound.arguments.get("weight_decay")

@@ -116,11 +116,11 @@ class Tracking(torch.optim.Optimizer):
         engine = self._engine
         if engine is None:
             engine = self._engine = self._built(None)
+        elif self._groups.have_moved(self.param_groups):
+            engine = self._engine = self._regrouped(engine)
         elif self._lays_anew:
             self._lays_anew = False
             engine = self._engine = self._built(engine.state_beside())
-        elif self._groups.have_moved(self.param_groups):
-            engine = self._engine = self._regrouped(engine)
         elif engine.survey.look():
             engine = self._engine = self._built(engine.state_beside())
         engine.follow(self.state)
