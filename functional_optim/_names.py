@@ -111,3 +111,14 @@ def checked_name(what: str, name: Any) -> str:
         )
         raise ValueError(msg)
     return name
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, on one line.
+
+    Example:
+        >>> first_line(ValueError("too long"))
+        'ValueError: too long'
+    """
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from functional_optim._context import Context
 from functional_optim._levels import callers_level
+from functional_optim._names import first_line
 from functional_optim._tensor_map import over
 from functional_optim.execution._codes import Code
 from functional_optim.execution._guard import wrapped_state
@@ -191,8 +192,7 @@ class CompiledStep:
 
     def fail(self, error: Exception) -> None:
         """Let this kind of transform run without code from now on, and say so."""
-        lines = str(error).strip().splitlines() or [""]
-        why = f"{type(error).__name__}: {lines[0]}"
+        why = first_line(error)
         failures = self.codes.library.failures
         self.codes.failure = why
         if self._kind not in failures:

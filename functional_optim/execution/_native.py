@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from functional_optim._names import first_line
+
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 
 
@@ -72,8 +74,7 @@ def native() -> Native | str:
     try:
         return Native()
     except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        return f"{type(error).__name__}: {lines[0]}"
+        return first_line(error)
 
 
 def address(numbers: array[int]) -> int:
