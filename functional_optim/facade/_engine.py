@@ -7,23 +7,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from functional_optim._apply import apply_updates
-from functional_optim._types import Static
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._joining import joined
-from functional_optim.execution._nodes import mapped, nodes_of, rebuilt
-from functional_optim.facade._apart import check_apart
-from functional_optim.facade._entries import (
-    entries_of,
-    initial,
-    keys_of,
-    loaded_nodes,
-    rest_of,
-)
+from functional_optim.execution._nodes import nodes_of
+from functional_optim.facade._entries import entries_of, loaded_nodes, rest_of
 from functional_optim.facade._laying import Laying, check_may_be_flat
-from functional_optim.facade._survey import Survey, entries_in
+from functional_optim.facade._resuming import Resumed, begun, check_entries
+from functional_optim.facade._survey import Shown, Survey
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping, Set
+    from collections.abc import Mapping, MutableMapping
 
     from functional_optim._context import Context
     from functional_optim._types import TensorMap, Transform
@@ -37,57 +30,59 @@ class Engine:
 
     Args:
         transform: The transform as the user gave it.
-        names: Names of the parameters.
+        everyone: Names of all parameters.
         group_of: The group of each.
         transforms: The transform of each group, now.
-        state: The state to go on from; None makes a fresh one.
+        resumed: The state to go on from, and whose it is: only these are updated.
         compiling: Makes code of what runs on units; None runs without.
         layout: Where small parameters lie; see `TransformOptimizer`.
         before: What served some of them up to now.
+
+    Attributes:
+        names: Names of the parameters that have a state, or may be updated without.
     """
 
     def __init__(
         self,
         transform: Transform,
-        names: Mapping[Tensor, str],
+        everyone: Mapping[Tensor, str],
         group_of: Mapping[str, int],
         transforms: list[Transform],
-        state: Any,
+        resumed: Resumed,
         *,
         compiling: Compiling | None = None,
         layout: str = "auto",
         before: Engine | None = None,
     ) -> None:
-        self._transform = transform
-        self.names = dict(names)
+        self._transform, self._outline = transform, resumed.outline
+        self._everyone = dict(everyone)
+        served = set(resumed.names)
+        self.names = {p: name for p, name in everyone.items() if name in served}
+        self._waiting = [p for p, name in everyone.items() if name not in served]
         self._group_of = group_of
         self._transforms = transforms
         params = self.params()
-        check_apart(params)
-        if state is None:
-            state = initial(transform, params)
         self.survey = Survey(self.names, compiles=compiling is not None)
         """What looks at parameters and gradients."""
         self._laying: Laying | None = None
         if layout == "flat":
             check_may_be_flat(params)
-            self._laying = Laying({name: param for param, name in names.items()})
+            self._laying = Laying({name: param for param, name in self.names.items()})
             if before is not None:
                 self._laying.disregard(before.executor.views())
         self._executor = Executor(
             params,
             transforms,
             group_of,
-            state,
+            resumed.state,
             compiling=compiling,
             apart=layout == "leaves",
             laying=self._laying,
         )
         self._settle()
         self._store = self._executor.store
-        self._keys = keys_of(self._store.nodes, self._store.fields)
-        self._shapes = {name: param.shape for name, param in params.items()}
-        self._shown: list[Any] = []
+        self._keys = resumed.outline.keys
+        self._shown = Shown({}, [])
         self.rest_shown: dict[str, Any] = {}
         """What belongs to the transform as a whole, as it is now."""
         self._show_rest()
@@ -112,9 +107,20 @@ class Engine:
         return self._store.state
 
     @property
+    def keys(self) -> list[str]:
+        """The keys of the nodes of a state."""
+        return self._keys
+
+    @property
+    def resumed(self) -> Resumed:
+        """What there is now, for whoever goes on from it."""
+        return Resumed(self.state, list(self.names.values()), self._outline)
+
+    @property
     def transform(self) -> Transform:
         """The transform with what the groups say, by name where they differ."""
-        return joined(self._transforms, self._group_of, self.params())
+        params = {name: param.detach() for param, name in self._everyone.items()}
+        return joined(self._transforms, self._group_of, params)
 
     def set_transforms(self, transforms: list[Transform]) -> None:
         """Go on with other numbers; see `Executor`."""
@@ -122,119 +128,124 @@ class Engine:
         self._executor.set_transforms(transforms)
         self._settle()
 
-    def state_beside(self) -> Any:
-        """Return the state on the device where the parameters lie now.
-
-        Raises:
-            ValueError: a parameter has another shape than its state.
-        """
-        for param, name in self.names.items():
-            if param.shape != self._shapes[name]:
-                msg = (
-                    f"parameter {name!r} has the shape {tuple(param.shape)} now, and "
-                    f"had {tuple(self._shapes[name])} when its state was made; build "
-                    "the optimizer anew"
-                )
-                raise ValueError(msg)
-        device = next(iter(self.names)).device
-        return mapped(self.state, lambda entry: entry.to(device))
-
-    def state_for(self, names: Mapping[Tensor, str]) -> Any:
-        """Return the state for other parameters; those that were here keep theirs.
-
-        Args:
-            names: Names of all parameters, old and new ones.
-        """
-        params = {name: param.detach() for param, name in names.items()}
-        check_apart(params)
-        fresh = initial(self._transform, params)
-        gone = {n for p, n in self.names.items() if names.get(p) != n}
-        nodes = [
-            _continued(known, new, gone)
-            for new, known in zip(nodes_of(fresh), self._store.nodes, strict=True)
-        ]
-        return rebuilt(fresh, iter(nodes))
+    def has_new_gradients(self) -> bool:
+        """Whether a parameter has its first gradient, which had no state up to now."""
+        return any(param.grad is not None for param in self._waiting)
 
     # -- the state by parameter ------------------------------------------------------
 
     def show(self, state: MutableMapping[Tensor, Any]) -> None:
         """Write the state by parameter, as torch shows it; the tensors are ours."""
-        for param, name in self.names.items():
-            state.setdefault(param, {}).update(self.entries(name))
-        self._shown = entries_in(state)
+        own = {param: self.entries(name) for param, name in self.names.items()}
+        for param, entries in own.items():
+            if entries or param in state:
+                state.setdefault(param, {}).update(entries)
+        self._shown = Shown(state, [e for some in own.values() for e in some.values()])
         self._store.replaced = False
 
     def entries(self, name: str) -> dict[str, Tensor]:
         """Return the state of one parameter, by the keys that are shown."""
         return entries_of(self._store.nodes, self._keys, name)
 
-    def first_entries(self) -> dict[str, dict[str, Tensor]]:
-        """Return the state of every parameter before its first step, in new tensors."""
-        fresh = nodes_of(self._transform.init(self.params()))
-        return {n: entries_of(fresh, self._keys, n) for n in self.names.values()}
+    def outlined(self, name: str) -> dict[str, Tensor]:
+        """Return what the state of any parameter looks like, on the meta device."""
+        return self._outline.entries(name)
 
-    def follow(self, state: MutableMapping[Tensor, Any]) -> None:
-        """Take over what others did to what was shown since then.
+    def first_entries(self) -> dict[str, dict[str, Tensor]]:
+        """Return the state of parameters before their first step, in new tensors.
+
+        Those that have none yet have entries without memory.
+        """
+        params = {name: param.detach() for param, name in self._everyone.items()}
+        fresh = nodes_of(begun(self._transform, params, self.names.values()))
+        return {name: entries_of(fresh, self._keys, name) for name in params}
+
+    def follow(self, state: MutableMapping[Tensor, Any]) -> bool:
+        """Take over what others wrote into the state since it was shown.
 
         Args:
             state: What `show` wrote into.
+
+        Returns:
+            Whether that was possible: entries that lie elsewhere, or are not there, ask
+            for another plan.
+
+        Raises:
+            ValueError: an entry does not have the shape of what it replaces, or only
+                some of a parameter's are there.
         """
-        if not self.survey.shows(state, self._shown):
-            self._adopt(state)
+        if self._shown.have_moved():
+            return False
+        if not self.survey.shows(state, self._shown.everything):
+            found: list[tuple[Tensor, Tensor]] = []
+            for param, name in self._everyone.items():
+                new, own = state.get(param, {}), self.outlined(name)
+                is_there = not own.keys().isdisjoint(new)
+                if own and is_there != (param in self.names):
+                    return False
+                if is_there:
+                    check_entries(name, new, own)
+                # It may be what another parameter had: read before any is written.
+                found += [
+                    (entry, new[key].clone())
+                    for key, entry in self.entries(name).items()
+                    if new[key] is not entry
+                ]
+            for entry, value in found:
+                entry.copy_(value)
+            self.show(state)
         self.show_replaced(state)
+        return True
 
     def show_replaced(self, state: MutableMapping[Tensor, Any]) -> None:
         """Write the state by parameter if its tensors are others now."""
         if self._store.replaced:
             self.show(state)
 
-    def _adopt(self, state: MutableMapping[Tensor, Any]) -> None:
-        """Take over entries that somebody replaced; removed ones begin again.
-
-        Raises:
-            ValueError: an entry does not have the shape of what it replaces.
-        """
-        first = self.first_entries()
-        found: list[tuple[Tensor, Tensor]] = []
-        for param, name in self.names.items():
-            own = state.get(param, {})
-            for key, entry in self.entries(name).items():
-                new = own.get(key, first[name][key])
-                if not isinstance(new, Tensor) or new.shape != entry.shape:
-                    msg = (
-                        f"state of {name!r}: {key} must be a tensor of shape "
-                        f"{tuple(entry.shape)}, got {new!r}"
-                    )
-                    raise ValueError(msg)
-                if new is not entry:
-                    # It may be what another parameter had: read before any is written.
-                    found.append((entry, new.clone()))
-        for entry, new in found:
-            entry.copy_(new)
-        self.show(state)
-
     # -- checkpoints -----------------------------------------------------------------
 
-    def _show_rest(self) -> None:
-        self.rest_shown.update(rest_of(self._store.nodes, self._keys))
-
-    def load(
+    def loaded(
         self, per_name: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
-    ) -> None:
-        """Take over a saved state, after all of it was checked; see `loaded_nodes`."""
-        nodes = loaded_nodes(self._store.nodes, self._keys, per_name, rest)
-        self._executor.check(nodes)
+    ) -> list[Node]:
+        """Return the nodes of a saved state, after all of it was checked.
+
+        Args:
+            per_name: The saved state of every parameter that has one.
+            rest: The saved state of the transform as a whole.
+
+        Raises:
+            ValueError: see `loaded_nodes`.
+        """
+        likes = [
+            {n: node[n] if n in node else like[n] for n in like if n in per_name}
+            if isinstance(node, dict) and isinstance(like, dict)
+            else node
+            for node, like in zip(self._store.nodes, self._outline.nodes, strict=True)
+        ]
+        names = self._everyone.values()
+        return loaded_nodes(likes, self._keys, per_name, rest, names)
+
+    def check(self, nodes: list[Node] | None = None) -> None:
+        """Refuse what the transform cannot go on from, such as a window too long.
+
+        Args:
+            nodes: Nodes over the same parameters; None checks what there is.
+        """
+        self._executor.check(self._store.nodes if nodes is None else nodes)
+
+    def load(self, nodes: list[Node]) -> None:
+        """Take over the numbers of nodes over the same parameters."""
         self._executor.load(nodes)
         self._settle()
         self._show_rest()
 
-    def take(self, state: Any) -> None:
-        """Take over a state by name.
+    def saved(self, state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Return a state by name as a checkpoint has it: by parameter, and the rest.
 
         Raises:
-            ValueError: it is of another transform, or of other parameters.
+            ValueError: it is of another transform.
         """
-        nodes, own = nodes_of(state), self._store.nodes
+        nodes, own = nodes_of(state), self._outline.nodes
         if [type(node) for node in nodes] != [type(node) for node in own]:
             msg = (
                 f"state is of another transform than {self.transform!r}: pass what its "
@@ -242,13 +253,11 @@ class Engine:
             )
             raise ValueError(msg)
         names = {n for node in nodes if isinstance(node, dict) for n in node}
-        names |= set(self.names.values())
         per_name = {name: entries_of(nodes, self._keys, name) for name in names}
-        self.load(per_name, rest_of(nodes, self._keys))
+        return per_name, rest_of(nodes, self._keys)
 
-    def own_copy(self) -> Any:
-        """Return the state in memory of its own, every tensor by itself."""
-        return mapped(self.state, Tensor.clone)
+    def _show_rest(self) -> None:
+        self.rest_shown.update(rest_of(self._store.nodes, self._keys))
 
     # -- steps -----------------------------------------------------------------------
 
@@ -297,12 +306,3 @@ class Engine:
             params[name].copy_(new[name])
         self._store.replace(state)
         self._show_rest()
-
-
-def _continued(known: Node, fresh: Node, gone: Set[str]) -> Node:
-    """Return a node for other parameters; what the names in `gone` had is dropped."""
-    if isinstance(known, dict) and isinstance(fresh, dict):
-        return {**fresh, **{n: old for n, old in known.items() if n not in gone}}
-    if isinstance(known, Static) and isinstance(known.value, tuple):
-        return Static(tuple(told for told in known.value if told not in gone))
-    return known

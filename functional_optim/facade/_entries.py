@@ -19,7 +19,6 @@ from functional_optim._types import Static
 from functional_optim.facade._members import bare
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._nodes import Field, Node
 
 _TORCH = {
@@ -105,35 +104,57 @@ def loaded_nodes(
     keys: list[str],
     per_name: Mapping[str, Mapping[str, Any]],
     rest: Mapping[str, Any],
+    names: Iterable[str],
 ) -> list[Node]:
     """Return nodes with the numbers of a checkpoint; nothing is changed.
 
     Args:
-        nodes: The nodes that there are.
+        nodes: The nodes that there are, with entries for the same parameters.
         keys: Their keys.
-        per_name: The saved state of every parameter.
+        per_name: The saved state of every parameter that has one.
         rest: The saved state of the transform as a whole.
+        names: The names of all parameters.
 
     Raises:
         ValueError: something does not fit; it names parameter, key and both sides.
     """
     for name, saved in per_name.items():
         _check_keys(f"state of {name!r}", saved, entries_of(nodes, keys, name))
+    return [
+        {
+            name: _fitting(f"{key} of {name!r}", per_name[name][key], entry)
+            for name, entry in node.items()
+        }
+        if isinstance(node, dict)
+        else node
+        for node, key in zip(loaded_rest(nodes, keys, rest, names), keys, strict=True)
+    ]
+
+
+def loaded_rest(
+    nodes: list[Node], keys: list[str], rest: Mapping[str, Any], names: Iterable[str]
+) -> list[Node]:
+    """Return nodes with what a checkpoint has of the transform as a whole.
+
+    Args:
+        nodes: The nodes that there are.
+        keys: Their keys.
+        rest: The saved state of the transform as a whole.
+        names: The names of all parameters.
+
+    Raises:
+        ValueError: something does not fit; it names key and both sides.
+    """
     _check_keys("transform_state", rest, rest_of(nodes, keys))
     loaded: list[Node] = []
     for node, key in zip(nodes, keys, strict=True):
         if isinstance(node, Static):
-            loaded.append(_fitting_static(key, rest[key], node, per_name))
+            loaded.append(_fitting_static(key, rest[key], node, names))
         elif isinstance(node, Tensor):
             found = _fitting(f"transform_state[{key!r}]", rest[key], node)
-            loaded.append(found.to(node.dtype))
+            loaded.append(found.to(node))
         else:
-            loaded.append(
-                {
-                    name: _fitting(f"{key} of {name!r}", per_name[name][key], entry)
-                    for name, entry in node.items()
-                }
-            )
+            loaded.append(node)
     return loaded
 
 
@@ -193,21 +214,3 @@ def _fitting(place: str, value: Any, like: Tensor) -> Tensor:
         raise ValueError(msg)
     # No bit is lost: float32 moments of what are bfloat16 parameters now stay.
     return value.detach().to(torch.promote_types(value.dtype, like.dtype))
-
-
-def initial(transform: Transform, params: TensorMap) -> Any:
-    """Return a fresh state.
-
-    Raises:
-        ValueError: the transform does not fit the parameters.
-    """
-    try:
-        return transform.init(params)
-    except ValueError as error:
-        if all(name.isdecimal() for name in params):
-            msg = (
-                f"{error}. These parameters have no names: pass "
-                "model.named_parameters() instead of model.parameters()"
-            )
-            raise ValueError(msg) from None
-        raise

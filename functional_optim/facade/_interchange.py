@@ -134,7 +134,8 @@ def from_torch_state_dict(
         ):
             name = engine.names[param]
             given = state_dict["state"].get(saved, {})
-            result["state"][ours] = _own_entries(given, first[name])
+            if given or param in engine.names:
+                result["state"][ours] = _own_entries(given, first[name])
     return result
 
 
@@ -269,7 +270,7 @@ def _own_entries(
         return dict(first)
     found = dict(given)
     if _STARTED in first:
-        found[_STARTED] = torch.ones_like(first[_STARTED])
+        found[_STARTED] = torch.ones((), dtype=torch.bool)
     if "step" in first and "step" in found:  # Once a Python number.
         found["step"] = torch.as_tensor(found["step"]).to(first["step"])
     return found

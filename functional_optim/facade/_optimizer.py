@@ -130,7 +130,8 @@ class TransformOptimizer(Tracking):
         defaults = self._groups.defaults(list(by_choices(self._transform, everyone, 0)))
         defaults["differentiable"] = differentiable
         super().__init__(groups if given else [], defaults)
-        self._engine = self._built(None)
+        with torch.no_grad():
+            self._engine = self._built(self._going_on(self._names))
 
     # -- steps -----------------------------------------------------------------------
 
@@ -250,9 +251,9 @@ class TransformOptimizer(Tracking):
         """
         with torch.no_grad():
             engine = self._followed()
-            engine.take(state)
+            self._take(engine, *engine.saved(state))
             self._groups.show_schedules()
-            engine.follow(self.state)
+            self._followed()
 
     def readings(self) -> TensorMap:
         """Return what the transform has to tell, as `functional_optim.readings`.
@@ -271,15 +272,29 @@ class TransformOptimizer(Tracking):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizers do; see `torch.optim.Optimizer`.
 
-        The first group has what belongs to the transform as a whole, as plain data. The
-        indices of parameters run through the groups.
+        All of it is of this moment, in memory of its own: later steps do not change it,
+        and each entry can be copied, pickled or sent by itself. The first group has
+        what belongs to the transform as a whole, as plain data. The indices of
+        parameters run through the groups; one without state has an empty dict.
+
+        Example:
+            >>> import functional_optim as fo
+            >>> params = [torch.nn.Parameter(torch.ones(2))]
+            >>> optimizer = TransformOptimizer(params, fo.sgd(0.1, momentum=0.9))
+            >>> best = optimizer.state_dict()
+            >>> params[0].grad = torch.ones(2)
+            >>> optimizer.step()
+            >>> best["state"][0]["momentum_buffer"]
+            tensor([0., 0.])
         """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         with torch.no_grad():
             self._followed()
-            saved = super().state_dict()
-            # Groups show what the next step changes: loading must not write into it.
-            for index, group in enumerate(saved["param_groups"]):
-                group.update(self._groups.owned(index, group))
+            saved = {"state": self._packed(), "param_groups": self._packed_groups()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, saved)
+            saved = saved if replaced is None else replaced
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import itertools
 import operator
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from functional_optim._tensors import are_plain
+from functional_optim.execution._memory import memory_of
 from functional_optim.execution._native import Native, native
 from functional_optim.execution._scanning import Scan
 from functional_optim.facade._gradients import gradients_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from functional_optim.execution._scanning import Gradients
 
 
@@ -116,7 +117,45 @@ class Survey:
         return same and all(map(operator.is_, found, entries))
 
 
+class Shown:
+    """The entries of a state as they were shown, and where they lie.
+
+    Args:
+        state: The state by parameter, with what else the user keeps there.
+        entries: The entries that are ours.
+
+    Attributes:
+        everything: All that stands in the state, in order.
+    """
+
+    def __init__(self, state: Mapping[Tensor, Any], entries: list[Tensor]) -> None:
+        self.everything = entries_in(state)
+        self._entries = entries if are_plain(entries) else []
+        self._places = list(map(Tensor.data_ptr, self._entries))
+        # To ask every entry costs as much as the arithmetic on a small one. One of each
+        # piece of memory is asked, and the memory itself how many tensors have it.
+        first = {memory_of(entry): entry for entry in reversed(self._entries)}
+        self._first = list(first.values())
+        self._memories = [entry.untyped_storage() for entry in self._first]
+        self._seen = self._look()
+
+    def _look(self) -> list[Any]:
+        return [
+            *map(Tensor.data_ptr, self._first),
+            *[torch._C._storage_Use_Count(memory._cdata) for memory in self._memories],
+        ]
+
+    def have_moved(self) -> bool:
+        """Whether an entry lies elsewhere: somebody assigned its `.data`."""
+        seen = self._look()
+        if seen != self._seen:
+            if list(map(Tensor.data_ptr, self._entries)) != self._places:
+                return True
+            self._seen = seen
+        return False
+
+
 def entries_in(state: Mapping[Tensor, Any]) -> list[Any]:
     """Return the entries of a state by parameter, in order."""
-    shown = [own.values() for own in state.values()]
+    shown = [own.values() for own in state.values() if isinstance(own, Mapping)]
     return list(itertools.chain.from_iterable(shown))

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import importlib
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from functional_optim.facade._apart import check_apart
 from functional_optim.facade._engine import Engine
+from functional_optim.facade._entries import entries_of
 from functional_optim.facade._group_keys import TRANSFORM_STATE
 from functional_optim.facade._groups import Groups
 from functional_optim.facade._loading import checked_groups, loaded_options
@@ -20,10 +24,9 @@ from functional_optim.facade._members import (
     named_members,
     read_once,
 )
+from functional_optim.facade._resuming import Resumed, resumed
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from functional_optim._types import Transform
     from functional_optim.execution._compiled import Compiling
 
@@ -61,6 +64,9 @@ class Tracking(torch.optim.Optimizer):
         """
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # Says what is wrong.
+        if self._engine is not None:
+            with torch.no_grad():
+                self._followed()
         param_group = read_once(param_group)
         members = members_of(param_group, differentiable=self._differentiable)
         check_group_parameters([members], list(self._names.items()))
@@ -70,10 +76,9 @@ class Tracking(torch.optim.Optimizer):
         }
         place = f"param_groups[{len(self.param_groups)}]"
         values = self._groups.values_of_new(list(split), options, self.defaults, place)
-        state = None
         if self._engine is not None:
             added = {p: n for some in split.values() for n, p in some}
-            state = self._engine.state_for({**self._names, **added})
+            going_on = self._going_on({**self._names, **added})
         named = any(name is not None for name, _ in members)
         for (labels, some), own in zip(split.items(), values, strict=True):
             params = some if named else [param for _, param in some]
@@ -82,54 +87,99 @@ class Tracking(torch.optim.Optimizer):
             self._groups.add(group, labels)
             self._names.update({param: name for name, param in some})
         if self._engine is not None:
-            self._engine = self._built(state)
+            self._engine = self._built(going_on)
 
-    def _built(self, state: Any) -> Engine:
-        """Return an engine for the parameters as they are, from a state or afresh."""
+    def _going_on(
+        self,
+        names: Mapping[Tensor, str],
+        found: Mapping[str, Mapping[str, Any]] | None = None,
+        rest: Mapping[str, Any] | None = None,
+    ) -> Resumed:
+        """Return the state that these parameters go on from.
+
+        Args:
+            names: Their names.
+            found: The entries of each; None takes what the optimizer shows.
+            rest: The state of the transform as a whole; None keeps what there is.
+        """
+        params = {name: param.detach() for param, name in names.items()}
+        check_apart(params)
+        if found is None:
+            found = {name: self._entries_at(param) for param, name in names.items()}
+        waiting = {
+            name
+            for param, name in names.items()
+            if not param.requires_grad and param.grad is None
+        }
+        before = None if self._engine is None else self._engine.resumed
+        return resumed(
+            self._transform, params, found, waiting=waiting, before=before, rest=rest
+        )
+
+    def _entries_at(self, param: Tensor) -> Mapping[str, Any]:
+        """Return what stands in the state for a parameter."""
+        found = self.state.get(param, {})
+        if not isinstance(found, Mapping):
+            name = self._names.get(param, "a parameter")
+            msg = f"state of {name!r} must be a dict, got {found!r}"
+            raise ValueError(msg)
+        return found
+
+    def _built(self, going_on: Resumed) -> Engine:
+        """Return an engine for the parameters as they are."""
+        engine = self._engine_for(going_on)
+        self._install(engine)
+        return engine
+
+    def _engine_for(self, going_on: Resumed) -> Engine:
         group_of = {
             self._names[param]: index
             for index, group in enumerate(self.param_groups)
             for param in group["params"]
         }
-        transforms = self._groups.transforms(self.param_groups)
-        engine = Engine(
+        return Engine(
             self._transform,
             self._names,
             group_of,
-            transforms,
-            state,
+            self._groups.transforms(self.param_groups),
+            going_on,
             compiling=_compiling() if self._compiles else None,
             layout=self._layout,
             before=self._engine,
         )
-        self._groups.connect(engine.state, engine.params())
+
+    def _install(self, engine: Engine) -> None:
+        """Show what an engine has."""
+        self._groups.connect(engine.resumed.state, engine.params())
         self._groups.show_schedules()
         engine.show(self.state)
         for group in self.param_groups:
             group.pop(TRANSFORM_STATE, None)
         if engine.rest_shown:
             self.param_groups[0][TRANSFORM_STATE] = engine.rest_shown
-        return engine
 
     def _followed(self) -> Engine:
         """Return the engine after what others did to parameters, state and groups."""
         engine = self._engine
         if engine is None:
-            engine = self._engine = self._built(None)
+            engine = self._engine = self._built(self._going_on(self._names))
         elif self._groups.have_moved(self.param_groups):
-            engine = self._engine = self._regrouped(engine)
-        elif self._lays_anew:
+            engine = self._engine = self._regrouped()
+        elif (
+            self._lays_anew
+            or engine.survey.look()
+            or engine.has_new_gradients()
+            or not engine.follow(self.state)
+        ):
             self._lays_anew = False
-            engine = self._engine = self._built(engine.state_beside())
-        elif engine.survey.look():
-            engine = self._engine = self._built(engine.state_beside())
-        engine.follow(self.state)
+            engine = self._engine = self._built(self._going_on(self._names))
         transforms = self._groups.changed(self.param_groups)
         if transforms is not None:
             engine.set_transforms(transforms)
+        engine.show_replaced(self.state)
         return engine
 
-    def _regrouped(self, engine: Engine) -> Engine:
+    def _regrouped(self) -> Engine:
         """Return an engine for parameters that somebody put into groups by hand."""
         groups = Groups(self._transform)
         everyone: list[list[tuple[str, Tensor]]] = []
@@ -147,17 +197,14 @@ class Tracking(torch.optim.Optimizer):
             groups.add(group, next(iter(split)))
         check_group_parameters(everyone)
         names = {param: name for members in everyone for name, param in members}
-        state = engine.state_for(names)
+        going_on = self._going_on(names)
         before = self._groups, self._names
         self._groups, self._names = groups, names
         try:
-            built = self._built(state)
+            return self._built(going_on)
         except Exception:
             self._groups, self._names = before
             raise
-        for param in before[1].keys() - names.keys():
-            self.state.pop(param, None)
-        return built
 
     def _load(self, data: Any) -> None:
         """Take over a state dict if all of it fits."""
@@ -169,53 +216,123 @@ class Tracking(torch.optim.Optimizer):
         notes: dict[Tensor, dict[str, Any]] = {}
         for param, index in zip(params, indices, strict=True):
             name = self._names[param]
-            own = data["state"].get(index, {})
+            own = data["state"].get(index)
+            if own is None and (isinstance(index, str) or not param.requires_grad):
+                own = {}  # torch.distributed says itself what is missing.
             # What a user has put beside our entries is none of our business.
-            others = self.state[param].keys() - engine.entries(name).keys()
+            others = self._entries_at(param).keys() - engine.outlined(name).keys()
             if others and isinstance(own, dict):
                 notes[param] = {key: own[key] for key in others & own.keys()}
                 own = {key: own[key] for key in own.keys() - others}
-            per_name[name] = own
-        engine.load(per_name, saved[0].get(TRANSFORM_STATE, {}))
+            if own != {}:
+                per_name[name] = {} if own is None else own
+        self._take(engine, per_name, saved[0].get(TRANSFORM_STATE, {}))
         for index, group in enumerate(self.param_groups):
             group.update(loaded_options(saved[index], self._groups, index))
         for param, found in notes.items():
             self.state[param].update(copy.deepcopy(found))
+        known = {*indices, *range(len(indices))}
+        for key in data["state"].keys() - known:
+            self.state[key] = copy.deepcopy(data["state"][key])
         self._groups.show_schedules()
-        engine.follow(self.state)
+        self._followed()
+
+    def _take(
+        self, engine: Engine, per_name: Mapping[str, Any], rest: Mapping[str, Any]
+    ) -> None:
+        """Go on from a saved state; those without an entry begin afresh.
+
+        Args:
+            engine: What there is.
+            per_name: The saved state of every parameter that has one.
+            rest: The saved state of the transform as a whole.
+
+        Raises:
+            ValueError: something does not fit; then nothing is changed.
+        """
+        nodes = engine.loaded(per_name, rest)
+        has = {name for name in engine.names.values() if engine.entries(name)}
+        if has == {name for name, own in per_name.items() if own}:
+            engine.check(nodes)
+            engine.load(nodes)
+            return
+        found = {
+            name: {
+                k: v.clone() for k, v in entries_of(nodes, engine.keys, name).items()
+            }
+            for name in self._names.values()
+        }
+        engine = self._engine_for(self._going_on(self._names, found, rest))
+        engine.check()
+        for param, name in self._names.items():
+            for key in engine.outlined(name).keys() & self._entries_at(param).keys():
+                del self.state[param][key]
+        self._install(engine)
+        self._engine = engine
+
+    def _packed(self) -> dict[Any, Any]:
+        """Return the state by index, as of this moment: nothing is shared with it."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        # A parameter without state has an empty dict: else it could have been lost.
+        packed: dict[Any, Any] = {
+            index: _own(self._entries_at(param)) for index, param in enumerate(params)
+        }
+        others = {k: v for k, v in self.state.items() if not isinstance(k, Tensor)}
+        return packed | copy.deepcopy(others)
+
+    def _packed_groups(self) -> list[dict[str, Any]]:
+        """Return the groups with indices for parameters."""
+        packed: list[dict[str, Any]] = []
+        start = 0
+        for index, group in enumerate(self.param_groups):
+            end = start + len(group["params"])
+            # Groups show what the next step changes: loading must not write into it.
+            own = {**group, **self._groups.owned(index, group)}
+            packed.append({**own, "params": list(range(start, end))})
+            start = end
+        return packed
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: no plan, and no memory of others."""
         with torch.no_grad():
-            saved = self._followed().own_copy()
+            self._followed()
         return {
             "defaults": self.defaults,
             "param_groups": self.param_groups,
+            "state": {key: _own(found) for key, found in self.state.items()},
             "_transform": self._transform,
             "_differentiable": self._differentiable,
             "_compiles": self._compiles,
             "_layout": self._layout,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
-            "_saved": (list(self._names.items()), saved),
+            "_names": list(self._names.items()),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what pickle kept, or what torch's own code hands over: a part."""
-        if "_saved" not in state:
+        if "_names" not in state:
             super().__setstate__(state)
             return
         self._start()
-        names, saved = state["_saved"]
-        self.state = defaultdict(dict)
-        super().__setstate__({k: v for k, v in state.items() if k != "_saved"})
-        self._names = dict(names)
+        super().__setstate__(state)
+        self._names = dict(state["_names"])
+        self.state = defaultdict(dict, state["state"])
         self._groups = Groups(self._transform)
         for group in self.param_groups:
             members = [(self._names[param], param) for param in group["params"]]
             self._groups.add(group, next(iter(by_choices(self._transform, members, 0))))
-        self._engine = self._built(saved)
+        rest = self.param_groups[0].get(TRANSFORM_STATE, {})
+        with torch.no_grad():
+            self._engine = self._built(self._going_on(self._names, rest=rest))
         # While others of the pickle are made, their makers look at the parameters, too.
         self._lays_anew = self._layout == "flat"
+
+
+def _own(found: Any) -> Any:
+    """Return what stands in the state for a parameter, each tensor by itself."""
+    if not isinstance(found, Mapping):
+        return found
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()}
 
 
 def _compiling() -> Compiling:
