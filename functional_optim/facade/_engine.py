@@ -12,7 +12,12 @@ from functional_optim.execution._joining import joined
 from functional_optim.execution._nodes import nodes_of
 from functional_optim.facade._entries import entries_of, loaded_nodes, rest_of
 from functional_optim.facade._laying import Laying, check_may_be_flat
-from functional_optim.facade._resuming import Resumed, begun, check_entries
+from functional_optim.facade._resuming import (
+    Resumed,
+    begun,
+    check_entries,
+    entries_at,
+)
 from functional_optim.facade._survey import Shown, Survey
 
 if TYPE_CHECKING:
@@ -40,6 +45,7 @@ class Engine:
 
     Attributes:
         names: Names of the parameters that have a state, or may be updated without.
+        waiting: Those that need no gradient, and have no state before their first.
     """
 
     def __init__(
@@ -58,7 +64,7 @@ class Engine:
         self._everyone = dict(everyone)
         served = set(resumed.names)
         self.names = {p: name for p, name in everyone.items() if name in served}
-        self._waiting = [p for p, name in everyone.items() if name not in served]
+        self.waiting = [p for p, name in everyone.items() if name not in served]
         self._group_of = group_of
         self._transforms = transforms
         params = self.params()
@@ -96,6 +102,10 @@ class Engine:
         """Return the parameters by name, as they are now."""
         return {name: param.detach() for param, name in self.names.items()}
 
+    def everyone(self) -> TensorMap:
+        """Return all parameters by name, those that wait for a gradient, too."""
+        return {name: param.detach() for param, name in self._everyone.items()}
+
     @property
     def executor(self) -> Executor:
         """What runs the transform."""
@@ -119,8 +129,7 @@ class Engine:
     @property
     def transform(self) -> Transform:
         """The transform with what the groups say, by name where they differ."""
-        params = {name: param.detach() for param, name in self._everyone.items()}
-        return joined(self._transforms, self._group_of, params)
+        return joined(self._transforms, self._group_of, self.everyone())
 
     def set_transforms(self, transforms: list[Transform]) -> None:
         """Go on with other numbers; see `Executor`."""
@@ -130,7 +139,7 @@ class Engine:
 
     def has_new_gradients(self) -> bool:
         """Whether a parameter has its first gradient, which had no state up to now."""
-        return any(param.grad is not None for param in self._waiting)
+        return any(param.grad is not None for param in self.waiting)
 
     # -- the state by parameter ------------------------------------------------------
 
@@ -156,7 +165,7 @@ class Engine:
 
         Those that have none yet have entries without memory.
         """
-        params = {name: param.detach() for param, name in self._everyone.items()}
+        params = self.everyone()
         fresh = nodes_of(begun(self._transform, params, self.names.values()))
         return {name: entries_of(fresh, self._keys, name) for name in params}
 
@@ -179,18 +188,18 @@ class Engine:
         if not self.survey.shows(state, self._shown.everything):
             found: list[tuple[Tensor, Tensor]] = []
             for param, name in self._everyone.items():
-                new, own = state.get(param, {}), self.outlined(name)
+                new, own = entries_at(state, param, name), self.outlined(name)
                 is_there = not own.keys().isdisjoint(new)
                 if own and is_there != (param in self.names):
                     return False
                 if is_there:
                     check_entries(name, new, own)
-                # It may be what another parameter had: read before any is written.
-                found += [
-                    (entry, new[key].clone())
-                    for key, entry in self.entries(name).items()
-                    if new[key] is not entry
-                ]
+                for key, entry in self.entries(name).items():
+                    if new[key].dtype != entry.dtype:
+                        return False
+                    if new[key] is not entry:
+                        # It may be what another had: read before any is written.
+                        found.append((entry, new[key].clone()))
             for entry, value in found:
                 entry.copy_(value)
             self.show(state)

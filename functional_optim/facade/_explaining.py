@@ -10,13 +10,14 @@ from functional_optim._cost import size
 from functional_optim._explain import counted, shown_bytes, table
 from functional_optim._types import Scope, inner_transforms
 from functional_optim.execution._dry import temporary_bytes
+from functional_optim.execution._nodes import tensors_of
 from functional_optim.facade._optimizer import TransformOptimizer
 from functional_optim.facade._wrapper import OptimWrapper
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._buckets import Bucket
-    from functional_optim.execution._executor import Executor
+    from functional_optim.facade._engine import Engine
 
 _MOST_BUCKETS = 12
 
@@ -37,10 +38,10 @@ def explain(
     they are, and the table says so. It tells what it selects by a method
     `selections(params)` that returns (rule as text, list of names) pairs.
 
-    Of an optimizer it also tells the plan: which tensors are updated together
-    (a bucket), cut into how many units (slices of one tensor, pools of small tensors,
-    groups of whole tensors), and the temporary memory of a step, which is found by
-    trying the largest unit of each bucket on zeros.
+    Of an optimizer it also tells what is frozen and has no state yet, and the plan:
+    which tensors are updated together (a bucket), cut into how many units (slices of
+    one tensor, pools of small tensors, groups of whole tensors), and the temporary
+    memory of a step, which is found by trying the largest unit of each bucket on zeros.
 
     Args:
         tx: Any transform, a `TransformOptimizer`, or an `OptimWrapper` around one.
@@ -87,8 +88,8 @@ def explain(
             raise TypeError(msg)
         with torch.no_grad():
             engine = tx._followed()
-            blocks = table(engine.transform, engine.params())
-            blocks.insert(2, _plan(tx, engine.executor))
+            blocks = table(engine.transform, engine.everyone())
+            blocks.insert(2, _plan(tx, engine))
             if engine.survey.failure:
                 blocks[2].append(
                     f"not compiled: the look at gradients ({engine.survey.failure})"
@@ -104,14 +105,24 @@ def explain(
     return "\n\n".join("\n".join(line.rstrip() for line in b) for b in blocks if b)
 
 
-def _plan(optimizer: TransformOptimizer, executor: Executor) -> list[str]:
+def _plan(optimizer: TransformOptimizer, engine: Engine) -> list[str]:
     """Return what is updated together, and the memory that it takes."""
+    executor = engine.executor
     buckets = executor.buckets
     units = [unit for bucket in buckets for unit in bucket.units]
-    most = max(size(unit.params.values()) for unit in units)
-    lines = [
+    most = max([size(unit.params.values()) for unit in units], default=0)
+    lines = []
+    if engine.waiting:
+        numbers = counted(sum(param.numel() for param in engine.waiting), "number")
+        now = shown_bytes(size(tensors_of(engine.state)))
+        tensors = counted(len(engine.waiting), "tensor")
+        lines.append(
+            f"frozen      {tensors}, {numbers}: no state before their first gradient; "
+            f"the state has {now} now"
+        )
+    lines.append(
         f"plan        {counted(len(units), 'unit')} of at most {shown_bytes(most)}"
-    ]
+    )
     lines.extend(
         f"  bucket {number:<3}{_bucket(bucket, optimizer)}"
         for number, bucket in enumerate(buckets[:_MOST_BUCKETS], start=1)
@@ -129,7 +140,7 @@ def _plan(optimizer: TransformOptimizer, executor: Executor) -> list[str]:
             "temporary   unknown: the transform cannot be tried out on zeros",
         ]
     kept = executor.scratch_bytes
-    total = shown_bytes(max(known) + kept)
+    total = shown_bytes(max(known, default=0) + kept)
     lines.append(f"temporary   {total} beside parameters, gradients and state")
     if kept:
         lines.append(f"            {shown_bytes(kept)} of it to gather small tensors")

@@ -21,6 +21,9 @@ TRANSFORM_STATE = "transform_state"
 OWN_KEYS = {"params", "param_names", "differentiable", TRANSFORM_STATE}
 """What every group has beside hyperparameters."""
 
+OPTIONS = {"transform", "amp_scaling", "compile", "layout", "notes"}
+"""What an optimizer has among its defaults, but no group."""
+
 _WRITTEN_BY_SCHEDULERS = {
     before + key
     for before in ("initial_", "base_", "max_", "min_", "swa_")
@@ -95,12 +98,43 @@ def check_keys(
             raise ValueError(msg)
         if key in _WRITTEN_BY_SCHEDULERS:
             continue
-        near = [_ALIASES[key]] if _ALIASES.get(key) in own else []
-        near = near or difflib.get_close_matches(key.lower(), own, n=1, cutoff=0.8)
+        near = _slip(key, own)
         if near:
-            msg = f"{place} has {key!r}; did you mean {near[0]!r}?"
+            msg = (
+                f"{place} has {key!r}; did you mean {near!r}? If it is a note of your "
+                f"own, say so: TransformOptimizer(..., notes=[{key!r}])"
+            )
             raise ValueError(msg)
     return changeable
+
+
+def checked_notes(notes: Any) -> tuple[str, ...]:
+    """Return the keys that a user lists as notes.
+
+    Raises:
+        TypeError: they are no strings.
+    """
+    found = (notes,) if isinstance(notes, str) else tuple(notes)
+    for note in found:
+        if not isinstance(note, str):
+            msg = f"notes must be keys of groups, strings, got {note!r}"
+            raise TypeError(msg)
+    return found
+
+
+def _slip(key: str, own: Iterable[str]) -> str | None:
+    """Return the key that was probably meant: a letter or two are other ones.
+
+    `weight_decay_mult` and the like are words of their own.
+    """
+    if _ALIASES.get(key, "") in own:
+        return _ALIASES[key]
+    alike = difflib.get_close_matches(key.lower(), own, n=1, cutoff=0.8)
+    return alike[0] if alike and abs(len(key) - len(alike[0])) <= _SLIPS else None
+
+
+_SLIPS = 2
+"""Letters that a slip of the pen adds or leaves out."""
 
 
 def inert_value(key: str, value: Any) -> Any:

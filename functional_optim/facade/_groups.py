@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from functional_optim.facade._exposure import (
@@ -17,6 +17,7 @@ from functional_optim.facade._exposure import (
     with_values,
 )
 from functional_optim.facade._group_keys import (
+    OPTIONS,
     OWN_KEYS,
     TRANSFORM_STATE,
     check_inert,
@@ -30,6 +31,7 @@ from functional_optim.facade._group_keys import (
     two_owners,
 )
 from functional_optim.facade._scheduled import Scheduled
+from functional_optim.facade._shared_tensors import SharedTensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,10 +44,11 @@ class Groups:
 
     Args:
         transform: The transform as the user gave it.
+        notes: Keys of the user's own.
     """
 
-    def __init__(self, transform: Transform) -> None:
-        self._transform = transform
+    def __init__(self, transform: Transform, notes: Collection[str]) -> None:
+        self._transform, self._notes = transform, notes
         self._options: list[list[Option]] = []
         self._structure: list[dict[str, bool]] = []
         self._choices: list[Choices] = []
@@ -54,6 +57,8 @@ class Groups:
         self._own: list[set[str]] = []
         self._params: list[list[Tensor]] = []
         self._scheduled = Scheduled(transform)
+        self._tensors = SharedTensors()
+        self._cycled: list[Any] = []
         self._known: list[Transform] = []
 
     def defaults(self, choices: Sequence[Choices]) -> dict[str, Any]:
@@ -68,22 +73,29 @@ class Groups:
         found: dict[str, Any] = {}
         for labels in choices or [()]:
             for option in options_of(self._transform, labels):
-                found.setdefault(option.key, self._first_value(option))
+                if option.key not in found:
+                    found[option.key] = self._default(option)
             for key, value in structure_of(self._transform, labels).items():
                 found.setdefault(key, value)
         return found
 
-    def _first_value(self, option: Option) -> Any:
-        """Return an option as a group shows it before the first step."""
+    def _default(self, option: Option) -> Any:
+        """Return what a group has where nobody gave it anything else."""
         if option.scheduled:
             return self._scheduled.first_value(option)
-        return group_value(option.value)
+        return option.value
+
+    def _first_value(self, option: Option) -> Any:
+        """Return an option as a group shows it before the first step."""
+        value = self._default(option)
+        return value if option.scheduled else self._tensors.shown(value)
 
     def values_of_new(
         self,
         choices: list[Choices],
         given: Mapping[str, Any],
         defaults: Mapping[str, Any],
+        written: Mapping[str, Any],
         place: str,
     ) -> list[dict[str, Any]]:
         """Return the values of new groups, those that the user gave included.
@@ -92,6 +104,7 @@ class Groups:
             choices: The labels of the parameters of each.
             given: What the user gave.
             defaults: What every group has.
+            written: What the user wrote into the defaults.
             place: How to call the groups in an error.
 
         Raises:
@@ -104,11 +117,17 @@ class Groups:
             for key, value in given.items()
             if key not in defaults or not same(value, defaults[key])
         }
-        check_keys(meant, own, (), place, new=True)
-        return [self._own_values(labels, given, defaults) for labels in choices]
+        check_keys(meant, own, self._notes, place, new=True)
+        return [
+            self._own_values(labels, given, defaults, written) for labels in choices
+        ]
 
     def _own_values(
-        self, choices: Choices, given: Mapping[str, Any], defaults: Mapping[str, Any]
+        self,
+        choices: Choices,
+        given: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        written: Mapping[str, Any],
     ) -> dict[str, Any]:
         """Return the values of a new group, those that the user gave included.
 
@@ -116,6 +135,7 @@ class Groups:
             choices: The labels of its parameters.
             given: What the user gave.
             defaults: What every group has.
+            written: What the user wrote into the defaults.
 
         Raises:
             ValueError: a value for what a schedule or the structure decides, or that
@@ -124,21 +144,22 @@ class Groups:
         """
         values: dict[str, Any] = {}
         changes: dict[Path, dict[str, Any]] = {}
+        chosen = {**written, **given}
         for option in options_of(self._transform, choices):
-            if option.key not in given:
+            if option.key not in chosen:
                 values[option.key] = self._first_value(option)
                 continue
             if option.scheduled:
                 raise ValueError(two_owners(option.key))
-            values[option.key] = given[option.key]
+            values[option.key] = chosen[option.key]
             for path in option.paths:
-                changes.setdefault(path, {})[option.field] = given[option.key]
+                changes.setdefault(path, {})[option.field] = chosen[option.key]
         with_values(self._transform, changes)  # Checks them.
         for key, value in structure_of(self._transform, choices).items():
-            if given.get(key, value) != value:
+            if chosen.get(key, value) != value:
                 raise ValueError(fixed(key, value))
             values[key] = value
-        inert = defaults.keys() - values.keys() - OWN_KEYS - given.keys()
+        inert = defaults.keys() - values.keys() - OWN_KEYS - OPTIONS - given.keys()
         shown = {key: group_value(inert_value(key, defaults[key])) for key in inert}
         return {**values, **shown}
 
@@ -158,6 +179,7 @@ class Groups:
         self._seen.append((None,))  # Unlike any values, also unlike none.
         self._sizes.append(-1)
         self._params.append(list(group["params"]))
+        self._cycled.append(group.get("betas"))
         self._scheduled.add(index, group, options)
 
     def have_moved(self, groups: list[dict[str, Any]]) -> bool:
@@ -193,15 +215,18 @@ class Groups:
                 schedule and somebody else who writes the same key.
         """
         seen = []
+        self._tensors.follow()
         for index, (group, options) in enumerate(
             zip(groups, self._options, strict=True)
         ):
             own, place = self._own[index], f"param_groups[{index}]"
             if len(group) != self._sizes[index]:
-                everywhere = set().union(*self._own)
+                everywhere = {*self._notes, *set().union(*self._own)}
                 again = check_keys(group, own, everywhere, place, new=False)
                 self._sizes[index] = -1 if again else len(group)
             check_inert(group, own, place)
+            if "betas" not in own and group.get("betas") is not self._cycled[index]:
+                self._follow_cycle(index, group)
             try:
                 for key, value in self._structure[index].items():
                     if group[key] is not value:
@@ -216,6 +241,23 @@ class Groups:
         transforms = self._built(seen)
         self._seen, self._known = seen, transforms
         return transforms
+
+    def _follow_cycle(self, index: int, group: dict[str, Any]) -> None:
+        """Let momentum follow where a scheduler cycles betas, because others have them.
+
+        torch's OneCycleLR and CyclicLR write either of the two into all groups.
+        """
+        before, self._cycled[index] = self._cycled[index], group["betas"]
+        if "momentum" in self._own[index] and not same(before, group["betas"]):
+            group["momentum"] = group["betas"][0]
+
+    def settle(self, groups: list[dict[str, Any]]) -> None:
+        """Take what was loaded into groups as it is; nobody cycles it.
+
+        Args:
+            groups: The groups.
+        """
+        self._cycled = [group.get("betas") for group in groups]
 
     def transforms(self, groups: list[dict[str, Any]]) -> list[Transform]:
         """Return the transform of each group, as `changed` does, in any case."""

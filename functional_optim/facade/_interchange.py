@@ -72,7 +72,7 @@ def to_torch_state_dict(optimizer: TransformOptimizer) -> dict[str, Any]:
         index += len(indices)
         groups.append({**_torch_options(group, kind), "params": indices})
         for position, param in zip(indices, group["params"], strict=True):
-            found = _torch_entries(engine.entries(engine.names[param]))
+            found = _torch_entries(engine.entries(optimizer._names[param]))
             if found:
                 state[position] = found
     return {"state": state, "param_groups": groups}
@@ -132,7 +132,7 @@ def from_torch_state_dict(
             group["params"],
             strict=True,
         ):
-            name = engine.names[param]
+            name = optimizer._names[param]
             given = state_dict["state"].get(saved, {})
             if given or param in engine.names:
                 result["state"][ours] = _own_entries(given, first[name])

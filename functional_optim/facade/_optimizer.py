@@ -12,6 +12,7 @@ from functional_optim._chain import chain, checked_transform
 from functional_optim._context import Context
 from functional_optim._readings import readings
 from functional_optim.facade._gradients import scaling_of, warn_of_no_gradient
+from functional_optim.facade._group_keys import checked_notes
 from functional_optim.facade._groups import Groups
 from functional_optim.facade._laying import check_options
 from functional_optim.facade._members import (
@@ -50,6 +51,7 @@ class TransformOptimizer(Tracking):
             group dicts of these. Without names they are called "0", "1", ...; masks
             and labels by name then match nothing.
         transform: The transform, such as `adamw(1e-3)` or a `chain(...)` of yours.
+            Hyperparameters stand in it.
         differentiable: Whether autograd records the steps, for parameters that are
             themselves results. Whole tensors are then updated out of place.
         amp_scaling: Whether a `torch.amp.GradScaler` hands over its scale and its flag
@@ -73,15 +75,23 @@ class TransformOptimizer(Tracking):
             cannot be resized. What something else holds in memory (`p.data`, a kept
             `model.state_dict()`, NumPy) when the optimizer plans stays where it is, and
             is gathered, so that such views stay right; so does what `torch.load` made.
+        notes: Keys of your own in the groups that look like a hyperparameter, such as
+            "lrs": a key that is a slip of the pen away from one is refused otherwise.
+        **defaults: The rest of the `defaults` of such an optimizer, all of them:
+            `type(optimizer)(params, **optimizer.defaults)` is one like it.
 
     State:
         `state[p]`: the transform's state of this parameter, under torch's keys where
         torch has them (`step exp_avg exp_avg_sq max_exp_avg_sq momentum_buffer`), else
-        "Class.field". It is there from the start. In a state dict what belongs to the
-        transform as a whole stands in the first group under "transform_state".
+        "Class.field". It is there from the start, for a frozen parameter
+        (`requires_grad=False`) from its first gradient. What is written, assigned,
+        moved or removed here counts at the next step; keys of your own stay. In a state
+        dict what belongs to the transform as a whole stands in the first group under
+        "transform_state".
 
     Raises:
-        TypeError: `transform` is no transform, a parameter no dense real tensor.
+        TypeError: `transform` is no transform, a parameter no dense real tensor; a
+            hyperparameter that is no part of the transform.
         ValueError: no parameters, one twice, two in one memory, a non-leaf, several
             devices, a rule that matches nothing, two values for one key of a group; a
             layout that there is not, or that does not go with the rest.
@@ -105,18 +115,23 @@ class TransformOptimizer(Tracking):
     def __init__(
         self,
         params: Iterable[Any],
-        transform: Transform,
+        transform: Transform | None = None,
         *,
         differentiable: bool = False,
         amp_scaling: bool = False,
         compile: bool = False,
         layout: Literal["leaves", "auto", "flat"] = "auto",
+        notes: Iterable[str] = (),
+        **defaults: Any,
     ) -> None:
         check_options(layout=layout, compiles=compile, differentiable=differentiable)
+        if transform is None:
+            raise TypeError(_no_transform(defaults))
         self._transform: Transform = chain(checked_transform("transform", transform))
         self._differentiable = differentiable
         self._compiles, self._layout = compile, layout
         self._step_supports_amp_scaling = amp_scaling
+        self._notes = checked_notes(notes)
         self._start()
         if isinstance(params, Tensor):
             super().__init__(params, {})  # Says what is wrong.
@@ -126,10 +141,21 @@ class TransformOptimizer(Tracking):
         members = [members_of(group, differentiable=differentiable) for group in groups]
         check_group_parameters(members)
         everyone = [member for some in members for member in some]
-        self._groups = Groups(self._transform)
-        defaults = self._groups.defaults(list(by_choices(self._transform, everyone, 0)))
-        defaults["differentiable"] = differentiable
-        super().__init__(groups if given else [], defaults)
+        self._groups = Groups(self._transform, self._notes)
+        own = self._groups.defaults(list(by_choices(self._transform, everyone, 0)))
+        if defaults and not own.keys() <= defaults.keys():
+            raise TypeError(_twice(defaults, own))
+        options = {
+            "transform": self._transform,
+            "amp_scaling": amp_scaling,
+            "compile": compile,
+            "layout": layout,
+            "notes": self._notes,
+            "differentiable": differentiable,
+        }
+        self._first_defaults = own
+        # With these, `type(optimizer)(params, **optimizer.defaults)` is one like it.
+        super().__init__(groups if given else [], {**own, **defaults, **options})
         with torch.no_grad():
             self._engine = self._built(self._going_on(self._names))
 
@@ -290,8 +316,11 @@ class TransformOptimizer(Tracking):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with torch.no_grad():
-            self._followed()
-            saved = {"state": self._packed(), "param_groups": self._packed_groups()}
+            engine = self._followed()
+            saved = {
+                "state": self._packed(engine),
+                "param_groups": self._packed_groups(),
+            }
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, saved)
             saved = saved if replaced is None else replaced
@@ -317,3 +346,25 @@ class TransformOptimizer(Tracking):
             self._load(data)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+
+def _no_transform(defaults: Mapping[str, Any]) -> str:
+    """Say what is missing, and where hyperparameters stand."""
+    numbers = ", ".join(f"{key}={value!r}" for key, value in defaults.items())
+    return (
+        "TransformOptimizer needs a transform, in which the hyperparameters stand: "
+        f"write TransformOptimizer(params, functional_optim.adamw({numbers}))"
+    )
+
+
+def _twice(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> str:
+    """Say that numbers stand in the transform."""
+    first = next(iter(defaults))
+    remedy = "leave it out"
+    if first in own:
+        remedy = (
+            f"hyperparameters stand in the transform: write adamw({first}="
+            f"{defaults[first]!r}) there, or {{'params': ..., {first!r}: ...}} for a "
+            "group"
+        )
+    return f"TransformOptimizer has no argument {first!r}; {remedy}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from functional_optim.execution._nodes import (
 from functional_optim.facade._entries import entries_of, keys_of, loaded_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Set
+    from collections.abc import Collection, Set
 
     from functional_optim._types import TensorMap, Transform
     from functional_optim.execution._nodes import Node
@@ -112,7 +113,7 @@ def resumed(
         if isinstance(like, dict) and isinstance(own, dict):
             nodes.append(
                 {
-                    name: _taken(found[name][key], params[name])
+                    name: _taken(found[name][key], like[name], params[name])
                     if name in kept
                     else own[name]
                     for name in names
@@ -154,6 +155,24 @@ def begun(transform: Transform, params: TensorMap, names: Collection[str]) -> An
         except Exception:  # What a transform of a user's may do without memory.
             return _initial(transform, params)
     return _initial(transform, params)
+
+
+def entries_at(
+    state: Mapping[Tensor, Any], param: Tensor, name: str
+) -> Mapping[str, Any]:
+    """Return what stands in a state for a parameter.
+
+    Raises:
+        ValueError: it is no dict.
+    """
+    found = state.get(param, {})
+    if not isinstance(found, Mapping):
+        msg = (
+            f"state of {name!r} must be a dict, got {found!r}; delete "
+            "optimizer.state[parameter] to begin afresh"
+        )
+        raise ValueError(msg)
+    return found
 
 
 def check_entries(
@@ -226,10 +245,10 @@ def _is_real(state: Any, others: Set[str]) -> bool:
     )
 
 
-def _taken(entry: Tensor, param: Tensor) -> Tensor:
-    """Return an entry on the device of its parameter; the entry itself if it is."""
+def _taken(entry: Tensor, like: Tensor, param: Tensor) -> Tensor:
+    """Return an entry beside its parameter, at least as wide as a fresh one."""
     own = entry.detach() if entry.requires_grad else entry
-    return own.to(param.device)
+    return own.to(param.device, torch.promote_types(own.dtype, like.dtype))
 
 
 def _continued(node: Node, gone: Set[str], params: TensorMap) -> Node:

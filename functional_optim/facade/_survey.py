@@ -131,7 +131,7 @@ class Shown:
     def __init__(self, state: Mapping[Tensor, Any], entries: list[Tensor]) -> None:
         self.everything = entries_in(state)
         self._entries = entries if are_plain(entries) else []
-        self._places = list(map(Tensor.data_ptr, self._entries))
+        self._places = list(map(_place, self._entries))
         # To ask every entry costs as much as the arithmetic on a small one. One of each
         # piece of memory is asked, and the memory itself how many tensors have it.
         first = {memory_of(entry): entry for entry in reversed(self._entries)}
@@ -149,10 +149,15 @@ class Shown:
         """Whether an entry lies elsewhere: somebody assigned its `.data`."""
         seen = self._look()
         if seen != self._seen:
-            if list(map(Tensor.data_ptr, self._entries)) != self._places:
+            if list(map(_place, self._entries)) != self._places:
                 return True
             self._seen = seen
         return False
+
+
+def _place(tensor: Tensor) -> tuple[Any, Any]:
+    """Return where a tensor is, also if its memory moves as a whole to be shared."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 
 def entries_in(state: Mapping[Tensor, Any]) -> list[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from functional_optim.facade._apart import check_apart
 from functional_optim.facade._engine import Engine
 from functional_optim.facade._entries import entries_of
-from functional_optim.facade._group_keys import TRANSFORM_STATE
+from functional_optim.facade._group_keys import OPTIONS, TRANSFORM_STATE, same
 from functional_optim.facade._groups import Groups
 from functional_optim.facade._loading import checked_groups, loaded_options
 from functional_optim.facade._members import (
@@ -24,7 +24,8 @@ from functional_optim.facade._members import (
     named_members,
     read_once,
 )
-from functional_optim.facade._resuming import Resumed, resumed
+from functional_optim.facade._plain_data import plain
+from functional_optim.facade._resuming import Resumed, entries_at, resumed
 
 if TYPE_CHECKING:
     from functional_optim._types import Transform
@@ -46,6 +47,8 @@ class Tracking(torch.optim.Optimizer):
     _groups: Groups
     _engine: Engine | None
     _names: dict[Tensor, str]
+    _notes: tuple[str, ...]
+    _first_defaults: dict[str, Any]
     _warned: bool
     _step_supports_amp_scaling: bool
 
@@ -74,8 +77,16 @@ class Tracking(torch.optim.Optimizer):
         options = {
             k: v for k, v in param_group.items() if k not in {"params", "param_names"}
         }
+        # What was written into the defaults counts for new groups, as with torch.
+        written = {
+            key: value
+            for key, value in self.defaults.items()
+            if not same(value, self._first_defaults.get(key, value))
+        }
         place = f"param_groups[{len(self.param_groups)}]"
-        values = self._groups.values_of_new(list(split), options, self.defaults, place)
+        values = self._groups.values_of_new(
+            list(split), options, self.defaults, written, place
+        )
         if self._engine is not None:
             added = {p: n for some in split.values() for n, p in some}
             going_on = self._going_on({**self._names, **added})
@@ -84,6 +95,8 @@ class Tracking(torch.optim.Optimizer):
             params = some if named else [param for _, param in some]
             group = {**options, **own, "params": params}
             super().add_param_group(group)
+            for key in OPTIONS:
+                group.pop(key, None)
             self._groups.add(group, labels)
             self._names.update({param: name for name, param in some})
         if self._engine is not None:
@@ -105,7 +118,7 @@ class Tracking(torch.optim.Optimizer):
         params = {name: param.detach() for param, name in names.items()}
         check_apart(params)
         if found is None:
-            found = {name: self._entries_at(param) for param, name in names.items()}
+            found = {n: entries_at(self.state, param, n) for param, n in names.items()}
         waiting = {
             name
             for param, name in names.items()
@@ -115,15 +128,6 @@ class Tracking(torch.optim.Optimizer):
         return resumed(
             self._transform, params, found, waiting=waiting, before=before, rest=rest
         )
-
-    def _entries_at(self, param: Tensor) -> Mapping[str, Any]:
-        """Return what stands in the state for a parameter."""
-        found = self.state.get(param, {})
-        if not isinstance(found, Mapping):
-            name = self._names.get(param, "a parameter")
-            msg = f"state of {name!r} must be a dict, got {found!r}"
-            raise ValueError(msg)
-        return found
 
     def _built(self, going_on: Resumed) -> Engine:
         """Return an engine for the parameters as they are."""
@@ -181,7 +185,7 @@ class Tracking(torch.optim.Optimizer):
 
     def _regrouped(self) -> Engine:
         """Return an engine for parameters that somebody put into groups by hand."""
-        groups = Groups(self._transform)
+        groups = Groups(self._transform, self._notes)
         everyone: list[list[tuple[str, Tensor]]] = []
         for index, group in enumerate(self.param_groups):
             place = f"param_groups[{index}]"
@@ -220,7 +224,8 @@ class Tracking(torch.optim.Optimizer):
             if own is None and (isinstance(index, str) or not param.requires_grad):
                 own = {}  # torch.distributed says itself what is missing.
             # What a user has put beside our entries is none of our business.
-            others = self._entries_at(param).keys() - engine.outlined(name).keys()
+            here = entries_at(self.state, param, name)
+            others = here.keys() - engine.outlined(name).keys()
             if others and isinstance(own, dict):
                 notes[param] = {key: own[key] for key in others & own.keys()}
                 own = {key: own[key] for key in own.keys() - others}
@@ -229,6 +234,7 @@ class Tracking(torch.optim.Optimizer):
         self._take(engine, per_name, saved[0].get(TRANSFORM_STATE, {}))
         for index, group in enumerate(self.param_groups):
             group.update(loaded_options(saved[index], self._groups, index))
+        self._groups.settle(self.param_groups)
         for param, found in notes.items():
             self.state[param].update(copy.deepcopy(found))
         known = {*indices, *range(len(indices))}
@@ -265,18 +271,22 @@ class Tracking(torch.optim.Optimizer):
         engine = self._engine_for(self._going_on(self._names, found, rest))
         engine.check()
         for param, name in self._names.items():
-            for key in engine.outlined(name).keys() & self._entries_at(param).keys():
+            own = entries_at(self.state, param, name)
+            for key in engine.outlined(name).keys() & own.keys():
                 del self.state[param][key]
         self._install(engine)
         self._engine = engine
 
-    def _packed(self) -> dict[Any, Any]:
+    def _packed(self, engine: Engine) -> dict[Any, Any]:
         """Return the state by index, as of this moment: nothing is shared with it."""
         params = [param for group in self.param_groups for param in group["params"]]
-        # A parameter without state has an empty dict: else it could have been lost.
-        packed: dict[Any, Any] = {
-            index: _own(self._entries_at(param)) for index, param in enumerate(params)
-        }
+        packed: dict[Any, Any] = {}
+        for index, param in enumerate(params):
+            name = self._names[param]
+            found = entries_at(self.state, param, name)
+            # One without state says so by an empty dict: else it could have been lost.
+            if found or engine.outlined(name):
+                packed[index] = _own(found)
         others = {k: v for k, v in self.state.items() if not isinstance(k, Tensor)}
         return packed | copy.deepcopy(others)
 
@@ -288,7 +298,8 @@ class Tracking(torch.optim.Optimizer):
             end = start + len(group["params"])
             # Groups show what the next step changes: loading must not write into it.
             own = {**group, **self._groups.owned(index, group)}
-            packed.append({**own, "params": list(range(start, end))})
+            own["params"] = list(range(start, end))
+            packed.append(plain(own))
             start = end
         return packed
 
@@ -305,6 +316,8 @@ class Tracking(torch.optim.Optimizer):
             "_compiles": self._compiles,
             "_layout": self._layout,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
+            "_notes": self._notes,
+            "_first_defaults": self._first_defaults,
             "_names": list(self._names.items()),
         }
 
@@ -317,7 +330,7 @@ class Tracking(torch.optim.Optimizer):
         super().__setstate__(state)
         self._names = dict(state["_names"])
         self.state = defaultdict(dict, state["state"])
-        self._groups = Groups(self._transform)
+        self._groups = Groups(self._transform, self._notes)
         for group in self.param_groups:
             members = [(self._names[param], param) for param in group["params"]]
             self._groups.add(group, next(iter(by_choices(self._transform, members, 0))))

@@ -1,0 +1,393 @@
+"""State belongs to the user: what is written, moved or removed counts at the next step.
+
+Each recipe runs on torch's AdamW and on ours, and both must end alike.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comparison import assert_same
+from torch.nn import Parameter
+from training import parameters, set_gradients, train, values
+
+import functional_optim as fo
+
+WAYS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "leaves": {"layout": "leaves"},
+    "compile": {"compile": True},
+}
+each_way = pytest.mark.parametrize("way", WAYS)
+MOMENTS = ("exp_avg", "exp_avg_sq")
+CLIPPED = fo.chain(fo.ClipByGlobalNorm(1e3), fo.adamw(0.1))
+
+Recipe = Callable[[Any, dict[str, Parameter]], None]
+
+
+def both(way: str, recipe: Recipe, transform: fo.Transform = CLIPPED) -> Any:
+    """Run a recipe between steps of torch's optimizer and of ours; they end alike."""
+    ends: dict[str, Any] = {}
+    found: dict[str, Any] = {}
+    for kind in ("theirs", "ours"):
+        params = parameters()
+        if kind == "theirs":
+            optimizer: Any = torch.optim.AdamW(params.values(), 0.1)
+        else:
+            optimizer = fo.TransformOptimizer(params.values(), transform, **WAYS[way])
+        train(optimizer, params, range(3))
+        recipe(optimizer, params)
+        train(optimizer, params, range(3, 6))
+        found[kind] = optimizer
+        ends[kind] = (
+            values(params),
+            {
+                name: {
+                    key: e.detach().double() for key, e in optimizer.state[p].items()
+                }
+                for name, p in params.items()
+            },
+        )
+    # A few roundings in each of 6 steps, of numbers around 1.
+    assert_same(ends["theirs"], ends["ours"], way, rtol=1e-13)
+    return found["ours"]
+
+
+def replaced(optimizer: Any, params: dict[str, Parameter], name: str, new: Any) -> None:
+    """Put a parameter in the place of another, in the group and in the map."""
+    group = optimizer.param_groups[0]["params"]
+    index = next(i for i, p in enumerate(group) if p is params[name])
+    group[index] = params[name] = new
+
+
+def pruned(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Keep the first two rows of a parameter and of its state."""
+    old = params["a.weight"]
+    kept = optimizer.state[old]
+    for key in MOMENTS:
+        kept[key] = kept[key][:2]
+    del optimizer.state[old]
+    replaced(optimizer, params, "a.weight", Parameter(old.detach()[:2].clone()))
+    optimizer.state[params["a.weight"]] = kept
+
+
+def pruned_in_place(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Keep the first two rows in the same object of Python."""
+    param = params["a.weight"]
+    param.grad = None  # It has the old shape.
+    param.data = param.data[:2].clone()
+    for key in MOMENTS:
+        optimizer.state[param][key] = optimizer.state[param][key][:2].clone()
+
+
+def grown(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Add rows with a state of zeros."""
+    old = params["a.weight"]
+    kept = optimizer.state.pop(old)
+    rows = torch.ones(2, 4, dtype=torch.float64)
+    new = Parameter(torch.cat([old.detach(), rows]))
+    for key in MOMENTS:
+        kept[key] = torch.cat([kept[key], torch.zeros_like(rows)])
+    replaced(optimizer, params, "a.weight", new)
+    optimizer.state[new] = kept
+
+
+def moved(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Give a parameter's state to one of the same shape."""
+    old = params["a.weight"]
+    replaced(optimizer, params, "a.weight", Parameter(old.detach().clone()))
+    optimizer.state[params["a.weight"]] = optimizer.state.pop(old)
+
+
+def all_moved(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Replace every parameter, as a new wrapper of the model does."""
+    for name, old in list(params.items()):
+        replaced(optimizer, params, name, Parameter(old.detach().clone()))
+        optimizer.state[params[name]] = optimizer.state.pop(old)
+
+
+def swapped(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Exchange the states of two parameters, as plain dicts."""
+    a, b = params["a.weight"], params["b.weight"]
+    kept = {p: dict(optimizer.state[p]) for p in (a, b)}
+    shape = kept[a]["exp_avg"].shape
+    optimizer.state[a] = {
+        k: e.repeat(2, 2)[: shape[0], : shape[1]].clone() if e.ndim else e.clone()
+        for k, e in kept[b].items()
+    }
+
+
+def offloaded(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Send all of the state elsewhere and back: other memory, the same numbers."""
+    for own in optimizer.state.values():
+        for entry in own.values():
+            entry.data = entry.data.clone()
+
+
+def offloaded_by_assignment(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """The same, by assigning to the keys."""
+    for own in optimizer.state.values():
+        for key in own:
+            own[key] = own[key].clone()
+
+
+def halved(key: str, names: list[str]) -> Recipe:
+    """Write half of an entry by `.data = ...`."""
+
+    def recipe(optimizer: Any, params: dict[str, Parameter]) -> None:
+        for name in names:
+            entry = optimizer.state[params[name]][key]
+            entry.data = entry.data / 2
+
+    return recipe
+
+
+def cleared_with_the_parameters(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Begin afresh, with parameters that lie elsewhere at the same time."""
+    for param in params.values():
+        param.data = param.data.clone() + 1
+    optimizer.state.clear()
+
+
+def written_with_the_parameter(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Replace a moment while the parameter moves."""
+    param = params["a.bias"]
+    param.data = param.data.clone()
+    entry = optimizer.state[param]["exp_avg"]
+    optimizer.state[param]["exp_avg"] = torch.full_like(entry, 0.5)
+
+
+def cleared_before_a_new_group(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Begin afresh, and add a group before the next step."""
+    optimizer.state.clear()
+    params["new"] = Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer.add_param_group({"params": [params["new"]]})
+
+
+def given_before_its_group(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Write the state of a parameter before it stands in a group."""
+    params["new"] = Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer.state[params["new"]] = {
+        "step": torch.tensor(4.0),
+        "exp_avg": torch.full((3,), 0.5, dtype=torch.float64),
+        "exp_avg_sq": torch.full((3,), 0.25, dtype=torch.float64),
+    }
+    optimizer.add_param_group({"params": [params["new"]]})
+
+
+def out_and_in_again(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Take a parameter out of its group for two steps; its state waits."""
+    group = optimizer.param_groups[0]["params"]
+    param = group.pop()
+    train(optimizer, params, range(10, 12))
+    group.append(param)
+
+
+RECIPES: dict[str, Recipe] = {
+    "pruned": pruned,
+    "pruned in place": pruned_in_place,
+    "grown": grown,
+    "moved": moved,
+    "all moved": all_moved,
+    "exchanged": swapped,
+    "offloaded": offloaded,
+    "offloaded by assignment": offloaded_by_assignment,
+    "count by data": lambda o, p: halved("step", ["a.bias"])(o, p),
+    "every count by data": lambda o, p: halved("step", list(p))(o, p),
+    "moment by data": lambda o, p: halved("exp_avg", ["a.bias"])(o, p),
+    "last moment by data": lambda o, p: halved("exp_avg_sq", ["scale"])(o, p),
+    "moments by data": lambda o, p: halved("exp_avg", list(p))(o, p),
+    "cleared with the parameters": cleared_with_the_parameters,
+    "written with the parameter": written_with_the_parameter,
+    "cleared before a new group": cleared_before_a_new_group,
+    "given before its group": given_before_its_group,
+    "out and in again": out_and_in_again,
+}
+
+
+@each_way
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_done_to_the_state_counts(way: str, recipe: str) -> None:
+    """The next step starts from what stands in `optimizer.state`, as with torch."""
+    both(way, RECIPES[recipe])
+
+
+def test_state_is_moved_between_two_optimizers() -> None:
+    """What one optimizer has, another goes on from."""
+    ends = []
+    for make in (
+        lambda ps: torch.optim.AdamW(ps, 0.1),
+        lambda ps: fo.TransformOptimizer(ps, fo.adamw(0.1)),
+    ):
+        params = parameters()
+        first: Any = make(params.values())
+        train(first, params, range(3))
+        second: Any = make(params.values())
+        for param, own in first.state.items():
+            second.state[param] = own
+        train(second, params, range(3, 6))
+        ends.append(values(params))
+    # A few roundings in each of 6 steps.
+    assert_same(ends[0], ends[1], "weights", rtol=1e-13)
+
+
+def test_an_open_window_goes_with_the_state() -> None:
+    """A parameter that is replaced in an Accumulate window keeps its sum."""
+    param = Parameter(torch.zeros(1))
+    optimizer = fo.TransformOptimizer([param], fo.chain(fo.Accumulate(3), fo.sgd(1.0)))
+    for number in (3.0, 6.0):
+        param.grad = torch.tensor([number])
+        optimizer.step()
+    new = Parameter(torch.zeros(1))
+    optimizer.param_groups[0]["params"][0] = new
+    optimizer.state[new] = optimizer.state.pop(param)
+    new.grad = torch.tensor([9.0])
+    optimizer.step()
+    assert new.item() == -6.0
+
+
+# -- what a user keeps there -----------------------------------------------------------
+
+
+def _with_notes() -> Any:
+    params = parameters()
+    optimizer = fo.TransformOptimizer(params.items(), fo.adamw(0.1))
+    train(optimizer, params, range(2))
+    optimizer.state[params["scale"]]["slow"] = torch.ones(())
+    optimizer.state["count"] = 5
+    train(optimizer, params, range(2, 4))
+    return params, optimizer
+
+
+@pytest.mark.parametrize("how", ["step", "deepcopy", "pickle"])
+def test_notes_in_the_state_stay(how: str) -> None:
+    """Keys of a user's own in state[p], and values that are no dicts, are kept."""
+    _, optimizer = _with_notes()
+    if how == "deepcopy":
+        optimizer = copy.deepcopy(optimizer)
+    elif how == "pickle":
+        optimizer = pickle.loads(pickle.dumps(optimizer))
+    last = optimizer.param_groups[0]["params"][-1]
+    assert optimizer.state["count"] == 5
+    assert sorted(optimizer.state[last]) == ["exp_avg", "exp_avg_sq", "slow", "step"]
+    saved = optimizer.state_dict()["state"]
+    assert saved["count"] == 5
+    assert saved[3]["slow"] == 1.0
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state["count"] == 5
+    assert "slow" in optimizer.state[last]
+
+
+def test_notes_beside_parameters_are_loaded() -> None:
+    """A key of a user's own beside the parameters comes back from a state dict."""
+    _, optimizer = _with_notes()
+    saved = optimizer.state_dict()
+    del saved["state"][3]["slow"]
+    again = fo.TransformOptimizer(parameters().items(), fo.adamw(0.1))
+    again.load_state_dict(saved)
+    assert again.state["count"] == 5
+
+
+# -- a state dict ----------------------------------------------------------------------
+
+
+@each_way
+def test_a_state_dict_is_of_one_moment(way: str) -> None:
+    """Later steps do not change what was returned: the window goes on from there."""
+    param = Parameter(torch.zeros(1))
+    transform = fo.chain(fo.Accumulate(3), fo.sgd(1.0))
+    optimizer = fo.TransformOptimizer([param], transform, **WAYS[way])
+
+    def push(*numbers: float) -> None:
+        for number in numbers:
+            param.grad = torch.tensor([number])
+            optimizer.step()
+
+    push(3.0)
+    saved = optimizer.state_dict()
+    push(60.0, 60.0, 60.0)
+    param.data.zero_()
+    optimizer.load_state_dict(saved)
+    push(3.0, 3.0)
+    assert param.item() == -3.0
+
+
+@each_way
+def test_entries_of_a_state_dict_are_copied_one_by_one(way: str) -> None:
+    """A copy, a pickle and the memory of an entry are as large as the entry."""
+    params = [Parameter(torch.zeros(64)) for _ in range(50)]
+    optimizer = fo.TransformOptimizer(params, fo.adamw(0.1), **WAYS[way])
+    for param in params:
+        param.grad = torch.ones(64)
+    optimizer.step()
+    for own in optimizer.state_dict()["state"].values():
+        for entry in own.values():
+            assert entry.untyped_storage().nbytes() == entry.nbytes
+            assert copy.deepcopy(entry).untyped_storage().nbytes() == entry.nbytes
+            assert len(pickle.dumps(entry)) < 1000
+
+
+# -- bad input -------------------------------------------------------------------------
+
+
+def _refused(optimizer: Any, params: Any, message: str) -> None:
+    before = values(params)
+    set_gradients(params, 3)
+    for _ in range(2):  # It is seen again, until it is mended.
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+    assert_same(before, values(params), "weights")
+
+
+@each_way
+@pytest.mark.parametrize("fresh", [False, True], ids=["same", "new parameter"])
+def test_state_that_was_half_moved_is_named(way: str, fresh: bool) -> None:
+    """Some entries without the others name the parameter and the remedy."""
+    params = parameters()
+    optimizer: Any = fo.TransformOptimizer(params.items(), CLIPPED, **WAYS[way])
+    train(optimizer, params, range(3))
+    old = params["a.bias"]
+    if fresh:
+        replaced(optimizer, params, "a.bias", Parameter(old.detach().clone()))
+    kept = optimizer.state.pop(old)
+    last = kept.pop("exp_avg_sq")
+    optimizer.state[params["a.bias"]] = kept
+    _refused(optimizer, params, r"'a\.bias' has .*step.* lacks \['exp_avg_sq'\]; move")
+    optimizer.state[params["a.bias"]]["exp_avg_sq"] = last
+    optimizer.step()
+    assert optimizer.state[params["a.bias"]]["step"].item() == 4
+
+
+@each_way
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda own: own.update(exp_avg=torch.zeros(7)),
+        lambda own: own.update(exp_avg="x"),
+        lambda own: setattr(own["exp_avg"], "data", torch.zeros(7).double()),
+    ],
+    ids=["shape", "text", "data"],
+)
+def test_state_of_another_shape_is_named(way: str, write: Any) -> None:
+    """An entry that does not fit its parameter names both, and nothing moves."""
+    params = parameters()
+    optimizer: Any = fo.TransformOptimizer(params.items(), CLIPPED, **WAYS[way])
+    train(optimizer, params, range(3))
+    write(optimizer.state[params["a.bias"]])
+    _refused(optimizer, params, r"'a\.bias': exp_avg must be a tensor of shape \(3,\)")
+    del optimizer.state[params["a.bias"]]
+    optimizer.step()
+    assert optimizer.state[params["a.bias"]]["step"].item() == 1
+
+
+def test_state_that_is_no_dict_is_named() -> None:
+    """What stands in the place of a parameter's dict is refused."""
+    params = parameters()
+    optimizer: Any = fo.TransformOptimizer(params.items(), fo.adamw(0.1))
+    optimizer.state[params["a.bias"]] = 3
+    _refused(optimizer, params, r"state of 'a\.bias' must be a dict, got 3")
