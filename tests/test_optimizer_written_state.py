@@ -332,6 +332,50 @@ def test_entries_of_a_state_dict_are_copied_one_by_one(way: str) -> None:
             assert len(pickle.dumps(entry)) < 1000
 
 
+def test_names_are_taken_from_a_state_dict() -> None:
+    """An optimizer without names has those of what it loaded, for the next one."""
+    params = parameters()
+    optimizer = fo.TransformOptimizer(params.items(), fo.adamw(0.1))
+    again = fo.TransformOptimizer(parameters().values(), fo.adamw(0.1))
+    again.load_state_dict(optimizer.state_dict())
+    assert again.state_dict()["param_groups"][0]["param_names"] == list(params)
+    third = fo.TransformOptimizer(parameters().items(), fo.adamw(0.1))
+    third.load_state_dict(again.state_dict())
+    with pytest.raises(ValueError, match=r"'a\.weight' .* where '0' stands"):
+        fo.TransformOptimizer(
+            [(str(i), p) for i, p in enumerate(parameters().values())], fo.adamw(0.1)
+        ).load_state_dict(again.state_dict())
+
+
+def test_torch_swaps_parameters_and_state_for_a_while() -> None:
+    """Inside the context the given state counts, after it that of before."""
+    stateless = pytest.importorskip("torch.optim._stateless")
+    ends = []
+    for make in (
+        lambda ps: torch.optim.SGD(ps, 1.0, momentum=0.9),
+        lambda ps: fo.TransformOptimizer(ps, fo.sgd(1.0, 0.9)),
+    ):
+        param, other = Parameter(torch.zeros(2)), torch.zeros(2, requires_grad=True)
+        optimizer: Any = make([param])
+
+        def push(*params: Any, optimizer: Any = optimizer) -> None:
+            for p in params:
+                p.grad = torch.ones(2)
+            optimizer.step()
+
+        push(param)
+        push(param)
+        given = copy.deepcopy(optimizer.state_dict())
+        given["state"][0]["momentum_buffer"] = torch.full((2,), 10.0)
+        swap = stateless.swap_in_optimizer_params_and_state
+        with swap(optimizer, {"w": other}, given):
+            push(other)
+        push(param)
+        ends.append([param.detach(), other.detach(), optimizer.state[param]])
+    for theirs, ours in zip(*ends, strict=True):
+        assert_same(theirs, ours, "after the swap")
+
+
 # -- bad input -------------------------------------------------------------------------
 
 

@@ -93,12 +93,14 @@ def loaded_options(
 ) -> dict[str, Any]:
     """Return what a group takes over from a saved one; nothing is shared.
 
+    Names are among it where the group has none, as with torch.
+
     Args:
         saved: The saved group, checked.
         exposed: What the groups show.
         index: Which group it is.
     """
-    fixed = exposed.fixed_keys(index) | OWN_KEYS
+    fixed = exposed.fixed_keys(index) | OWN_KEYS - {"param_names"}
     return {k: copy.deepcopy(v) for k, v in saved.items() if k not in fixed}
 
 

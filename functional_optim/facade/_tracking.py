@@ -233,7 +233,8 @@ class Tracking(torch.optim.Optimizer):
                 per_name[name] = {} if own is None else own
         self._take(engine, per_name, saved[0].get(TRANSFORM_STATE, {}))
         for index, group in enumerate(self.param_groups):
-            group.update(loaded_options(saved[index], self._groups, index))
+            names = {k: group[k] for k in {"param_names"} & group.keys()}
+            group.update(loaded_options(saved[index], self._groups, index) | names)
         self._groups.settle(self.param_groups)
         for param, found in notes.items():
             self.state[param].update(copy.deepcopy(found))
