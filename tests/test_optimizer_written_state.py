@@ -6,6 +6,7 @@ Each recipe runs on torch's AdamW and on ours, and both must end alike.
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -318,7 +319,7 @@ def test_a_state_dict_is_of_one_moment(way: str) -> None:
 
 
 @each_way
-def test_entries_of_a_state_dict_are_copied_one_by_one(way: str) -> None:
+def test_entries_are_copied_one_by_one(way: str) -> None:
     """A copy, a pickle and the memory of an entry are as large as the entry."""
     params = [Parameter(torch.zeros(64)) for _ in range(50)]
     optimizer = fo.TransformOptimizer(params, fo.adamw(0.1), **WAYS[way])
@@ -328,8 +329,21 @@ def test_entries_of_a_state_dict_are_copied_one_by_one(way: str) -> None:
     for own in optimizer.state_dict()["state"].values():
         for entry in own.values():
             assert entry.untyped_storage().nbytes() == entry.nbytes
-            assert copy.deepcopy(entry).untyped_storage().nbytes() == entry.nbytes
+            assert type(entry) is torch.Tensor
+    for own in optimizer.state.values():
+        kept = copy.deepcopy(own)
+        for key, entry in own.items():
+            assert kept[key].untyped_storage().nbytes() == entry.nbytes
+            assert torch.equal(kept[key], entry)
+            assert repr(entry).startswith("tensor(")
             assert len(pickle.dumps(entry)) < 1000
+            buffer = io.BytesIO()
+            torch.save(entry, buffer)
+            assert len(buffer.getvalue()) < 2500
+            buffer.seek(0)
+            assert torch.equal(torch.load(buffer, weights_only=True), entry)
+            twice = copy.deepcopy([entry, entry])
+            assert twice[0] is twice[1]
 
 
 def test_names_are_taken_from_a_state_dict() -> None:

@@ -20,7 +20,12 @@ from functional_optim._types import Scope, Static
 from functional_optim._value import same_for_good
 from functional_optim.execution._buckets import Bucket
 from functional_optim.execution._joining import joined
-from functional_optim.execution._memory import Scratch, is_dense, own_like
+from functional_optim.execution._memory import (
+    Scratch,
+    copied_alone,
+    is_dense,
+    own_like,
+)
 from functional_optim.execution._nodes import Kind
 from functional_optim.execution._pooling import Pooled
 from functional_optim.execution._units import Piece, Shaped, Source, Unit
@@ -217,7 +222,7 @@ class Layout:
             if members:
                 column = torch.stack([node[name] for name in members])
                 entries = column.unbind()
-                node.update(zip(members, entries, strict=True))
+                node.update(zip(members, map(copied_alone, entries), strict=True))
                 columns[id(entries[0])] = column
                 shown.append(dict.fromkeys(members, entries[0]))
             else:

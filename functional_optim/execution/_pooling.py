@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.execution._copying import Gathered, Versions, places_of
-from functional_optim.execution._memory import carved
+from functional_optim.execution._memory import carved, copied_alone
 from functional_optim.execution._nodes import Kind
 from functional_optim.execution._scanning import Gradients, dtype_of
 from functional_optim.execution._units import Unit
@@ -88,7 +88,7 @@ class Pooled(Unit):
         memory = entries[0].new_empty(self._numel)
         views = carved(memory, self._shapes)
         torch._foreach_copy_(views, entries)
-        node.update(zip(self.names, views, strict=True))
+        node.update(zip(self.names, map(copied_alone, views), strict=True))
         return memory
 
     def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
