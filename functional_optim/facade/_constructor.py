@@ -11,6 +11,12 @@ from torch import nn
 
 from functional_optim._layers import Place, children_of, is_norm, seen_name
 from functional_optim._paramwise import ParamwiseRules, Verdict
+from functional_optim.facade._added_groups import (
+    as_groups,
+    check_groups,
+    listed,
+    with_names,
+)
 from functional_optim.facade._configs import (
     check_number,
     check_places,
@@ -143,11 +149,11 @@ class DefaultOptimWrapperConstructor:
         return ParamwiseRules(self.paramwise_cfg, strict=strict)
 
     def _is_in(
-        self, param_group: Mapping[str, Any], param_group_list: list[dict[str, Any]]
+        self, param_group: dict[str, Any], param_group_list: list[dict[str, Any]]
     ) -> bool:
         """Tell whether a parameter of a group is in a list of groups."""
-        present = {id(p) for group in param_group_list for p in group["params"]}
-        return any(id(p) in present for p in param_group["params"])
+        present = {id(p) for group in param_group_list for p in listed(group)}
+        return any(id(p) in present for p in listed(param_group))
 
     def add_params(
         self,
@@ -218,6 +224,23 @@ class DefaultOptimWrapperConstructor:
         for key, value in (shown | settings).items():
             _logger.info("paramwise_options -- %s:%s=%s", place.full_name, key, value)
 
+    def _added(self, model: nn.Module) -> list[Any]:
+        """Return what `add_params` makes of a model, read once and checked."""
+        added: list[Any] = []
+        self._checked_rules = self._rules()  # Once, not for each module.
+        try:
+            self.add_params(added, model)
+        finally:
+            self._checked_rules = None
+        groups = as_groups(added)
+        names: dict[int, list[str]] = {}
+        for name, param in model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(param), []).append(name)
+        check_groups(groups, names)
+        if self._verdicts:
+            self._rules().warn_of_idle(self._verdicts.values())
+        return groups if added and isinstance(added[0], Mapping) else added
+
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the wrapper for a model.
 
@@ -257,15 +280,9 @@ class DefaultOptimWrapperConstructor:
         params: list[Any] = list(model.parameters())
         self._verdicts = {}
         if self.paramwise_cfg:
-            params = []
-            self._checked_rules = self._rules()  # Once, not for each module.
-            self.add_params(params, model)
-            self._checked_rules = None
-            _check_once(params, model)
-            if self._verdicts:
-                self._rules().warn_of_idle(self._verdicts.values())
-        if kind is TransformOptimizer or isinstance(kind, PresetOptimizer):
-            params = _with_names(params, names)
+            params = self._added(model)
+        if params and _goes_by_names(kind):
+            params = with_names(as_groups(params), names)
         optimizer = OPTIMIZERS.build({**self.optimizer_cfg, first: params})
         wrapper: OptimWrapper = OPTIM_WRAPPERS.build(
             wrapper_cfg, default_args={"optimizer": optimizer}
@@ -282,28 +299,7 @@ class DefaultOptimWrapperConstructor:
         return wrapper
 
 
-def _check_once(groups: list[dict[str, Any]], model: nn.Module) -> None:
-    """Refuse groups that have a parameter twice.
-
-    Raises:
-        ValueError: with all names of the parameter.
-    """
-    seen = set()
-    for param in (p for group in groups for p in group["params"]):
-        if id(param) in seen:
-            everyone = model.named_parameters(remove_duplicate=False)
-            same = [repr(name) for name, other in everyone if other is param]
-            msg = (
-                f"{' and '.join(same)} are the same parameter, which would get into "
-                "the optimizer twice; bypass_duplicate=True in paramwise_cfg keeps the "
-                "first"
-            )
-            raise ValueError(msg)
-        seen.add(id(param))
-
-
-def _with_names(params: list[Any], names: Mapping[int, str]) -> list[Any]:
-    """Return parameters, or groups of them, as `(name, parameter)` pairs."""
-    if params and isinstance(params[0], dict):
-        return [{**g, "params": _with_names(g["params"], names)} for g in params]
-    return [(names[id(p)], p) for p in params]
+def _goes_by_names(kind: Any) -> bool:
+    """Whether an optimizer is one of this library, or derived from it."""
+    is_ours = isinstance(kind, type) and issubclass(kind, TransformOptimizer)
+    return is_ours or isinstance(kind, PresetOptimizer)
