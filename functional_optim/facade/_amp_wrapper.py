@@ -135,11 +135,17 @@ class AmpOptimWrapper(OptimWrapper):
         if self._on_gradients is not None or self.clip_grad_kwargs:
             if not shared.is_unscaled(optimizer):
                 scaler.unscale_(optimizer)
-            self._clip_grad(_joined(shared.found_inf(optimizer)))
+            self._clip_grad()
         with MergedGroups(optimizer) if self._merges() else contextlib.nullcontext():
             result = scaler.step(optimizer, **kwargs)
         self._found_inf = shared.found_inf(optimizer)
         return result
+
+    def _overflow(self) -> Tensor | None:
+        shared, optimizer = SharedScaler.of(self.loss_scaler), self.optimizer
+        if not shared.is_unscaled(optimizer):
+            return None
+        return _joined(shared.found_inf(optimizer))
 
     def zero_grad(self, **kwargs: Any) -> None:
         """Set all gradients to None, or to zero.

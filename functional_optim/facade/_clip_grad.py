@@ -30,21 +30,22 @@ class ClipGrad(NamedTuple):
         kwargs: The arguments of the function of torch that does the same.
         func: That function.
         name: What the number is called that is logged.
-        transform: The transform.
+        transform: The transform; None if the keys are those of another function.
     """
 
     kwargs: dict[str, Any]
     func: Callable[..., Any]
     name: str
-    transform: Transform
+    transform: Transform | None
 
 
-def clip_grad_of(config: Any) -> ClipGrad:
+def clip_grad_of(config: Any, *, strict: bool = True) -> ClipGrad:
     """Return what `clip_grad` asks for; the config itself does not change.
 
     Args:
         config: `dict(max_norm=..., norm_type=2, error_if_nonfinite=False)` or
             `dict(type="value", clip_value=...)`.
+        strict: Whether keys that mean nothing to torch's functions are refused.
 
     Raises:
         MistakenTypeError, MistakenValueError: it is neither.
@@ -68,6 +69,11 @@ def clip_grad_of(config: Any) -> ClipGrad:
             f"{kind!r}"
         )
         raise MistakenValueError(msg)
+    func: Callable[..., Any] = torch.nn.utils.clip_grad_norm_
+    if kind == "value":
+        func = torch.nn.utils.clip_grad_value_
+    if not strict and not _NEEDED[kind] in kwargs.keys() <= _KEYS[kind]:
+        return ClipGrad(kwargs, func, f"grad_{kind}", None)
     _check_keys(kind, kwargs)
     try:
         transform = _transform_of(kind, kwargs)
@@ -77,10 +83,7 @@ def clip_grad_of(config: Any) -> ClipGrad:
         )
         msg = f"If `clip_grad` is not None, its numbers must be legal: {error}"
         raise mistake(msg) from None
-    if kind == "norm":
-        func: Callable[..., Any] = torch.nn.utils.clip_grad_norm_
-        return ClipGrad(kwargs, func, "grad_norm", transform)
-    return ClipGrad(kwargs, torch.nn.utils.clip_grad_value_, "grad_value", transform)
+    return ClipGrad(kwargs, func, f"grad_{kind}", transform)
 
 
 def _check_keys(kind: str, kwargs: dict[str, Any]) -> None:

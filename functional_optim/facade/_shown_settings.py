@@ -93,13 +93,6 @@ class ShownSettings:
             )
         )
 
-    def readings(self) -> dict[str, Any]:
-        """Return what stands between backward and step has to tell, such as a norm.
-
-        Numbers are tensors on their device; `fetch` brings all to the host at once.
-        """
-        return {} if self._on_gradients is None else self._on_gradients.readings()
-
     def __repr__(self) -> str:
         return (
             f"Type: {type(self).__name__}\n"

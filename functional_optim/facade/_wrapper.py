@@ -24,7 +24,7 @@ from functional_optim.facade._windowed import check_counts
 from functional_optim.facade._wrapper_state import WrapperState
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from functional_optim._types import Transform
 
@@ -68,6 +68,9 @@ class OptimWrapper(WrapperState):
         mmengine.optim.OptimWrapper 0.10.
     """
 
+    clip_func: Callable[..., Any]
+    grad_name: str
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -85,7 +88,7 @@ class OptimWrapper(WrapperState):
         self._start_counts(accumulative_counts)
         self.optimizer = optimizer
         self.clip_grad_kwargs: dict[str, Any] | None = None
-        self._clipped_by: dict[str, Any] | None = None
+        self._clip: ClipGrad | None = None  # What `_on_gradients` was made of.
         self._on_gradients: GradientTransform | None = None
         if transform is not None:
             if clip_grad is not None:
@@ -96,7 +99,12 @@ class OptimWrapper(WrapperState):
                 raise MistakenValueError(msg)
             self._on_gradients = GradientTransform(transform)
         if clip_grad is not None:
-            self._set_clip(clip_grad_of(clip_grad))
+            # Who clips in a way of his own has keys of his own.
+            own = hasattr(type(self), "clip_func")
+            own = own or type(self)._clip_grad is not OptimWrapper._clip_grad
+            clip = clip_grad_of(clip_grad, strict=not own)
+            self.clip_grad_kwargs, self.grad_name = dict(clip.kwargs), clip.name
+            self._set_clip(clip)
         self.merge_groups = merge_groups
         self.message_hub: Any = MessageHub()
         self._suppression = Suppression()
@@ -191,8 +199,25 @@ class OptimWrapper(WrapperState):
 
     @property
     def transform(self) -> Transform | None:
-        """What stands between backward and step: the clip, if that was asked for."""
-        return None if self._on_gradients is None else self._on_gradients.transform
+        """What stands between backward and step: the clip, if that was asked for.
+
+        None where a `clip_func` of the user's stands there.
+        """
+        own = self._running()
+        return None if own is None else own.transform
+
+    def readings(self) -> dict[str, Any]:
+        """Return what stands between backward and step has to tell, such as a norm.
+
+        Numbers are tensors on their device; `fetch` brings all to the host at once.
+        """
+        own = self._running()
+        return {} if own is None else own.readings()
+
+    def _running(self) -> GradientTransform | None:
+        own = self._on_gradients
+        replaced = own is not None and own.is_clip and self._has_own_clip()
+        return None if replaced else own
 
     def _merges(self) -> bool:
         return self.merge_groups and len(self.optimizer.param_groups) > 1
@@ -215,37 +240,60 @@ class OptimWrapper(WrapperState):
             )
             raise MistakenValueError(msg)
 
-    def _clip_grad(self, found_inf: Tensor | None = None) -> None:
-        """Run what stands between backward and step on the gradients."""
+    # -- between backward and step ----------------------------------------------------
+
+    def _clip_grad(self) -> None:
+        """Run what stands between backward and step on the gradients.
+
+        A derived class may have its own, which takes nothing, as MMEngine's does.
+        """
         own = self._on_gradients
         if own is None or own.is_clip:
-            if not self.clip_grad_kwargs:  # Somebody took it away.
-                return
-            own = self._current_clip(own)
-            found_inf = None
-        params = self._parameters()
-        if not own.is_clip or own.can_run(params):
-            own.run(params, self._named, found_inf)
+            norm = self._clipped()
+        else:
+            own.run(self._parameters(), self._named, self._overflow())
             norm = own.norm
-        else:  # On several devices: torch joins their norms itself.
-            moved = [p for p in params if p.requires_grad and p.grad is not None]
-            norm = self.clip_func(moved, **(self.clip_grad_kwargs or {}))
         if norm is not None:
             name = getattr(self, "grad_name", "grad_norm")
             self.message_hub.update_scalar(f"train/{name}", norm)
 
-    def _set_clip(self, clip: ClipGrad) -> GradientTransform:
-        self.clip_grad_kwargs = clip.kwargs
-        self._clipped_by = dict(clip.kwargs)
-        self.clip_func, self.grad_name = clip.func, clip.name
-        self._on_gradients = GradientTransform(clip.transform, is_clip=True)
+    def _clipped(self) -> Any:
+        """Clip as `clip_grad_kwargs` and `clip_func` say now, and return the norm."""
+        if not self.clip_grad_kwargs:  # Somebody took it away.
+            return None
+        params = self._parameters()
+        own = None if self._has_own_clip() else self._current_clip()
+        if own is not None and own.can_run(params):
+            own.run(params, self._named)
+            return own.norm
+        # A function of the user's; or several devices, whose norms torch joins itself.
+        moved = [p for p in params if p.requires_grad and p.grad is not None]
+        return self.clip_func(moved, **self.clip_grad_kwargs) if moved else None
+
+    def _has_own_clip(self) -> bool:
+        """Whether `clip_func` is somebody's, and not what `clip_grad` stands for."""
+        func = getattr(self, "clip_func", None)
+        return func is not None and (self._clip is None or func is not self._clip.func)
+
+    def _overflow(self) -> Tensor | None:
+        """Return what is nonzero if the step will be skipped; None if it never is."""
+        return None
+
+    def _set_clip(self, clip: ClipGrad) -> GradientTransform | None:
+        if not self._has_own_clip():
+            self.clip_func = clip.func
+        if self._clip is not None and self._clip.name != clip.name:
+            self.grad_name = clip.name
+        self._clip, self._on_gradients = clip, None
+        if clip.transform is not None:
+            self._on_gradients = GradientTransform(clip.transform, is_clip=True)
         return self._on_gradients
 
-    def _current_clip(self, own: GradientTransform | None) -> GradientTransform:
+    def _current_clip(self) -> GradientTransform | None:
         """Return the clip that `clip_grad_kwargs` asks for now: it may be written."""
-        kwargs = self.clip_grad_kwargs or {}
-        if own is not None and kwargs == self._clipped_by:
-            return own
+        kwargs, last = self.clip_grad_kwargs or {}, self._clip
+        if last is not None and kwargs == last.kwargs:
+            return self._on_gradients
         kind = "value" if "clip_value" in kwargs else "norm"
         return self._set_clip(clip_grad_of({"type": kind, **kwargs}))
 
