@@ -18,34 +18,30 @@ With `compose=True` nothing switches anything off: every rule that fits multipli
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
-import numbers
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from functional_optim._layers import kinds_of, places
-from functional_optim._names import did_you_mean
+from functional_optim._paramwise_config import (
+    DECAY_RULES,
+    FOR_ALL,
+    LR_RULES,
+    RULES,
+    check_keys,
+    checked_custom_keys,
+    checked_multiplier,
+    is_near_multiplier,
+    label,
+    unread_in,
+)
 from functional_optim._selection import substrings_of
 
 if TYPE_CHECKING:
     from functional_optim._layers import Place
-
-_LR_RULES = ("bias_lr_mult", "dcn_offset_lr_mult")
-_DECAY_RULES = (
-    "norm_decay_mult",
-    "bias_decay_mult",
-    "dwconv_decay_mult",
-    "flat_decay_mult",
-)
-_FOR_ALL = ("lr_mult", "decay_mult")
-_SWITCHES = ("bypass_duplicate", "compose")
-_RULES = (*_FOR_ALL, *_LR_RULES, *_DECAY_RULES)
-RULE_NAMES = (*_RULES, *_SWITCHES, "custom_keys")
-"""Everything that `paramwise_cfg` may have."""
 
 logger = logging.getLogger("functional_optim")
 
@@ -98,53 +94,37 @@ class ParamwiseRules:
     """
 
     def __init__(self, config: Mapping[str, Any], *, strict: bool = True) -> None:
-        if not isinstance(config, Mapping):
-            msg = (
-                "paramwise_cfg should be None or a dict, "
-                f"but got {type(config).__name__} {config!r}"
-            )
-            raise TypeError(msg)
-        for key in config:
-            if key in RULE_NAMES:
-                continue
-            near = difflib.get_close_matches(str(key), RULE_NAMES, cutoff=0.9)
-            if strict or near:
-                hint = did_you_mean(str(key), RULE_NAMES)
-                msg = f"paramwise_cfg has no rule {key!r}; {hint}"
-                raise ValueError(msg)
+        check_keys(config, strict=strict)
         self._multipliers = {
-            key: _checked_multiplier(f"paramwise_cfg[{key!r}]", config[key])
-            for key in _RULES
+            key: checked_multiplier(f"paramwise_cfg[{key!r}]", config[key])
+            for key in RULES
             # As in MMEngine None is the same as no rule.
             if config.get(key) is not None
         }
-        for key in _SWITCHES:
-            if not isinstance(config.get(key, False), bool):
-                msg = f"paramwise_cfg[{key!r}] must be a bool, got {config[key]!r}"
-                raise TypeError(msg)
         self.bypass_duplicate: bool = config.get("bypass_duplicate", False)
         self._composes: bool = config.get("compose", False)
-        self._custom = _checked_custom_keys(config.get("custom_keys", {}))
+        self._custom = checked_custom_keys(config.get("custom_keys", {}))
+        self._unread = list(unread_in(config))
 
     @property
     def names(self) -> list[str]:
         """All rules that multiply something, by name."""
-        return [*self._multipliers, *map(_label, self._custom)]
+        return [*self._multipliers, *map(label, self._custom)]
 
     def of(self, kind: str) -> list[str]:
         """Return the rules that need a base value: `kind` is "lr" or "decay"."""
         found = [key for key in self._multipliers if f"{kind}_mult" in key]
         for key, options in self._custom.items():
             if f"{kind}_mult" in options:
-                found.append(f"{_label(key)}[{f'{kind}_mult'!r}]")
+                found.append(f"{label(key)}[{f'{kind}_mult'!r}]")
         return found
 
     def judge(self, place: Place, ndim: int) -> Verdict:
         """Return what the rules say about a parameter at a place, of so many dims."""
         keys = substrings_of(place.full_name, self._custom)
         kinds = [rule for rule in kinds_of(place, ndim) if rule in self._multipliers]
-        everywhere = [rule for rule in _FOR_ALL if rule in self._multipliers]
-        fitting = (*everywhere, *map(_label, keys), *kinds)
+        everywhere = [rule for rule in FOR_ALL if rule in self._multipliers]
+        fitting = (*everywhere, *map(label, keys), *kinds)
         if not self._composes:
             keys = keys[:1]
             kinds = [] if keys else kinds
@@ -152,9 +132,9 @@ class ParamwiseRules:
         options: dict[str, Any] = {}
         for key in reversed(keys):  # The longest has the last word.
             options |= self._custom[key]
-        deciding = [*everywhere, *map(_label, keys)]
+        deciding = [*everywhere, *map(label, keys)]
         products: dict[str, float | None] = {}
-        for name, rules in (("lr_mult", _LR_RULES), ("decay_mult", _DECAY_RULES)):
+        for name, rules in (("lr_mult", LR_RULES), ("decay_mult", DECAY_RULES)):
             if name in options:
                 given = [self._custom[key].get(name, 1.0) for key in keys]
                 options[name] = _product(given)
@@ -175,6 +155,11 @@ class ParamwiseRules:
             rules=tuple(deciding),
             fitting=fitting,
         )
+
+    def warn_of_unread(self) -> None:
+        """Log a warning for every key that MMEngine does not read either."""
+        for warning in self._unread:
+            logger.warning("%s", warning)
 
     def warn_of_idle(self, verdicts: Iterable[Verdict]) -> None:
         """Log a warning for every rule that decided nothing."""
@@ -237,6 +222,7 @@ def paramwise_multipliers(
         msg = f"model must be a torch.nn.Module, got a {type(model).__name__}"
         raise TypeError(msg)
     rules = ParamwiseRules(paramwise_cfg)
+    rules.warn_of_unread()
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
     verdicts: dict[str, Verdict] = {}
     for place, param in places(model):
@@ -245,7 +231,8 @@ def paramwise_multipliers(
             verdicts[name] = rules.judge(place, param.ndim)
     rules.warn_of_idle(verdicts.values())
     extra = {key for verdict in verdicts.values() for key in verdict.options}
-    for key in sorted(extra - set(_FOR_ALL)):
+    extra = {key for key in extra if not is_near_multiplier(key)}
+    for key in sorted(extra - set(FOR_ALL)):
         logger.warning(
             "paramwise_cfg: %r in custom_keys is no multiplier; only groups of an "
             "optimizer can have it",
@@ -260,50 +247,6 @@ def paramwise_multipliers(
     }
 
 
-def _label(key: str) -> str:
-    return f"custom_keys[{key!r}]"
-
-
 def _product(factors: list[float]) -> float | None:
     """Return the product, None of nothing; one factor stays what it is."""
     return math.prod(factors[1:], start=factors[0]) if factors else None
-
-
-def _checked_multiplier(name: str, value: Any) -> Any:
-    if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
-        msg = f"{name} must be a number, got {value!r}"
-        raise TypeError(msg)
-    if not math.isfinite(value) or value < 0:
-        msg = f"{name} must be finite and >= 0, got {value!r}"
-        raise ValueError(msg)
-    return value  # As given: an int stays one.
-
-
-def _checked_custom_keys(custom_keys: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(custom_keys, Mapping):
-        msg = (
-            "If specified, custom_keys must be a dict from a piece of a name to its "
-            f"options, but got {type(custom_keys).__name__} {custom_keys!r}"
-        )
-        raise TypeError(msg)
-    return {key: _checked_options(key, custom_keys[key]) for key in custom_keys}
-
-
-def _checked_options(key: Any, options: Any) -> dict[str, Any]:
-    if not isinstance(key, str):
-        msg = f"custom_keys must have pieces of parameter names as keys, got {key!r}"
-        raise TypeError(msg)
-    if not isinstance(options, Mapping):
-        msg = f"{_label(key)} must be a dict such as dict(lr_mult=0.1), got {options!r}"
-        raise TypeError(msg)
-    for name, value in options.items():
-        where = f"{_label(key)}[{name!r}]"
-        if name in _FOR_ALL:
-            _checked_multiplier(where, value)
-        elif name in RULE_NAMES or name in {"params", "param_names"}:
-            msg = f"{where} cannot stand in a custom key, only lr_mult and decay_mult"
-            raise ValueError(msg)
-        elif difflib.get_close_matches(str(name).lower(), _FOR_ALL, cutoff=0.8):
-            msg = f"{where}: {did_you_mean(str(name), _FOR_ALL)}"
-            raise ValueError(msg)
-    return dict(options)

@@ -43,6 +43,7 @@ FLOORS = [
         "_layers",
         "_order",
         "_paramwise",
+        "_paramwise_config",
         "_parts",
         "_selection",
         "_state",

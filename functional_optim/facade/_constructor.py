@@ -131,6 +131,7 @@ class DefaultOptimWrapperConstructor:
 
     def _validate_cfg(self) -> None:
         rules = self._rules()
+        rules.warn_of_unread()
         needed = (("lr", "lr", self.base_lr), ("decay", "weight_decay", self.base_wd))
         for kind, key, base in needed:
             multiplying = rules.of(kind)
