@@ -19,6 +19,7 @@ from functional_optim.facade._registries import OPTIM_WRAPPERS
 from functional_optim.facade._registry import Switch
 from functional_optim.facade._shared_scaler import SharedScaler
 from functional_optim.facade._wrapper import OptimWrapper
+from functional_optim.facade._wrapper_state import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -189,7 +190,7 @@ class AmpOptimWrapper(OptimWrapper):
         """Return the state of an `OptimWrapper`, and `loss_scaler` if it scales."""
         found = super().state_dict()
         if self.loss_scaler.is_enabled():
-            found["loss_scaler"] = self.loss_scaler.state_dict()
+            found["loss_scaler"] = plain(self.loss_scaler.state_dict())
         return found
 
     def _loss_scale(self) -> float:

@@ -101,7 +101,9 @@ class ShownSettings:
         )
 
     def _parameters(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        # A group of a mock has none.
+        groups = self.optimizer.param_groups
+        return [p for group in groups for p in group.get("params", ())]
 
 
 def _names_in(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
@@ -110,7 +112,7 @@ def _names_in(groups: list[dict[str, Any]]) -> dict[Tensor, str]:
         param: name
         for group in groups
         for param, name in zip(
-            group["params"], group.get("param_names") or (), strict=False
+            group.get("params", ()), group.get("param_names") or (), strict=False
         )
     }
 

@@ -54,7 +54,7 @@ def summary_of(
         values = [_written(group[key]) if key in group else "-" for key in keys]
         pairs = zip(keys, values, strict=True)
         setting = " ".join(f"{key}={value}" for key, value in pairs)
-        for param in group["params"]:
+        for param in group.get("params", ()):
             name = names.get(id(param), str(count))
             shape, source = str(tuple(param.shape)), sources.get(name, "")
             rows.append((name, shape, *values, source))

@@ -43,13 +43,14 @@ class Windowed:
     """Whether there are gradients that no `zero_grad` took."""
     _began_at: int
     """Where counting began."""
-    _warned: bool
+    _warned_of: set[str]
 
     def _start_counts(self, accumulative_counts: int) -> None:
         self._accumulative_counts = accumulative_counts
         self._inner_count = 0
         self._set_end(-1)
-        self._unspent = self._warned = False
+        self._unspent = False
+        self._warned_of = set()
         self._began_at = 0
 
     def _set_end(self, max_counts: int) -> None:
@@ -78,17 +79,23 @@ class Windowed:
         self._set_end(max_counts)
         every = self._accumulative_counts
         if init_counts % every != 0 and not resumed:
-            _logger.warning(
+            self._warn_once(
                 "Resumed iteration number is not divisible by `accumulative_counts`, "
                 "which means the gradient of some iterations is lost and the result "
                 "may be influenced slightly."
             )
         batch_norm = torch.nn.modules.batchnorm._BatchNorm
         if every > 1 and any(isinstance(m, batch_norm) for m in model.modules()):
-            _logger.warning(
+            self._warn_once(
                 "Gradient accumulative may slightly decrease performance because the "
                 "model has BatchNorm layers."
             )
+
+    def _warn_once(self, message: str) -> None:
+        """Log a warning, unless this wrapper did: some loops begin anew in each step."""
+        if message not in self._warned_of:
+            self._warned_of.add(message)
+            _logger.warning(message)
 
     def should_update(self) -> bool:
         """Tell after a backward whether it ended a window."""

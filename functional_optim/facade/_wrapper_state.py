@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -23,7 +22,6 @@ Take: TypeAlias = Callable[[], None]
 """Takes over what was checked before; it cannot fail."""
 
 _COUNTS = {"inner_count": 0, "max_counts": -1}
-_logger = logging.getLogger("functional_optim")
 
 
 class Prepared(NamedTuple):
@@ -61,7 +59,7 @@ class WrapperState(Windowed, ShownSettings):
         accumulation = self._saved_accumulation()
         if accumulation is not None:
             found["accumulation"] = accumulation
-        return found
+        return {key: plain(value) for key, value in found.items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state, of this class or of MMEngine's.
@@ -180,9 +178,8 @@ class WrapperState(Windowed, ShownSettings):
         several = (
             torch.distributed.is_available() and torch.distributed.is_initialized()
         )
-        if several and torch.distributed.get_world_size() > 1 and not self._warned:
-            self._warned = True
-            _logger.warning(
+        if several and torch.distributed.get_world_size() > 1:
+            self._warn_once(
                 "The state is saved while gradients wait for a step; they are those of "
                 "this process. Save where a window ends, or on each process."
             )
@@ -233,6 +230,25 @@ class WrapperState(Windowed, ShownSettings):
                 self._took_gradients()
 
         return take
+
+
+def plain(value: Any) -> Any:
+    """Return saved data with Python's numbers in the place of numpy's.
+
+    Hooks write what `np.interp` returns into groups; `torch.load(weights_only=True)`
+    takes no such number.
+
+    Example:
+        >>> import numpy as np
+        >>> plain({"lr": np.float64(0.5), "betas": (np.float32(0.25), 0.9)})
+        {'lr': 0.5, 'betas': (0.25, 0.9)}
+    """
+    if type(value) is dict:
+        return {plain(key): plain(inner) for key, inner in value.items()}
+    if type(value) in {list, tuple}:
+        return type(value)(map(plain, value))
+    is_number = not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0
+    return value.item() if is_number else value
 
 
 def _checked_gradient(place: str, index: int, grad: Any, param: Tensor) -> Tensor:
