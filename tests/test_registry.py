@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import sys
 import types
 
 import pytest
 import torch
+from torch import nn
 
 import functional_optim as fo
 from functional_optim.facade._registry import Registry, arguments_of
@@ -265,3 +267,85 @@ def test_broken_package_is_left_out_with_a_warning(
     ):
         fo.OPTIMIZERS.build({"type": "SDG"})
     assert "optimizers of Sophia are left out: RuntimeError('no GPU')" in caplog.text
+
+
+# -- configs and constructors that are written for MMEngine ----------------------------
+
+
+@pytest.mark.parametrize(
+    ("registry", "path"),
+    [
+        (fo.OPTIM_WRAPPERS, "mmengine.optim.AmpOptimWrapper"),
+        (fo.OPTIM_WRAPPERS, "mmengine.optim.OptimWrapper"),
+        (fo.OPTIM_WRAPPERS, "mmengine.optim.optimizer.optimizer_wrapper.OptimWrapper"),
+        (
+            fo.OPTIM_WRAPPERS,
+            "mmengine.optim.optimizer.amp_optimizer_wrapper.AmpOptimWrapper",
+        ),
+        (fo.OPTIM_WRAPPERS, "mmengine.OptimWrapper"),
+        (
+            fo.OPTIM_WRAPPER_CONSTRUCTORS,
+            "mmengine.optim.optimizer.default_constructor.DefaultOptimWrapperConstructor",
+        ),
+        (fo.OPTIMIZERS, "mmengine.SGD"),
+        (fo.OPTIMIZERS, "torch.optim.sgd.SGD"),
+    ],
+)
+def test_dotted_names_of_mmengines_classes_are_ours(registry, path) -> None:
+    """Configs that were dumped name classes so; MMEngine need not be there."""
+    ours = registry.module_dict[path.rpartition(".")[2]]
+    assert registry.get(path) is ours
+    assert registry.resolve(path) is ours
+    if path.startswith("mmengine."):
+        assert path in registry
+
+
+def test_a_dumped_config_builds_ours() -> None:
+    """All of its names are dotted."""
+    wrapper = fo.build_optim_wrapper(
+        nn.Linear(1, 1),
+        {
+            "type": "mmengine.optim.AmpOptimWrapper",
+            "optimizer": {"type": "torch.optim.AdamW", "lr": 0.1},
+            "constructor": "mmengine.optim.DefaultOptimWrapperConstructor",
+            "dtype": "bfloat16",
+        },
+    )
+    assert type(wrapper) is fo.AmpOptimWrapper
+    assert type(wrapper.optimizer) is torch.optim.AdamW
+
+
+def test_what_is_not_ours_is_looked_for_in_mmengine() -> None:
+    """A class of MMEngine that has no counterpart is named in the error."""
+    path = "mmengine.optim.NoSuchOptimWrapper"
+    assert path not in fo.OPTIM_WRAPPERS
+    with pytest.raises(KeyError, match="'mmengine.optim.NoSuchOptimWrapper' is not in"):
+        fo.OPTIM_WRAPPERS.resolve(path)
+
+
+@pytest.mark.parametrize("scope", [None, "mmdet"])
+def test_switching_the_scope_has_the_registry_itself(scope) -> None:
+    """Constructors copied from MMEngine look the class of an optimizer up so."""
+    with fo.OPTIMIZERS.switch_scope_and_registry(scope) as registry:
+        assert registry is fo.OPTIMIZERS
+        assert registry.get("SGD") is torch.optim.SGD
+
+
+def test_a_constructor_copied_from_mmengine_builds() -> None:
+    """`__call__` as MMEngine's constructor has it."""
+
+    class Own(fo.DefaultOptimWrapperConstructor):
+        def __call__(self, model):
+            optimizer_cfg = self.optimizer_cfg.copy()
+            with fo.OPTIMIZERS.switch_scope_and_registry(None) as registry:
+                optimizer_cls = registry.get(self.optimizer_cfg["type"])
+            first = next(iter(inspect.signature(optimizer_cls).parameters))
+            optimizer_cfg[first] = model.parameters()
+            optimizer = fo.OPTIMIZERS.build(optimizer_cfg)
+            return fo.OPTIM_WRAPPERS.build(
+                {"type": "OptimWrapper"}, default_args={"optimizer": optimizer}
+            )
+
+    for kind in ("SGD", "fo.sgd"):
+        wrapper = Own({"optimizer": {"type": kind, "lr": 0.1}})(nn.Linear(1, 1))
+        assert wrapper.get_lr() == {"lr": [0.1]}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from functional_optim._names import did_you_mean
@@ -103,7 +104,7 @@ class Registry:
         return found
 
     def _found(self, key: str) -> Any:
-        found = self._module_dict.get(key)
+        found = self._module_dict.get(_name_here(key))
         for find in self._finds:
             if found is None:
                 found = find(key)
@@ -135,6 +136,17 @@ class Registry:
             )
             raise TypeError(msg)
         return self._in_place_of(kind)
+
+    @contextlib.contextmanager
+    def switch_scope_and_registry(self, scope: str | None) -> Iterator[Registry]:
+        """Return a context that has the registry itself, whatever the scope.
+
+        Constructors that are written for MMEngine look names up in it.
+
+        Args:
+            scope: The scope of MMEngine that is asked for.
+        """
+        yield self
 
     def look_also(self, find: Callable[[str], Any]) -> None:
         """Look a name up elsewhere, too, where it is not found before.
@@ -232,8 +244,9 @@ class Registry:
 
     def _in_place_of(self, kind: Callable[..., Any]) -> Callable[..., Any]:
         """Return what is built instead of a class or function, most often itself."""
-        replaced: Callable[..., Any] | None = None
-        if self._replace is not None:
+        path = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+        replaced: Callable[..., Any] | None = self._module_dict.get(_name_here(path))
+        if replaced is None and self._replace is not None:
             replaced = self._replace(kind)
         return kind if replaced is None else replaced
 
@@ -259,6 +272,16 @@ def arguments_of(kind: Callable[..., Any]) -> list[str]:
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
     return list(names)
+
+
+def _name_here(key: str) -> str:
+    """Return what a class of MMEngine's is called here, if a key is its dotted path.
+
+    Configs that are dumped have such paths, such as
+    "mmengine.optim.optimizer.optimizer_wrapper.OptimWrapper".
+    """
+    package, _, path = key.partition(".")
+    return path.rpartition(".")[2] if package == "mmengine" else key
 
 
 def _imported(path: str) -> Any:

@@ -92,7 +92,7 @@ class Windowed:
             )
 
     def _warn_once(self, message: str) -> None:
-        """Log a warning, unless this wrapper did: some loops begin anew in each step."""
+        """Log a warning, unless this wrapper did: some loops count anew each time."""
         if message not in self._warned_of:
             self._warned_of.add(message)
             _logger.warning(message)
