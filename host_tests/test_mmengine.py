@@ -476,7 +476,7 @@ def test_history_of_deferred_numbers(
     ours = fo.OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1))
     live = torch.tensor(1.0, requires_grad=True)
     for value in (live, torch.tensor([2.0]), 3.0, 4, torch.tensor(5)):
-        ours.message_hub.update_scalar("train/x", value, count=2)
+        ours._notes.update_scalar("train/x", value, count=2)
         with torch.no_grad():
             live += 1.0
     history = hub.get_scalar("train/x")
@@ -494,10 +494,28 @@ def test_history_of_deferred_numbers(
     for value in range(2000):
         history.update(torch.tensor(float(value)))
     assert history.data[0].tolist() == [1997.0, 1998.0, 1999.0]
-    # What a subclass asks the hub for, the host's answers.
+    # What a subclass asks for is MMEngine's own hub.
+    assert ours.message_hub is hub
     ours.message_hub.update_info("epoch", 7)
     assert ours.message_hub.get_info("epoch") == 7
     assert copy.deepcopy(ours).message_hub.get_info("epoch") == 7
+
+
+def test_the_hub_is_mmengines_own() -> None:
+    """Whichever is current, in wrappers that were built before as well."""
+    get = mmengine.logging.MessageHub.get_instance
+    first = get("the first hub")
+    wrapper = fo.OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1))
+    assert wrapper.message_hub is first
+    second = get("the second hub")
+    assert wrapper.message_hub is second
+    wrapper.message_hub = first  # Who sets one keeps it.
+    assert wrapper.message_hub is first
+    wrapper.clip_grad_kwargs = {"max_norm": 1.0}
+    wrapper.optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+    wrapper.step()
+    assert first.get_scalar("train/grad_norm").current() == 1.0
+    assert "train/grad_norm" not in second.log_scalars
 
 
 def test_registers_once() -> None:

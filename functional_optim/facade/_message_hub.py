@@ -27,8 +27,8 @@ class MessageHub:
     """What a wrapper has to tell, such as `train/grad_norm`.
 
     Attributes:
-        host: The hub of the framework that trains, if one is connected; see
-            `functional_optim.integrations`. All is told to it and asked for there.
+        host: What notes numbers in the framework that trains, and has its hub as
+            `current`, if one is connected; see `functional_optim.integrations`.
 
     Example:
         >>> import torch
@@ -59,21 +59,13 @@ class MessageHub:
         else:
             self.host.update_scalar(key, value, *args, **kwargs)
 
-    def get_scalar(self, key: str) -> Any:
-        """Return what was noted under a name: the history of the host, else the latest.
+    def get_scalar(self, key: str) -> Scalar:
+        """Return the latest that was noted under a name.
 
         Raises:
             KeyError: nothing was.
         """
-        if self.host is not None:
-            return self.host.get_scalar(key)
         if key not in self._scalars:
             msg = f"nothing was noted under {key!r}, only under {list(self._scalars)}"
             raise KeyError(msg)
         return self._scalars[key]
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or self.host is None:
-            msg = f"{type(self).__name__!r} object has no attribute {name!r}"
-            raise AttributeError(msg)
-        return getattr(self.host, name)

@@ -6,12 +6,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from functional_optim.facade._counts import closes, window
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 _logger = logging.getLogger("functional_optim")
 
@@ -117,6 +118,20 @@ class Windowed:
         every, end = self._accumulative_counts, self._max_counts
         start, stop = window(self._inner_count, every, end)
         return loss / (stop - start)
+
+    @staticmethod
+    def _check_loss(loss: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse a loss that is not a single number."""
+        if not hasattr(loss, "backward"):
+            kind = type(loss).__name__
+            msg = f"loss must be a tensor, got a {kind}; add up its parts first"
+            raise MistakenTypeError(msg)
+        if isinstance(loss, Tensor) and loss.numel() != 1 and "gradient" not in kwargs:
+            msg = (
+                f"loss must be a single number, got shape {tuple(loss.shape)}; pass "
+                "loss.mean() or loss.sum()"
+            )
+            raise MistakenValueError(msg)
 
     @property
     def inner_count(self) -> int:

@@ -106,7 +106,8 @@ class OptimWrapper(WrapperState):
             self.clip_grad_kwargs, self.grad_name = dict(clip.kwargs), clip.name
             self._set_clip(clip)
         self.merge_groups = merge_groups
-        self.message_hub: Any = MessageHub()
+        self._notes = MessageHub()
+        self._given_hub: Any = None
         self._suppression = Suppression()
         self._start_settings()
 
@@ -199,12 +200,21 @@ class OptimWrapper(WrapperState):
 
     @property
     def transform(self) -> Transform | None:
-        """What stands between backward and step: the clip, if that was asked for.
-
-        None where a `clip_func` of the user's stands there.
-        """
+        """What stands between backward and step, unless it is a user's `clip_func`."""
         own = self._running()
         return None if own is None else own.transform
+
+    @property
+    def message_hub(self) -> Any:
+        """Where numbers for the log go: the current hub of MMEngine, if it trains."""
+        if self._given_hub is not None:
+            return self._given_hub
+        host = self._notes.host
+        return self._notes if host is None else host.current
+
+    @message_hub.setter
+    def message_hub(self, hub: Any) -> None:
+        self._given_hub = hub
 
     def readings(self) -> dict[str, Any]:
         """Return what stands between backward and step has to tell, such as a norm.
@@ -227,26 +237,10 @@ class OptimWrapper(WrapperState):
         self._inner_count += 1
         self._unspent = True
 
-    @staticmethod
-    def _check_loss(loss: Any, kwargs: dict[str, Any]) -> None:
-        if not hasattr(loss, "backward"):
-            kind = type(loss).__name__
-            msg = f"loss must be a tensor, got a {kind}; add up its parts first"
-            raise MistakenTypeError(msg)
-        if isinstance(loss, Tensor) and loss.numel() != 1 and "gradient" not in kwargs:
-            msg = (
-                f"loss must be a single number, got shape {tuple(loss.shape)}; pass "
-                "loss.mean() or loss.sum()"
-            )
-            raise MistakenValueError(msg)
-
     # -- between backward and step ----------------------------------------------------
 
     def _clip_grad(self) -> None:
-        """Run what stands between backward and step on the gradients.
-
-        A derived class may have its own, which takes nothing, as MMEngine's does.
-        """
+        """Run what stands between backward and step; derived classes may override it."""
         own = self._on_gradients
         if own is None or own.is_clip:
             norm = self._clipped()
@@ -254,8 +248,9 @@ class OptimWrapper(WrapperState):
             own.run(self._parameters(), self._named, self._overflow())
             norm = own.norm
         if norm is not None:
-            name = getattr(self, "grad_name", "grad_norm")
-            self.message_hub.update_scalar(f"train/{name}", norm)
+            # Not to the hub of a host, which would wait for the device.
+            hub = self._notes if self._given_hub is None else self._given_hub
+            hub.update_scalar(f"train/{getattr(self, 'grad_name', 'grad_norm')}", norm)
 
     def _clipped(self) -> Any:
         """Clip as `clip_grad_kwargs` and `clip_func` say now, and return the norm."""

@@ -142,6 +142,11 @@ class CurrentHub:
         bases = (module.DeferredHistory, logs.HistoryBuffer)
         self._deferred: Any = type("DeferredHistoryBuffer", bases, {})
 
+    @property
+    def current(self) -> Any:
+        """MMEngine's current hub."""
+        return self._hubs.get_current_instance()
+
     def update_scalar(self, key: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Note a number under a name; a tensor is not read before somebody looks.
 
@@ -151,7 +156,7 @@ class CurrentHub:
             args: As MMEngine's method takes them: `count` and `resumed`.
             kwargs: The same.
         """
-        hub = self._hubs.get_current_instance()
+        hub = self.current
         history = hub.log_scalars.get(key)
         if history is None or not isinstance(value, Tensor):
             # Whether it is resumed, the hub decides on the first.
@@ -161,11 +166,6 @@ class CurrentHub:
             history = self._deferred(*history.data, history.max_length)
             hub.log_scalars[key] = history
         history.update(value, args[0] if args else kwargs.get("count", 1))
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # Asked for in copying, before there is anything.
-            raise AttributeError(name)
-        return getattr(self._hubs.get_current_instance(), name)
 
 
 class _ToCurrentLogger(logging.Handler):
