@@ -297,7 +297,9 @@ def test_a_state_is_a_dict(state: Any) -> None:
 
 
 def test_a_dict_takes_wrappers_only() -> None:
-    with pytest.raises(TypeError, match=r"torch\.optim\.adam\.Adam; wrap an"):
+    """The message begins with the words that MMEngine's users match."""
+    words = "^`OptimWrapperDict` only accept OptimWrapper instance, but got gen: "
+    with pytest.raises(TypeError, match=words + r"torch\.optim\.adam\.Adam; wrap an"):
         fo.OptimWrapperDict(gen=_optimizer())
 
 

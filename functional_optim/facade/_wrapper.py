@@ -240,7 +240,7 @@ class OptimWrapper(WrapperState):
     # -- between backward and step ----------------------------------------------------
 
     def _clip_grad(self) -> None:
-        """Run what stands between backward and step; derived classes may override it."""
+        """Run what stands between backward and step; it may be overridden."""
         own = self._on_gradients
         if own is None or own.is_clip:
             norm = self._clipped()
@@ -278,7 +278,8 @@ class OptimWrapper(WrapperState):
         if not self._has_own_clip():
             self.clip_func = clip.func
         if self._clip is not None and self._clip.name != clip.name:
-            self.grad_name = clip.name
+            # In an OptimWrapperDict there may be a name in front.
+            self.grad_name = self.grad_name.removesuffix(self._clip.name) + clip.name
         self._clip, self._on_gradients = clip, None
         if clip.transform is not None:
             self._on_gradients = GradientTransform(clip.transform, is_clip=True)

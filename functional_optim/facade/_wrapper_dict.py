@@ -26,7 +26,8 @@ class OptimWrapperDict(OptimWrapper):
     """Several wrappers by name, such as those of a generator and a discriminator.
 
     A mapping that is only read. State, rates and `zero_grad` reach all wrappers; each
-    runs its own backward and step, because only the training loop knows when.
+    runs its own backward and step, because only the training loop knows when. Where
+    several clip, each logs its norm under its name: `train/gen.grad_norm`.
 
     Args:
         optim_wrappers: The wrappers by name.
@@ -53,12 +54,13 @@ class OptimWrapperDict(OptimWrapper):
             nested = isinstance(wrapper, OptimWrapperDict)
             if nested or not isinstance(wrapper, OptimWrapper):
                 msg = (
-                    f"OptimWrapperDict takes OptimWrapper instances, got {name}: "
-                    f"{type(wrapper).__module__}.{type(wrapper).__name__}; wrap an "
-                    "optimizer: OptimWrapper(optimizer)"
+                    "`OptimWrapperDict` only accept OptimWrapper instance, but got "
+                    f"{name}: {type(wrapper).__module__}.{type(wrapper).__name__}; "
+                    "wrap an optimizer: OptimWrapper(optimizer)"
                 )
                 raise MistakenTypeError(msg)
         self.optim_wrappers = optim_wrappers
+        _name_norms(optim_wrappers)
 
     # -- what each wrapper does by itself ---------------------------------------------
 
@@ -172,14 +174,24 @@ class OptimWrapperDict(OptimWrapper):
         if not isinstance(state_dict, Mapping):
             msg = f"state_dict must be a dict, got a {type(state_dict).__name__}"
             raise MistakenTypeError(msg)
-        for name in state_dict:
-            if name not in self.optim_wrappers:
+        extra = [name for name in state_dict if name not in self.optim_wrappers]
+        missing = [name for name in self.optim_wrappers if name not in state_dict]
+        for verb, names in (("has", extra), ("lacks", missing)):
+            if names:
+                told = ", ".join(map(repr, names))
                 msg = (
-                    f"Mismatched `state_dict`: it has {name!r}, the wrappers are "
-                    f"{', '.join(self.optim_wrappers)}"
+                    f"Mismatched `state_dict`: it {verb} {told}, the wrappers are "
+                    f"{', '.join(self.optim_wrappers)}; build those that were saved, "
+                    "or load one alone: wrappers[name].load_state_dict(...)"
                 )
                 raise MistakenValueError(msg)
-        loads = {n: self.optim_wrappers[n].prepared(d) for n, d in state_dict.items()}
+        # Who loads in a way of his own may have saved what only he knows.
+        alone = {name: w for name, w in self.items() if _loads_by_itself(w)}
+        loads = {
+            name: wrapper.prepared(state_dict[name])
+            for name, wrapper in self.items()
+            if name not in alone
+        }
         undo = []
         with torch.inference_mode(mode=False):
             try:
@@ -187,6 +199,9 @@ class OptimWrapperDict(OptimWrapper):
                     optimizer = self.optim_wrappers[name].optimizer
                     undo.append(undo_of(optimizer))
                     optimizer.load_state_dict(load.optimizer)
+                for name, wrapper in alone.items():
+                    undo.append(undo_of(wrapper.optimizer))
+                    wrapper.load_state_dict(state_dict[name])
             except Exception:
                 for back in undo:
                     back()
@@ -242,3 +257,23 @@ class OptimWrapperDict(OptimWrapper):
 
     def __repr__(self) -> str:
         return "".join(f"name: {name}\n{w!r}" for name, w in self.items())
+
+
+def _loads_by_itself(wrapper: OptimWrapper) -> bool:
+    return type(wrapper).load_state_dict is not OptimWrapper.load_state_dict
+
+
+def _name_norms(wrappers: Mapping[str, OptimWrapper]) -> None:
+    """Let norms that would get into one history be logged under their wrappers' names.
+
+    Args:
+        wrappers: The wrappers by name.
+    """
+    found: dict[str, list[tuple[str, OptimWrapper]]] = {}
+    for name, wrapper in wrappers.items():
+        if wrapper.transform is not None or wrapper.clip_grad_kwargs:
+            known = getattr(wrapper, "grad_name", "grad_norm")
+            found.setdefault(known, []).append((name, wrapper))
+    for known, sharing in found.items():
+        for name, wrapper in sharing if len(sharing) > 1 else ():
+            wrapper.grad_name = f"{name}.{known}"
