@@ -25,10 +25,12 @@ since torch 2.6 set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 to load what you trust.
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from functional_optim.facade._amp_wrapper import AmpOptimWrapper
@@ -41,6 +43,7 @@ from functional_optim.facade._registries import (
 from functional_optim.facade._registry import Registry
 from functional_optim.facade._wrapper import OptimWrapper
 from functional_optim.facade._wrapper_dict import OptimWrapperDict
+from functional_optim.integrations._registries import become_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -56,7 +59,9 @@ def register() -> None:
 
     - Its registries find `functional_optim.OptimWrapper` and all other names in our
       registries, and the presets as `fo.adamw` and so on; ours find what is in its.
+    - Ours are registries to it: for `build_from_cfg`, and as parents of others.
     - Its `isinstance` checks take our wrappers for its own, in Runner and schedulers.
+    - `FSDPStrategy` sets `use_fsdp` for our `AmpOptimWrapper` as for its own.
     - The gradient norm goes to its current message hub as `train/grad_norm`, and is
       read on the host only when the Runner writes a line of its log.
     - What we log goes to its current logger, and nowhere else.
@@ -90,7 +95,11 @@ def register() -> None:
         if "functional_optim" not in root.children:
             own.look_also(_found_in(root))
             _open_scope("functional_optim", root, own)
+            become_registry(own, registry)
     _open_scope("fo", registry.OPTIMIZERS, OPTIMIZERS)
+    _open_scope("fo", OPTIMIZERS, OPTIMIZERS)
+    if torch.distributed.is_available():
+        _follow_fsdp(importlib.import_module("mmengine._strategy").FSDPStrategy)
     if MessageHub.host is None:
         MessageHub.host = CurrentHub()
     _connect_logger()
@@ -100,13 +109,14 @@ def _open_scope(scope: str, root: Any, own: Registry) -> None:
     """Let a registry of MMEngine find names of one of ours behind a scope and a dot."""
     if scope in root.children:
         return
+    plain = importlib.import_module("mmengine.registry").Registry
 
     def get(_: Any, key: str) -> Any:
         # As a whole: what is registered under it, such as fo.adamw, or can be imported.
         return own.get(key) or own.get(f"{scope}.{key}")
 
     # Looked up in ours each time, where users may register more.
-    kind = type("Scope", (type(root),), {"get": get})
+    kind = type("Scope", (plain,), {"get": get})
     kind(root.name, parent=root, scope=scope)
 
 
@@ -123,6 +133,27 @@ def _found_in(root: Any) -> Callable[[str], Any]:
                 return None
 
     return find
+
+
+def _follow_fsdp(strategy: Any) -> None:
+    """Let the strategy share one scaler over its processes in our wrapper, too.
+
+    Where a config does not say `use_fsdp`, it sets it for its own class, by its name.
+    """
+    build = strategy.build_optim_wrapper
+    if hasattr(build, "__wrapped__"):
+        return
+
+    @functools.wraps(build)
+    def build_optim_wrapper(self: Any, optim_wrapper: Any, model: Any = None) -> Any:
+        kind = optim_wrapper.get("type") if hasattr(optim_wrapper, "get") else None
+        if isinstance(kind, str) and kind.partition(".")[0] in _SCOPES:
+            kind = OPTIM_WRAPPERS.get(kind)
+        if kind is AmpOptimWrapper:
+            optim_wrapper.setdefault("use_fsdp", True)
+        return build(self, optim_wrapper, model)
+
+    strategy.build_optim_wrapper = build_optim_wrapper
 
 
 class CurrentHub:
