@@ -71,6 +71,9 @@ def test_a_mocked_optimizer_is_called() -> None:
     wrapper.zero_grad(set_to_none=True)
     optimizer.zero_grad.assert_called_with(set_to_none=True)
     wrapper.summary(lambda _: None)
+    loss = MagicMock(spec=torch.Tensor)
+    wrapper.backward(loss, retain_graph=True)
+    loss.backward.assert_called_with(retain_graph=True)
     amp = fo.AmpOptimWrapper(optimizer=optimizer)
     amp.step()
     assert optimizer.step.call_count == 2
