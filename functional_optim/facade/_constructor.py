@@ -48,7 +48,8 @@ class DefaultOptimWrapperConstructor:
 
     - `custom_keys`: a dict from a piece of a name to `lr_mult`, `decay_mult` or both.
       The longest key that a name contains counts, ties by alphabet, and none of the
-      rules below. Keys other than these two go into the group as they are.
+      rules below. Keys other than these two go into the group as they are; one that is
+      spelt nearly so warns.
     - `lr_mult`, `decay_mult`: for all parameters, times what else applies below.
     - `bias_lr_mult`: biases, but not of norm layers, and not in deformable
       convolutions.
