@@ -155,9 +155,6 @@ def test_a_group_may_be_empty() -> None:
     assert sizes(wrapper) == [0, 2]
 
 
-@pytest.mark.xfail(
-    reason="TransformOptimizer adds an empty group without `param_names`", strict=False
-)
 def test_a_group_of_a_preset_may_be_empty() -> None:
     """An empty group stands beside named ones, as it does with torch's class."""
     wrapper = build(add_empty_first, nn.Linear(2, 1), "fo.sgd")

@@ -15,11 +15,11 @@ from functional_optim.facade._loss_scale import (
 )
 from functional_optim.facade._merging import MergedGroups
 from functional_optim.facade._mistakes import MistakenTypeError
+from functional_optim.facade._plain_data import plain
 from functional_optim.facade._registries import OPTIM_WRAPPERS
 from functional_optim.facade._registry import Switch
 from functional_optim.facade._shared_scaler import SharedScaler
 from functional_optim.facade._wrapper import OptimWrapper
-from functional_optim.facade._wrapper_state import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -155,6 +155,7 @@ def check_group_parameters(
             count += 1
             if id(param) in seen:
                 msg = (
+                    "some parameters appear in more than one parameter group: "
                     f"parameter {own!r} comes twice, also as {seen[id(param)]!r}; "
                     "model.named_parameters() has tied parameters once"
                 )

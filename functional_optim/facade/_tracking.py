@@ -94,6 +94,8 @@ class Tracking(torch.optim.Optimizer):
         for (labels, some), own in zip(split.items(), values, strict=True):
             params = some if named else [param for _, param in some]
             group = {**options, **own, "params": params}
+            if not some and "param_names" in param_group:
+                group["param_names"] = []  # No pair says that it has names.
             super().add_param_group(group)
             for key in OPTIONS:
                 group.pop(key, None)

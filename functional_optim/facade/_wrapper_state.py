@@ -12,6 +12,7 @@ from torch import Tensor
 from functional_optim.facade._fitting import check_fits, undo_of
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
 from functional_optim.facade._optimizer import TransformOptimizer
+from functional_optim.facade._plain_data import plain
 from functional_optim.facade._shown_settings import ShownSettings
 from functional_optim.facade._windowed import Windowed, check_counts
 
@@ -230,25 +231,6 @@ class WrapperState(Windowed, ShownSettings):
                 self._took_gradients()
 
         return take
-
-
-def plain(value: Any) -> Any:
-    """Return saved data with Python's numbers in the place of numpy's.
-
-    Hooks write what `np.interp` returns into groups; `torch.load(weights_only=True)`
-    takes no such number.
-
-    Example:
-        >>> import numpy as np
-        >>> plain({"lr": np.float64(0.5), "betas": (np.float32(0.25), 0.9)})
-        {'lr': 0.5, 'betas': (0.25, 0.9)}
-    """
-    if type(value) is dict:
-        return {plain(key): plain(inner) for key, inner in value.items()}
-    if type(value) in {list, tuple}:
-        return type(value)(map(plain, value))
-    is_number = not isinstance(value, Tensor) and getattr(value, "ndim", None) == 0
-    return value.item() if is_number else value
 
 
 def _checked_gradient(place: str, index: int, grad: Any, param: Tensor) -> Tensor:
