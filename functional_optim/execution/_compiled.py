@@ -10,7 +10,7 @@ from torch import Tensor
 
 from functional_optim.execution._codes import Codes, Library
 from functional_optim.execution._compiled_steps import CompiledStep
-from functional_optim.execution._passes import StopError, Supplied
+from functional_optim.execution._passes import Stop, StopError, Supplied
 from functional_optim.execution._scanning import dtype_of
 
 if TYPE_CHECKING:
@@ -81,21 +81,21 @@ class CompiledRun:
         if isinstance(reducer, Supplied):
             stop = self._stopped(reducer.totals)
             if stop is not None:
-                raise stop
+                raise StopError(stop)
         return self._run(reducer)
 
-    def stop(self, totals: Totals) -> StopError | None:
+    def stop(self, totals: Totals) -> Stop | None:
         """Run up to the first total that is not known; return where that was."""
         return self._stopped(totals) or self._run.stop(totals)
 
-    def _stopped(self, totals: Totals) -> StopError | None:
+    def _stopped(self, totals: Totals) -> Stop | None:
         """Return where the code stops, None if there is none or it does not."""
         found = self._next_pass(totals)
         if found is None or found.call is None:
             return None
         late = found.code(self._inputs(), found.crossing)
         (partial,) = found.code.results(late, found.early)
-        return StopError(found.call, partial, found.op)
+        return Stop(found.call, partial, found.op)
 
     def apply(self, totals: Totals, later: Later) -> list[Node] | None:
         """Move parameters and state.

@@ -260,8 +260,8 @@ class CompiledStep:
                     {name: grad}, state, {name: param}, context=context
                 )
             except StopError as stop:
-                ops.append(stop.op)
-                return [stop.partial]
+                ops.append(stop.at.op)
+                return [stop.at.partial]
             new = new if scaling is None else new[-1]
             return _written(moved, {name: param}, unit.fields, old, nodes_of(new))
 

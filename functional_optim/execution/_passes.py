@@ -8,7 +8,7 @@ pass runs through.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,12 +30,30 @@ Totals: TypeAlias = dict[Call, Tensor]
 R = TypeVar("R")
 
 
-class StopError(BaseException):
-    """Carries what a unit brings to a call out of its update, past any `except`."""
+class Stop(NamedTuple):
+    """Where an update stops, and what its unit brings there.
 
-    def __init__(self, call: Call, partial: Tensor, op: ReduceOp) -> None:
-        super().__init__(call)
-        self.call, self.partial, self.op = call, partial, op
+    Attributes:
+        call: The call whose total is not known.
+        partial: What the unit brings to it.
+        op: Its operation.
+    """
+
+    call: Call
+    partial: Tensor
+    op: ReduceOp
+
+
+class StopError(BaseException):
+    """Carries a stop out of an update, past any `except`.
+
+    Nothing may keep it: its traceback keeps the frames that it passed, and with them
+    the gradients of a step.
+    """
+
+    def __init__(self, at: Stop) -> None:
+        super().__init__(at.call)
+        self.at = at
 
 
 class _Numbered:
@@ -77,7 +95,7 @@ class Supplied(_Numbered):
     ) -> Tensor:
         total = self.known(path)
         if total is None:
-            raise StopError(self.next(path), partial, op)
+            raise StopError(Stop(self.next(path), partial, op))
         return total
 
 
@@ -140,7 +158,8 @@ def through(run: Callable[[Reducer], R], totals: Totals) -> R:
     try:
         return run(Supplied(totals))
     except StopError as stop:
-        raise _disordered(stop.call) from None
+        call = stop.at.call
+    raise _disordered(call)
 
 
 def collected(runs: Sequence[Run | CompiledRun], call: Call, totals: Totals) -> Tensor:

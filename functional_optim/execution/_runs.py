@@ -14,6 +14,7 @@ from functional_optim.execution._nodes import Kind, nodes_of, rebuilt
 from functional_optim.execution._passes import (
     Call,
     Recorded,
+    Stop,
     StopError,
     Supplied,
     Totals,
@@ -112,12 +113,12 @@ class Run:
             self.transform = remembered(self.transform, self._memory)
         return known[self.key]
 
-    def stop(self, totals: Totals) -> StopError | None:
+    def stop(self, totals: Totals) -> Stop | None:
         """Run up to the first total that is not known; return where that was."""
         try:
             self(Supplied(totals))
         except StopError as stop:
-            return stop
+            return stop.at
         return None
 
     def prepare(self, totals: Totals) -> None:
