@@ -20,6 +20,7 @@ each_file = pytest.mark.parametrize(
 FLOORS = [
     {
         "_context",
+        "_graph_breaks",
         "_hoisting",
         "_levels",
         "_memory",

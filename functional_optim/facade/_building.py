@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from functional_optim._graph_breaks import untraced
 from functional_optim.facade._configs import copied
 from functional_optim.facade._constructor import DefaultOptimWrapperConstructor
 from functional_optim.facade._registries import OPTIM_WRAPPER_CONSTRUCTORS
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from functional_optim.facade._wrapper import OptimWrapper
 
 
+@untraced
 def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrapper:
     """Build the optimizer wrapper that a config describes.
 

@@ -8,6 +8,7 @@ import torch
 
 from functional_optim._cost import size
 from functional_optim._explain import counted, shown_bytes, table
+from functional_optim._graph_breaks import untraced
 from functional_optim._types import Scope, inner_transforms
 from functional_optim.execution._dry import temporary_bytes
 from functional_optim.execution._nodes import tensors_of
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _MOST_BUCKETS = 12
 
 
+@untraced
 def explain(
     tx: Transform | TransformOptimizer | OptimWrapper, params: TensorMap | None = None
 ) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context
+from functional_optim._graph_breaks import untraced
 from functional_optim._readings import readings
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, inner_transforms
@@ -57,6 +58,7 @@ class GradientTransform:
         self._executor: GradientExecutor | None = None
         self._names: dict[Tensor, str] = {}
 
+    @untraced
     def run(
         self,
         params: Sequence[Tensor],

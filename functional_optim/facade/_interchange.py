@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from functional_optim._graph_breaks import untraced
 from functional_optim._names import shown
 from functional_optim.facade._counterparts import Counterpart, counterparts
 from functional_optim.facade._exposure import group_value
@@ -25,6 +26,7 @@ _NUMBERS = {"lr", "betas", "eps", "weight_decay", "momentum", "dampening"}
 _FLAGS = {"amsgrad", "nesterov", "maximize"}
 
 
+@untraced
 def to_torch_state_dict(optimizer: TransformOptimizer) -> dict[str, Any]:
     """Return the state of an optimizer for the class of torch that does the same.
 
@@ -78,6 +80,7 @@ def to_torch_state_dict(optimizer: TransformOptimizer) -> dict[str, Any]:
     return {"state": state, "param_groups": groups}
 
 
+@untraced
 def from_torch_state_dict(
     optimizer: TransformOptimizer, state_dict: Mapping[str, Any]
 ) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
+from functional_optim._graph_breaks import untraced
 from functional_optim.facade._fitting import is_of_torch
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class MergedGroups:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
 
+    @untraced
     def __enter__(self) -> None:
         optimizer = self._optimizer
         self._own = own = optimizer.param_groups

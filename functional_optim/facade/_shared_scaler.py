@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.amp.grad_scaler import OptState
 
+from functional_optim._graph_breaks import untraced
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -31,6 +33,7 @@ class SharedScaler:
         self._earlier = 0
 
     @classmethod
+    @untraced
     def of(cls, scaler: torch.amp.GradScaler) -> SharedScaler:
         """Return those of a scaler."""
         found: SharedScaler | None = cls._known.get(scaler)
@@ -38,10 +41,12 @@ class SharedScaler:
             found = cls._known[scaler] = cls(scaler)
         return found
 
+    @untraced
     def add(self, wrapper: Any) -> None:
         """Note that a wrapper ran a backward."""
         self._wrappers.add(wrapper)
 
+    @untraced
     def remove(self, wrapper: Any) -> None:
         """Note that it steps."""
         self._wrappers.discard(wrapper)

@@ -6,6 +6,8 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from functional_optim._graph_breaks import untraced
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -62,6 +64,7 @@ class _Silenced:
         self._model: weakref.ref[Any] | None = None
 
     @classmethod
+    @untraced
     def of(cls, model: nn.Module) -> _Silenced:
         found = _known.get(model)
         if found is None:
@@ -69,6 +72,7 @@ class _Silenced:
             found._model = weakref.ref(model)
         return found
 
+    @untraced
     def add(self, holder: object) -> None:
         model = None if self._model is None else self._model()
         if not self._by and model is not None:
@@ -76,12 +80,14 @@ class _Silenced:
                 self._restore.enter_context(context)
         self._by.add(id(holder))
 
+    @untraced
     def discard(self, holder: object) -> None:
         if id(holder) in self._by:
             self._by.discard(id(holder))
             if not self._by:
                 self._restore.close()
 
+    @untraced
     def clear(self) -> None:
         self._by.clear()
         self._restore.close()
