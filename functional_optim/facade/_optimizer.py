@@ -10,6 +10,7 @@ from torch import Tensor
 
 from functional_optim._chain import chain, checked_transform
 from functional_optim._context import Context
+from functional_optim._graph_breaks import untraced
 from functional_optim._readings import readings
 from functional_optim.facade._gradients import scaling_of, warn_of_no_gradient
 from functional_optim.facade._group_keys import checked_notes
@@ -112,6 +113,7 @@ class TransformOptimizer(Tracking):
         torch.optim.Optimizer.
     """
 
+    @untraced
     def __init__(
         self,
         params: Iterable[Any],
@@ -161,6 +163,7 @@ class TransformOptimizer(Tracking):
 
     # -- steps -----------------------------------------------------------------------
 
+    @untraced
     def step(
         self,
         closure: Callable[[], Any] | None = None,
@@ -223,6 +226,7 @@ class TransformOptimizer(Tracking):
     # -- state -----------------------------------------------------------------------
 
     @property
+    @untraced
     def transform(self) -> Transform:
         """The transform, as a chain, with the numbers that the groups have now.
 
@@ -239,6 +243,7 @@ class TransformOptimizer(Tracking):
         with torch.no_grad():
             return self._followed().transform
 
+    @untraced
     def transform_state(self) -> Any:
         """Return the state in the form of the pure way, by name.
 
@@ -254,6 +259,7 @@ class TransformOptimizer(Tracking):
         with torch.no_grad():
             return self._followed().state
 
+    @untraced
     def load_transform_state(self, state: Any) -> None:
         """Go on from a state of the pure way; what `transform_state` returns.
 
@@ -281,6 +287,7 @@ class TransformOptimizer(Tracking):
             self._groups.show_schedules()
             self._followed()
 
+    @untraced
     def readings(self) -> TensorMap:
         """Return what the transform has to tell, as `functional_optim.readings`.
 
@@ -295,6 +302,7 @@ class TransformOptimizer(Tracking):
             engine = self._followed()
             return readings(engine.transform, engine.state)
 
+    @untraced
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizers do; see `torch.optim.Optimizer`.
 
@@ -326,6 +334,7 @@ class TransformOptimizer(Tracking):
             saved = saved if replaced is None else replaced
         return saved
 
+    @untraced
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned.
 

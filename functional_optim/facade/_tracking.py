@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from functional_optim._graph_breaks import untraced
 from functional_optim.facade._apart import check_apart
 from functional_optim.facade._engine import Engine
 from functional_optim.facade._entries import entries_of
@@ -55,6 +56,7 @@ class Tracking(torch.optim.Optimizer):
     def _start(self) -> None:
         self._engine, self._names, self._warned = None, {}, False
 
+    @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with hyperparameters of their own where given.
 
@@ -306,6 +308,7 @@ class Tracking(torch.optim.Optimizer):
             start = end
         return packed
 
+    @untraced
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: no plan, and no memory of others."""
         with torch.no_grad():
@@ -324,6 +327,7 @@ class Tracking(torch.optim.Optimizer):
             "_names": list(self._names.items()),
         }
 
+    @untraced
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over what pickle kept, or what torch's own code hands over: a part."""
         if "_names" not in state:
