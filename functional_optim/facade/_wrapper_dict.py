@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from functional_optim._graph_breaks import untraced
 from functional_optim.facade._fitting import undo_of
 from functional_optim.facade._mistakes import (
     MissingError,
@@ -161,6 +162,7 @@ class OptimWrapperDict(OptimWrapper):
         """Return the state of each wrapper, by its name."""
         return {name: w.state_dict() for name, w in self.optim_wrappers.items()}
 
+    @untraced
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from saved states.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from functional_optim._graph_breaks import untraced
 from functional_optim.facade._fitting import check_fits, undo_of
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
 from functional_optim.facade._optimizer import TransformOptimizer
@@ -40,6 +41,7 @@ class Prepared(NamedTuple):
 class WrapperState(Windowed, ShownSettings):
     """Saves and loads a wrapper."""
 
+    @untraced
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the optimizer, and beside it what the wrapper adds.
 
@@ -62,6 +64,7 @@ class WrapperState(Windowed, ShownSettings):
             found["accumulation"] = accumulation
         return {key: plain(value) for key, value in found.items()}
 
+    @untraced
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a saved state, of this class or of MMEngine's.
 
