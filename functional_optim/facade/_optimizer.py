@@ -201,10 +201,7 @@ class TransformOptimizer(Tracking):
         if told is not None and not self._differentiable:
             told = told.detach()
         context = Context(
-            loss=told,
-            weight=weight,
-            last=last,
-            differentiable=self._differentiable,
+            loss=told, weight=weight, last=last, differentiable=self._differentiable
         )
         records = self._differentiable and torch.is_grad_enabled()
         # What a step allocates must be of use outside of inference mode, too.
