@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functional_optim._tensors import are_plain
 from functional_optim.execution._memory import carved
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 
 def _native(*, wanted: bool) -> Native | None:
-    found = native() if wanted else None
+    # What follows torch's operations, as make_fx does, would not see it.
+    found = native() if wanted and not is_in_torch_dispatch_mode() else None
     return found if isinstance(found, Native) else None
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functional_optim._context import Context
 from functional_optim._hoisting import hoisting
@@ -213,6 +214,10 @@ class Executor:
             else scaled(bucket.transform, scaling.grad_scale, scaling.found_inf)
             for bucket in self._plan.buckets
         }
+        compiling = self._compiling
+        if self._refuses or is_in_torch_dispatch_mode():
+            # What follows torch's operations, as make_fx does, would not see code.
+            compiling = None
         runs: list[Run | CompiledRun] = []
         for bucket, unit in self._plan.units:
             pushed = any(name in given.grads for name in unit.names)
@@ -231,10 +236,10 @@ class Executor:
                     key=(key, names),
                     alone=not pushed,
                 )
-                if self._compiling is not None and not self._refuses:
-                    runs.append(self._compiling.run(run, given, steps))
-                else:
+                if compiling is None:
                     runs.append(run)
+                else:
+                    runs.append(compiling.run(run, given, steps))
         return runs
 
     def _collect(self, unit: Unit, nodes: list[Node], later: Later) -> None:
