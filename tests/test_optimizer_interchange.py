@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from training import parameters, train
+from training import parameters, train, values
 
 import functional_optim as fo
 from functional_optim import schedules
@@ -261,6 +261,51 @@ def test_state_dicts_that_do_not_fit(case: str) -> None:
     with pytest.raises(ValueError, match=message):
         fo.from_torch_state_dict(ours, make().state_dict())
     assert str(ours.state_dict()) == before
+
+
+LATER = ("maximize", "foreach", "capturable", "differentiable", "fused")
+"""What groups of torch 1.10 had not yet."""
+
+
+@pytest.mark.parametrize(
+    ("make", "transform"),
+    [
+        (torch.optim.AdamW, fo.adamw(0.1)),
+        (torch.optim.Adam, fo.adam(0.1)),
+        (
+            lambda ps: torch.optim.SGD(ps, 0.1, momentum=0.9),
+            fo.chain(fo.ClipByGlobalNorm(1e9), fo.sgd(0.1, momentum=0.9)),
+        ),
+    ],
+    ids=["AdamW", "Adam", "SGD"],
+)
+def test_a_checkpoint_of_an_old_torch(make: Any, transform: fo.Transform) -> None:
+    """A flag that torch did not have then is off, and the count is a Python number."""
+    params = parameters()
+    theirs = make(list(params.values()))
+    train(theirs, params, range(3))
+    saved = copy.deepcopy(theirs.state_dict())
+    for group in saved["param_groups"]:
+        for key in (*LATER, "decoupled_weight_decay"):
+            group.pop(key, None)
+    for entry in saved["state"].values():
+        if "step" in entry:
+            entry["step"] = int(entry["step"])
+    mine = {name: torch.nn.Parameter(p.detach()) for name, p in values(params).items()}
+    ours = fo.TransformOptimizer(mine.items(), transform)
+    ours.load_state_dict(fo.from_torch_state_dict(ours, saved))
+    for optimizer, some in ((theirs, params), (ours, mine)):
+        train(optimizer, some, range(3, 6))
+    for name, p in params.items():
+        torch.testing.assert_close(mine[name].detach(), p.detach())
+
+
+def test_an_old_checkpoint_is_not_of_one_that_climbs() -> None:
+    """What has no `maximize` descended."""
+    saved = _theirs(torch.optim.AdamW).state_dict()
+    del saved["param_groups"][0]["maximize"]
+    with pytest.raises(ValueError, match="maximize=False in the state dict, True here"):
+        fo.from_torch_state_dict(_ours(fo.adamw(0.1, maximize=True)), saved)
 
 
 def test_other_shapes_are_refused_when_loaded() -> None:
