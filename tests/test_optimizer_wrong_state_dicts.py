@@ -110,6 +110,33 @@ def test_state_dicts_of_others(case: str) -> None:
     _refused(params, optimizer, saved, message)
 
 
+@pytest.mark.parametrize(
+    ("theirs", "here"),
+    [
+        (fo.adamw(0.1), fo.adam(0.1)),
+        (fo.adam(0.1, weight_decay=0.1), fo.adamw(0.1, weight_decay=0.0)),
+        (fo.sgd(0.1, weight_decay=0.1), fo.sgd(0.1)),
+        (fo.sgd(0.1, weight_decay=0.1, momentum=0.9), fo.sgd(0.1, momentum=0.9)),
+    ],
+    ids=str,
+)
+def test_a_state_dict_with_a_decay_that_nothing_here_has(
+    theirs: fo.Transform, here: fo.Transform
+) -> None:
+    """It is refused when it is loaded, not at the next step; a decay of 0 is none."""
+    _, other = _make(theirs)
+    params, optimizer = _make(here)
+    saved = other.state_dict()
+    message = (
+        r"param_groups\[0\] has 'weight_decay', .* the keys are .*'lr', .*: build the "
+        "optimizer with the transform that it was saved with"
+    )
+    _refused(params, optimizer, saved, message)
+    saved["param_groups"][0]["weight_decay"] = 0.0
+    optimizer.load_state_dict(saved)
+    train(optimizer, params, range(1))
+
+
 def _without(path: list[Any]) -> Callable[[Any], None]:
     def damage(saved: Any) -> None:
         for part in path[:-1]:
