@@ -179,3 +179,46 @@ def test_suppression_ends_without_a_backward(end: str) -> None:
             with wrapper.optim_context(nn.Linear(1, 1)):
                 pass
     assert model.events == [False, True]
+
+
+def _saves_in_windows(rank: int) -> Any:
+    found = {}
+    for way in ("wrapper", "by hand", "wrapper, zeros", "ddp"):
+        model: Any = _model()
+        if way == "ddp":
+            model = DistributedDataParallel(model)
+        else:
+            fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        wrapper = fo.OptimWrapper(optimizer, EVERY)
+        told = []
+        for number, batch in enumerate(_batches()[: EVERY + 1]):
+            if way == "by hand":
+                model.set_requires_gradient_sync(number % EVERY == EVERY - 1)
+                wrapper.update_params(model(batch).square().mean())
+            else:
+                with wrapper.optim_context(model):
+                    loss = model(batch).square().mean()
+                zeros = {"set_to_none": way != "wrapper, zeros"}
+                wrapper.update_params(loss, zero_kwargs=zeros)
+            try:
+                told.append(len(wrapper.state_dict()["accumulation"]))
+            except ValueError as error:
+                told.append(str(error))
+        found[way] = told
+    return found
+
+
+def test_a_window_that_is_open_inside_fsdp2_is_not_saved_without_its_gradients() -> (
+    None
+):
+    """FSDP2 keeps them to itself; DDP leaves them where a state dict takes them."""
+    for found in processes.run(_saves_in_windows):
+        ddp = found.pop("ddp")
+        assert all(isinstance(told, int) for told in ddp)
+        for told in found.values():
+            opened, again, closed, after = told
+            assert isinstance(closed, int)
+            for said in (opened, again, after):
+                assert "gradients of an open window wait inside the model" in said
+                assert "save where a window ends" in said

@@ -7,11 +7,12 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from functional_optim._graph_breaks import untraced
+from functional_optim.facade._mistakes import MistakenValueError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class Suppression:
@@ -24,12 +25,14 @@ class Suppression:
 
     def __init__(self) -> None:
         self._silenced: _Silenced | None = None
+        self._withholds = False
 
     def begin(self, model: nn.Module) -> None:
         """Suppress until `end`, if the model synchronises at all."""
         self.end()
         self._silenced = _Silenced.of(model)
         self._silenced.add(self)
+        self._withholds |= _keeps_gradients(model)
 
     def end(self) -> None:
         """Restore what was set before, unless others suppress it, too."""
@@ -37,13 +40,33 @@ class Suppression:
             silenced, self._silenced = self._silenced, None
             silenced.discard(self)
 
-    @staticmethod
-    def lift(model: nn.Module) -> None:
+    def lift(self, model: nn.Module) -> None:
         """Let a model synchronise, whoever suppresses it.
 
         To synchronise once too often costs time; once too seldom, processes part.
         """
         _Silenced.of(model).clear()
+        self._withholds = False
+
+    def check_gradients_are_here(self, params: Sequence[Tensor]) -> None:
+        """Refuse to save gradients that wait for a step inside FSDP2.
+
+        Args:
+            params: The parameters whose gradients they are.
+
+        Raises:
+            MistakenValueError: they are there.
+        """
+        sharded = [p for p in params if p.requires_grad and hasattr(p, "_local_tensor")]
+        missing = bool(sharded) and all(p.grad is None for p in sharded)
+        if self._withholds or missing:
+            msg = (
+                "the gradients of an open window wait inside the model: fully_shard "
+                "keeps them until it reduces them, and they would be missing in the "
+                "state dict; save where a window ends, that is where "
+                "wrapper.should_update() is true after update_params"
+            )
+            raise MistakenValueError(msg)
 
     def __deepcopy__(self, memo: object) -> Suppression:
         return Suppression()  # A copy of a wrapper suppresses nothing yet.
@@ -93,10 +116,17 @@ class _Silenced:
         self._restore.close()
 
 
+def _keeps_gradients(model: Any) -> bool:
+    """Whether gradients that are not synchronised stay inside: FSDP2."""
+    return not hasattr(model, "no_sync") and hasattr(
+        model, "set_requires_gradient_sync"
+    )
+
+
 def _suppressing(model: Any) -> Iterator[contextlib.AbstractContextManager[Any]]:
     if hasattr(model, "no_sync"):
         yield model.no_sync()
-    elif hasattr(model, "set_requires_gradient_sync"):
+    elif _keeps_gradients(model):
         yield _without_reduction(model)
 
 

@@ -20,6 +20,8 @@ from functional_optim.facade._windowed import Windowed, check_counts
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from functional_optim.facade._synchronization import Suppression
+
 Take: TypeAlias = Callable[[], None]
 """Takes over what was checked before; it cannot fail."""
 
@@ -40,6 +42,8 @@ class Prepared(NamedTuple):
 
 class WrapperState(Windowed, ShownSettings):
     """Saves and loads a wrapper."""
+
+    _suppression: Suppression
 
     @untraced
     def state_dict(self) -> dict[str, Any]:
@@ -170,6 +174,7 @@ class WrapperState(Windowed, ShownSettings):
             return None
         found: dict[str, Any] = dict(counts)
         if unspent:
+            self._suppression.check_gradients_are_here(self._parameters())
             self._warn_of_other_processes()
             found["gradients"] = {i: g.detach().clone() for i, g in grads.items()}
             found["loss_scale"] = self._loss_scale()
