@@ -8,15 +8,12 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import pathlib
 import warnings
 import weakref
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
 from torch.nn import Parameter
 
 import functional_optim as fo
@@ -293,20 +290,6 @@ def test_a_gradient_of_another_size_is_not_read_beyond_its_end() -> None:
     with pytest.raises(RuntimeError, match="size of tensor"):
         optimizer.step()
     assert torch.equal(params[0], torch.full((4,), 0.9))
-
-
-def test_sharded_parameters_run_without(tmp_path: pathlib.Path) -> None:
-    place = f"file://{tmp_path / 'store'}"
-    dist.init_process_group("gloo", init_method=place, rank=0, world_size=1)
-    try:
-        mesh = DeviceMesh("cpu", [0])
-        p = Parameter(distribute_tensor(torch.ones(300, 200), mesh, [Shard(0)]))
-        optimizer = fo.TransformOptimizer([p], fo.adamw(1e-2), compile=True)
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-        assert float(p.detach().to_local().max()) < 1.0
-    finally:
-        dist.destroy_process_group()
 
 
 # -- what a step must let go of --------------------------------------------------------

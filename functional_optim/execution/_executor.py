@@ -7,7 +7,7 @@ looks at whole tensors in front of a total is kept until that total is known.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -50,6 +50,7 @@ class Executor:
         compiling: Makes code of what runs on units; None runs without.
         apart: Whether small tensors stay apart, each a unit of its own.
         laying: Moves small parameters side by side; None leaves them where they are.
+        check_totals: Refuses a step with totals where they would not be those of all.
 
     Attributes:
         params: The parameters.
@@ -66,7 +67,9 @@ class Executor:
         compiling: Compiling | None = None,
         apart: bool = False,
         laying: Mover | None = None,
+        check_totals: Callable[[], None] = lambda: None,
     ) -> None:
+        self._check_totals = check_totals
         self.params, self._compiling = params, compiling
         self._workspace = Workspace()
         self._store = Store(transforms[0], state, params)
@@ -176,6 +179,8 @@ class Executor:
     def _run(self, runs: list[Run | CompiledRun]) -> None:
         """Run the updates of a step, and write what they return."""
         totals = totals_of(runs)
+        if totals:
+            self._check_totals()
         if self._refuses:
             # An error over a total comes before anything is overwritten.
             for run in {(id(run.bucket), run.key): run for run in runs}.values():

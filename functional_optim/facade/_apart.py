@@ -8,6 +8,7 @@ import torch
 
 from functional_optim._structure import check_parameters
 from functional_optim.execution._memory import is_dense
+from functional_optim.facade._pieces import check_no_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,9 +22,10 @@ def check_apart(params: TensorMap) -> None:
     """Refuse parameters that lie in the same memory.
 
     Raises:
-        ValueError: naming both.
+        ValueError: naming both; or a DTensor, whose memory is elsewhere.
     """
     check_parameters(params)
+    check_no_dtensor(params)
     near: list[tuple[int, str]] = []
     for start, end, name in sorted(_spans(params)):
         near = [(its_end, other) for its_end, other in near if start < its_end]

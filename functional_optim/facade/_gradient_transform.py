@@ -18,6 +18,7 @@ from functional_optim.execution._nodes import nodes_of, rebuilt
 from functional_optim.execution._on_gradients import GradientExecutor
 from functional_optim.facade._gradients import gradients_of
 from functional_optim.facade._mistakes import MistakenValueError
+from functional_optim.facade._pieces import Pieces
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -32,7 +33,6 @@ _OWNED = {
     Role.GUARD: "the optimizer would step with zeros: use AmpOptimWrapper, or put it "
     "into a TransformOptimizer",
 }
-_CONTEXT = Context()
 
 
 class GradientTransform:
@@ -57,6 +57,7 @@ class GradientTransform:
         self.transform, self.is_clip = transform, is_clip
         self._executor: GradientExecutor | None = None
         self._names: dict[Tensor, str] = {}
+        self._context = Context()
 
     @untraced
     def run(
@@ -84,7 +85,7 @@ class GradientTransform:
         if not self.is_clip:
             shown = {name: param.detach() for param, name in self._names.items()}
         with torch.no_grad():
-            executor.run(grads, shown, context=_CONTEXT, found_inf=found_inf)
+            executor.run(grads, shown, context=self._context, found_inf=found_inf)
 
     def state(self, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> Any:
         """Return the state of the transform."""
@@ -147,7 +148,9 @@ class GradientTransform:
         """Return the executor for these parameters, with the state that there was."""
         executor = self._executor
         if executor is None or not self._knows(params):
-            self._names = _named(params, names)
+            named = _named(params, names)
+            self._context = Pieces(named, self.transform).context()
+            self._names = named
             shown = {name: param.detach() for param, name in self._names.items()}
             old, executor = executor, GradientExecutor(self.transform, shown)
             if old is not None:
