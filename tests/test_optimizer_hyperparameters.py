@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import pickle
 from typing import Any
 
 import numpy as np
@@ -91,6 +93,7 @@ def test_one_like_it_is_made_from_its_defaults() -> None:
     optimizer.defaults["lr"] = 0.3
     params = parameters()
     defaults = {k: v for k, v in optimizer.defaults.items() if k != "differentiable"}
+    assert pickle.loads(pickle.dumps(defaults)) == defaults, "plain data"
     again = type(optimizer)(params.items(), **defaults)
     assert again.param_groups[0]["lr"] == 0.3
     assert again.transform == fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(0.3))
@@ -209,3 +212,25 @@ def test_numbers_beside_the_transform_are_told_where_they_stand() -> None:
         fo.TransformOptimizer(params, fo.adamw(), lr=1e-3)
     with pytest.raises(TypeError, match="no argument 'foreach'; leave it out"):
         fo.TransformOptimizer(params, fo.adamw(), foreach=True)
+
+
+def test_transforms_that_print_alike_stay_apart() -> None:
+    """The defaults of each optimizer name its own transform, also those of a copy."""
+
+    def schedule(number: float) -> Any:
+        def rate(step: torch.Tensor) -> torch.Tensor:
+            return number + 0 * step
+
+        rate.__qualname__ = rate.__name__ = "rate"
+        return rate
+
+    optimizers = [make(fo.sgd(schedule(number)))[1] for number in (1.0, 2.0)]
+    for number, optimizer in zip((1.0, 2.0), optimizers, strict=True):
+        for each in (optimizer, copy.deepcopy(optimizer)):
+            text = each.defaults["transform"]
+            again = fo.TransformOptimizer(parameters().items(), text)
+            assert again.param_groups[0]["lr"].item() == number
+    del optimizers, optimizer, each, again
+    gc.collect()
+    with pytest.raises(TypeError, match="which is how one was printed; pass the trans"):
+        fo.TransformOptimizer(parameters().items(), text)

@@ -23,6 +23,7 @@ from functional_optim.facade._members import (
     read_once,
 )
 from functional_optim.facade._tracking import Tracking
+from functional_optim.facade._transform_text import text_of, transform_of
 
 if TYPE_CHECKING:
     from functional_optim._types import TensorMap, Transform
@@ -129,7 +130,8 @@ class TransformOptimizer(Tracking):
         check_options(layout=layout, compiles=compile, differentiable=differentiable)
         if transform is None:
             raise TypeError(_no_transform(defaults))
-        self._transform: Transform = chain(checked_transform("transform", transform))
+        transform = checked_transform("transform", transform_of(transform))
+        self._transform: Transform = chain(transform)
         self._differentiable = differentiable
         self._compiles, self._layout = compile, layout
         self._step_supports_amp_scaling = amp_scaling
@@ -148,7 +150,7 @@ class TransformOptimizer(Tracking):
         if defaults and not own.keys() <= defaults.keys():
             raise TypeError(_twice(defaults, own))
         options = {
-            "transform": self._transform,
+            "transform": text_of(self._transform),
             "amp_scaling": amp_scaling,
             "compile": compile,
             "layout": layout,

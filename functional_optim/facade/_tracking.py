@@ -27,6 +27,7 @@ from functional_optim.facade._members import (
 )
 from functional_optim.facade._plain_data import plain
 from functional_optim.facade._resuming import Resumed, entries_at, resumed
+from functional_optim.facade._transform_text import text_of
 
 if TYPE_CHECKING:
     from functional_optim._types import Transform
@@ -336,6 +337,7 @@ class Tracking(torch.optim.Optimizer):
         self._start()
         super().__setstate__(state)
         self._names = dict(state["_names"])
+        self.defaults["transform"] = text_of(self._transform)
         self.state = defaultdict(dict, state["state"])
         self._groups = Groups(self._transform, self._notes)
         for group in self.param_groups:
