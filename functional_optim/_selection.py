@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union, final
 import torch
 from torch import Tensor
 
+from functional_optim._compiling import constant_when_compiled
 from functional_optim._hyperparameters import checked, value_class
 from functional_optim._names import check_same_names, lookup, shown
 from functional_optim._value import shown_value
@@ -85,13 +86,14 @@ def picks(selection: Any, name: str, param: Tensor) -> bool:
     """Tell whether a selection picks a parameter.
 
     Example:
+        >>> import torch
         >>> picks(("*.bias", lambda name, p: p.ndim == 0), "head.bias", torch.ones(3))
         True
     """
     if isinstance(selection, bool):
         return selection
     if isinstance(selection, str):
-        return bool(_glob_matches(selection, name))
+        return _glob_matches(selection, name)
     if isinstance(selection, re.Pattern):
         return selection.search(name) is not None
     if isinstance(selection, Exclude):
@@ -103,8 +105,7 @@ def picks(selection: Any, name: str, param: Tensor) -> bool:
     return bool(selection(name, param))
 
 
-# Constant under torch.compile, which cannot trace the building of a regex.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_when_compiled  # It cannot trace the building of a regex.
 def _glob_matches(pattern: str, name: str) -> bool:
     # A name may have the characters of globs in it, and is still its own name.
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
@@ -209,6 +210,8 @@ def _check_predicate(predicate: Predicate, name: str) -> None:
     Raises:
         TypeError: saying what it must take.
     """
+    if torch.compiler.is_compiling():
+        return  # It cannot trace a look at a signature; the call will tell.
     try:
         inspect.signature(predicate).bind("name", "param")
     except TypeError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import subprocess
 import sys
 
 import pytest
@@ -106,3 +107,11 @@ def test_values_are_final() -> None:
             # typing.final leaves its mark from Python 3.11 on.
             assert getattr(value, "__final__", sys.version_info < (3, 11))
             assert value.__mro__[1:] == (object,)
+
+
+def test_the_import_leaves_the_compiler_out() -> None:
+    """Importing the library does not import torch's compiler, which takes a second."""
+    code = "import functional_optim, sys; print('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
