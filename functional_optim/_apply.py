@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._C._functorch import TransformType, get_interpreter_stack
 
+from functional_optim._compiling import constant_when_compiled
 from functional_optim._names import shown
 from functional_optim._structure import check_updates
 from functional_optim._tensor_map import over
@@ -19,12 +21,19 @@ if TYPE_CHECKING:
 def recording(*, differentiable: bool) -> torch.set_grad_enabled:
     """Return a context in which the graph of an update is recorded only if asked for.
 
-    Grad mode stays as it is if `differentiable`, or inside `torch.func` transforms,
+    Grad mode stays as it is if `differentiable`, or where torch.func differentiates,
     which would silently get zeros otherwise; else it is off, because the usual loop
-    would keep the graph of every step alive.
+    would keep the graph of every step alive. `vmap` alone asks for nothing.
     """
-    wanted = differentiable or torch._C._are_functorch_transforms_active()
+    wanted = differentiable or _is_differentiated()
     return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
+
+
+@constant_when_compiled  # It cannot trace this look, but guards on the stack.
+def _is_differentiated() -> bool:
+    """Whether torch.func takes a derivative at some level around this call."""
+    kinds = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
+    return TransformType.Grad in kinds or TransformType.Jvp in kinds
 
 
 def _named_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -52,7 +52,7 @@ class Twin:
         """Return the state."""
         return self.start(params)
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Return what the broken function returns."""
         return self.function(updates, state, params, context)
 
@@ -128,7 +128,7 @@ class CountsCalls:
         """Return the empty state."""
         return ()
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Multiply by the number of calls so far."""
         self.calls += 1
         return {name: self.calls * u for name, u in updates.items()}, state
@@ -146,7 +146,7 @@ class UsesStatesUp:
         """Return a state that is not shared."""
         return Count(torch.zeros(()))
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Multiply by 2, or by 3 if the state was used before."""
         factor = 2
         if not torch.compiler.is_compiling():
@@ -282,7 +282,7 @@ class ReadsWhatItGaveUp:
         """Return a buffer like the parameters."""
         return zeros(params)
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Return how the buffer moved."""
         before = {name: state.buffer[name] for name in updates}
         now = over(state.buffer, at=updates).mul(0.5).add(updates).to_map()
@@ -300,7 +300,7 @@ class ReadsUpdatesAgain:
         """Return the empty state."""
         return ()
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Return 2 u - u."""
         doubled = over(updates).mul(2.0).to_map()
         return {name: doubled[name] - u for name, u in updates.items()}, state
@@ -327,6 +327,12 @@ def decays_by_a_python_count(u, s, p, c):
 def records_anyway(u, s, p, c):
     with torch.enable_grad():
         return doubled(u), s
+
+
+def records_in_a_batch(u, s, p, c):
+    if torch._C._are_functorch_transforms_active():
+        return records_anyway(u, s, p, c)
+    return doubled(u), s
 
 
 def only_while_recording(u, s, p, c):
@@ -426,6 +432,7 @@ TWINS: list[tuple[str, Any]] = [
     ("plain_data", Twin("an enum", each(torch.neg), keeps_an_enum)),
     ("chaining", Twin("grad mode", only_while_recording)),
     ("no_graph", Twin("records anyway", records_anyway)),
+    ("no_graph", Twin("records in a batch", records_in_a_batch)),
     (
         "compiled",
         Twin("a Python count", decays_by_a_python_count, lambda p: fo.Static(0)),

@@ -14,6 +14,7 @@ LAWS = {law.name: law for law in laws.ALL}
 IMPLIED = {
     ("omitted_names", "in_place"): "nothing runs for what has no gradient",
     ("scope", "in_place"): "an elementwise transform is cut",
+    ("vmapped", "no_graph"): "it is tried under vmap, too",
 }
 """(broken law, law that cannot hold either): the reason."""
 

@@ -7,6 +7,12 @@ import torch
 
 import functional_optim as fo
 
+# What forward mode and Inductor import warns of what torch deprecates.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
 PARAMS = {
     "w": torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64),
     "b": torch.tensor(0.3, dtype=torch.float64),
@@ -120,9 +126,143 @@ def test_a_long_loop_keeps_no_graph() -> None:
         assert not any(x.requires_grad or x.grad_fn for x in kept)
 
 
-# Inductor's own imports warn of what torch deprecates.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+def _ensemble() -> tuple[torch.nn.Module, fo.TensorMap, torch.Tensor]:
+    """Return a model, the stacked parameters of three, and inputs for each."""
+    torch.manual_seed(0)
+    models = [torch.nn.Linear(4, 4).double() for _ in range(3)]
+    params, _ = torch.func.stack_module_state(models)
+    return models[0], params, torch.randn(3, 5, 4, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("applied", ["inside", "outside"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_an_ensemble_of_leaves_keeps_no_graph(applied: str, compiled: bool) -> None:
+    """Stacked modules, which require gradients, train under vmap without a graph."""
+    model, params, inputs = _ensemble()
+    assert all(p.requires_grad for p in params.values())  # What torch's call returns.
+    pipeline = fo.chain(
+        fo.Accumulate(2), fo.SkipNonfinite(fo.chain(fo.ClipByNorm(1.0), fo.adamw(0.1)))
+    )
+
+    def update(params, state, x):
+        def loss(p):
+            return torch.func.functional_call(model, p, (x,)).pow(2).mean()
+
+        updates, state = pipeline.update(torch.func.grad(loss)(params), state, params)
+        if applied == "inside":
+            return updates, state, fo.apply_updates(params, updates)
+        return updates, state, params
+
+    step = torch.func.vmap(update)
+    if compiled:
+        torch.compiler.reset()
+        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    start, state = params, torch.func.vmap(pipeline.init)(params)
+    for _ in range(4):
+        updates, state, new = step(params, state, inputs)
+        if applied == "outside":
+            new = fo.apply_updates(params, updates)
+        if updates:  # While a window is open the parameters are the very same tensors.
+            params = new
+            kept = torch.utils._pytree.tree_leaves((params, updates, state))
+            assert not any(x.requires_grad or x.grad_fn for x in kept)
+    assert params["weight"].ne(start["weight"]).all()
+
+
+def _after_two_steps(lr: torch.Tensor, p: torch.Tensor, *, batched: bool):
+    """Return parameters after two steps, of each row by itself if batched."""
+
+    def trained(p: torch.Tensor) -> torch.Tensor:
+        params = {"w": p}
+        pipeline = fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(lr, momentum=0.9))
+        state = pipeline.init(params)
+        for _ in range(2):
+            grads = {"w": params["w"] ** 3}
+            updates, state = pipeline.update(grads, state, params)
+            params = fo.apply_updates(params, updates)
+        return params["w"]
+
+    return torch.func.vmap(trained)(p) if batched else trained(p)
+
+
+DERIVATIVES = {
+    "vmap in grad": lambda f, lr: torch.func.grad(lambda x: f(x).sum())(lr),
+    "vmap in jvp": lambda f, lr: torch.func.jvp(f, (lr,), (torch.ones_like(lr),))[1],
+    "vmap in jacrev": lambda f, lr: torch.func.jacrev(f)(lr),
+    "vmap in jacfwd": lambda f, lr: torch.func.jacfwd(f)(lr),
+    "vmap in vjp": lambda f, lr: torch.func.vjp(f, lr)[1](torch.ones(2, 3).double()),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", DERIVATIVES)
+def test_derivatives_of_an_ensemble(kind: str, compiled: bool) -> None:
+    """Every derivative of torch.func sees through vmap, as differences do."""
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    rows = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.1, -0.2]], dtype=torch.float64)
+
+    def after(lr: torch.Tensor) -> torch.Tensor:
+        return _after_two_steps(lr, rows, batched=True)
+
+    def derivative(lr: torch.Tensor) -> torch.Tensor:
+        return DERIVATIVES[kind](after, lr)
+
+    if compiled:
+        torch.compiler.reset()
+        derivative = torch.compile(derivative, fullgraph=True, backend="aot_eager")
+    got = derivative(lr)
+    got = got[0] if isinstance(got, tuple) else got
+    slope = (after(lr + 1e-6) - after(lr - 1e-6)) / 2e-6
+    expected = slope.sum() if got.ndim == 0 else slope
+    assert torch.allclose(got, expected, rtol=1e-6, atol=1e-8)
+    assert got.abs().max() > 1e-3
+
+
+def test_grad_in_vmap() -> None:
+    """Each member of a batch has the derivative that it has alone."""
+    rows = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.1, -0.2]], dtype=torch.float64)
+    lrs = torch.tensor([0.1, 0.02], dtype=torch.float64)
+
+    def total(lr: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        return _after_two_steps(lr, p, batched=False).sum()
+
+    slopes = torch.func.vmap(torch.func.grad(total))(lrs, rows)
+    for slope, lr, p in zip(slopes, lrs, rows, strict=True):
+        difference = (total(lr + 1e-6, p) - total(lr - 1e-6, p)) / 2e-6
+        assert torch.allclose(slope, difference, rtol=1e-6)
+
+
+def test_hessian_of_an_ensemble() -> None:
+    """The second derivative through vmap is the difference of the first."""
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    rows = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.1, -0.2]], dtype=torch.float64)
+
+    def total(lr: torch.Tensor) -> torch.Tensor:
+        return _after_two_steps(lr, rows, batched=True).pow(2).sum()
+
+    slope = torch.func.grad(total)
+    difference = (slope(lr + 1e-6) - slope(lr - 1e-6)) / 2e-6
+    assert torch.allclose(torch.func.hessian(total)(lr), difference, rtol=1e-6)
+
+
+def test_a_graph_that_is_asked_for_in_an_ensemble() -> None:
+    """With differentiable=True autograd sees through vmap, too."""
+    lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([[0.5, -1.0, 2.0], [1.5, 0.1, -0.2]], dtype=torch.float64)
+
+    def stepped(p: torch.Tensor) -> torch.Tensor:
+        pipeline = fo.sgd(lr)
+        context = fo.Context(differentiable=True)
+        params = {"w": p}
+        updates, _ = pipeline.update(
+            {"w": p**3}, pipeline.init(params), params, context=context
+        )
+        return fo.apply_updates(params, updates, differentiable=True)["w"]
+
+    torch.func.vmap(stepped)(rows).sum().backward()
+    assert torch.allclose(lr.grad, -(rows**3).sum(), rtol=1e-12)
+
+
 def test_inductor_compiles_the_whole_training_step() -> None:
     """Gradient, clip, AdamW and apply in one graph equal eager, schedule included."""
     pipeline = fo.chain(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -157,19 +157,38 @@ def no_graph(transform: Transform, example: Example) -> None:
         "Context(differentiable=...)"
     )
     chained = chain(transform)
-    params: TensorMap = {n: torch.nn.Parameter(p) for n, p in example.params.items()}
-    state = chained.init(params)
-    for updates, context in example.steps:
-        given: TensorMap = {
-            n: torch.nn.Parameter(u.clone()) for n, u in updates.items()
-        }
-        out, state = chained.update(given, state, params, context=context)
-        for what, tree in (("updates", out), ("state", state)):
-            for place, x in tensors(tree):
-                require(not x.requires_grad, f"{what}{place} keeps a graph", cause)
-        for name, x in apply_updates(params, out).items():
-            kept = x is not params[name] and x.requires_grad
-            require(not kept, f"the new parameter {name!r} keeps a graph", cause)
+    for batched in (False, True):
+        ensemble = torch.func.vmap if batched else _alone
+        place = "under vmap, " if batched else ""
+        params = _leaves(example.params, batched=batched)
+        state = ensemble(chained.init)(params)
+        for updates, context in example.steps:
+
+            def update(u: Any, s: Any, p: Any, c: Context = context) -> Any:
+                return chained.update(u, s, p, context=c)
+
+            given = _leaves(updates, batched=batched)
+            out, state = ensemble(update)(given, state, params)
+            for what, tree in (("updates", out), ("state", state)):
+                for at, x in tensors(tree):
+                    kept = f"{place}{what}{at} keeps a graph"
+                    require(not x.requires_grad, kept, cause)
+            for name, x in apply_updates(params, out).items():
+                kept = f"{place}the new parameter {name!r} keeps a graph"
+                is_new = x is not params[name]
+                require(not (is_new and x.requires_grad), kept, cause)
+
+
+def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+def _leaves(given: TensorMap, *, batched: bool) -> TensorMap:
+    """Return tensors that require gradients, or a batch of one of each."""
+    return {
+        name: torch.nn.Parameter(x[None] if batched else x.clone())
+        for name, x in given.items()
+    }
 
 
 _FACTORS = (1.0, -0.61, 1.73)
