@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from functional_optim._apply import recording
-from functional_optim._context import Context
+from functional_optim._context import Context, as_context
 from functional_optim._hyperparameters import checked, value_class
 from functional_optim._memory import Donated, current
 from functional_optim._names import shown
@@ -19,7 +19,7 @@ from functional_optim._structure import (
     shown_state,
 )
 from functional_optim._tensors import copied
-from functional_optim._types import Scope, Transform
+from functional_optim._types import Scope, Transform, missing_members
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,7 +94,7 @@ class Chain:
     @property
     def scope(self) -> Scope:
         """The widest scope of the members."""
-        return max((member.scope for member in self.members), default=Scope.ELEMENTWISE)
+        return max([Scope.ELEMENTWISE, *[member.scope for member in self.members]])
 
     def init(self, params: TensorMap) -> tuple[Any, ...]:
         """Return the members' states before the first update.
@@ -116,7 +116,7 @@ class Chain:
         state: tuple[Any, ...],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, tuple[Any, ...]]:
         """Pass updates through the members in order.
 
@@ -124,7 +124,7 @@ class Chain:
             updates: Gradients by name; a name that is missing keeps its state.
             state: What `init` or the previous `update` returned.
             params: Current parameters by name.
-            context: What the training loop knows.
+            context: What the training loop knows; None if it has nothing to tell.
 
         Returns:
             The updates to add to the parameters, and the new state. An empty map means
@@ -136,6 +136,7 @@ class Chain:
         """
         check_updates(updates, params)
         check_states(state, len(self.members), "member")
+        context = as_context(context)
         with recording(differentiable=context.differentiable):
             if not self.members:
                 return copied(updates), ()
@@ -219,14 +220,12 @@ def checked_transform(name: str, transform: Any) -> Transform:
         kind = type(transform).__name__
         msg = f"{name} must be a transform, got a {kind}; write chain(*transforms)"
         raise TypeError(msg)
-    if callable(transform) and not isinstance(transform, Transform):
+    missing = missing_members(transform)
+    if missing and callable(transform):
         called = getattr(transform, "__name__", type(transform).__name__)
         msg = f"{name} must be a transform, got a function; write {called}(...)"
         raise TypeError(msg)
-    if not isinstance(transform, Transform):
-        missing = [
-            part for part in ("init", "update", "scope") if not hasattr(transform, part)
-        ]
+    if missing:
         msg = (
             f"{name} must be a transform with init, update and scope, got "
             f"{_short(transform)} without {' and '.join(missing)}"
@@ -238,7 +237,8 @@ def checked_transform(name: str, transform: Any) -> Transform:
             f"{transform.scope!r}"
         )
         raise TypeError(msg)
-    return transform
+    checked: Transform = transform
+    return checked
 
 
 def _short(value: object) -> str:

@@ -213,3 +213,12 @@ class Context:
         other = object.__new__(Context)
         other.__dict__.update(self.__dict__, **changes)
         return other
+
+
+def as_context(context: Context | None) -> Context:
+    """Return what a transform was told; nothing was told if None.
+
+    None is the default of `update`, not `Context()`: torch.compile, for which a default
+    object has no source, could not make the transform inside a compiled function.
+    """
+    return Context() if context is None else context

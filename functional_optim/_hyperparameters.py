@@ -82,6 +82,7 @@ def checked(
     check: Callable[[str, Any], Any],
     resolve: Callable[[Any, str, Tensor], Any] | None = None,
     default: Any = dataclasses.MISSING,
+    default_factory: Any = dataclasses.MISSING,
 ) -> Any:
     """Declare a field that is checked at construction: a mask, rules, a transform.
 
@@ -91,11 +92,15 @@ def checked(
         resolve: Function of (value, name, param) that returns the constant to use for
             one parameter; None leaves the value to the class's own `resolved`.
         default: Its default; none if left out.
+        default_factory: Makes the default, if that is an object: torch.compile takes
+            none that was made outside.
     """
     metadata: dict[str, Any] = {"check": check}
     if resolve is not None:
         metadata["resolve"] = resolve
-    return dataclasses.field(default=default, metadata=metadata)
+    made = default_factory is not dataclasses.MISSING
+    how = {"default_factory": default_factory} if made else {"default": default}
+    return dataclasses.field(metadata=metadata, **how)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,7 @@ class Transform(Protocol):
         ...     def init(self, params):
         ...         return ()
         ...
-        ...     def update(self, updates, state, params, *, context=Context()):
+        ...     def update(self, updates, state, params, *, context=None):
         ...         return {name: 2 * u for name, u in updates.items()}, state
         >>> isinstance(Double(), Transform)
         True
@@ -118,8 +118,19 @@ class Transform(Protocol):
             updates: Gradients or updates by name; names may be missing.
             state: What `init` or the previous `update` returned.
             params: Current parameters by name.
-            context: What the training loop knows.
+            context: What the training loop knows. None as a default means that it
+                has nothing to tell; `Context()` as a default works, too, but not where
+                torch.compile sees the transform made. A chain always passes one.
         """
+
+
+def missing_members(value: object) -> list[str]:
+    """Return what a value lacks to be a transform; nothing, and it is one.
+
+    `isinstance(value, Transform)` asks the same, but torch.compile answers no for a
+    combinator that is made inside the compiled function.
+    """
+    return [name for name in ("init", "update", "scope") if not hasattr(value, name)]
 
 
 T = TypeVar("T")
@@ -175,7 +186,7 @@ def inner_transforms(transform: object) -> tuple[Transform, ...]:
             parts = tuple(value.values())
         # A look at all members of each number of a map by name would take seconds.
         candidates = (part for part in parts if type(part) is not float)
-        found.extend(part for part in candidates if isinstance(part, Transform))
+        found.extend(part for part in candidates if not missing_members(part))
     return tuple(found)
 
 
@@ -204,7 +215,7 @@ def with_inner(transform: T, change: Callable[[Transform], Transform]) -> T:
 
 def _changed(value: Any, change: Callable[[Transform], Transform]) -> Any:
     """Change a transform, or those of a tuple or map, if any differs."""
-    if isinstance(value, Transform) and not isinstance(value, type):
+    if not missing_members(value) and not isinstance(value, type):
         return change(value)
     if isinstance(value, tuple):
         parts = tuple(_changed(part, change) for part in value)

@@ -98,7 +98,8 @@ def written(value_object: Any, show: Callable[[Any], str]) -> str:
     parts = []
     for field in dataclasses.fields(value_object):
         value = getattr(value_object, field.name)
-        default = field.default
+        make = field.default_factory
+        default = field.default if make is dataclasses.MISSING else make()
         if default is dataclasses.MISSING or not same_value(value, default):
             text = show(value)
             parts.append(f"{field.name}={text}" if field.kw_only else text)

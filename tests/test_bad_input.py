@@ -30,7 +30,7 @@ class Wrong:
         """Return the empty state."""
         return ()
 
-    def update(self, updates, state, params, *, context=fo.Context()):
+    def update(self, updates, state, params, *, context=None):
         """Return the wrong thing."""
         return self.result
 

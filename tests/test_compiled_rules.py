@@ -40,7 +40,7 @@ def _rule(update: Any, init: Any = lambda params: ()) -> Any:
         def init(self, params: Any) -> Any:
             return init(params)
 
-        def update(self, u: Any, s: Any, p: Any, *, context: Any = fo.Context()) -> Any:
+        def update(self, u: Any, s: Any, p: Any, *, context: Any = None) -> Any:
             return update(self, u, s, p, context)
 
     return Rule()
@@ -55,13 +55,13 @@ class _Plain:
     def init(self, params: Any) -> tuple[()]:
         return ()
 
-    def update(self, u: Any, s: Any, p: Any, *, context: Any = fo.Context()) -> Any:
+    def update(self, u: Any, s: Any, p: Any, *, context: Any = None) -> Any:
         return {k: -v * self.lr for k, v in u.items()}, ()
 
 
 @dataclasses.dataclass(frozen=True)
 class _Root(_Plain):
-    def update(self, u: Any, s: Any, p: Any, *, context: Any = fo.Context()) -> Any:
+    def update(self, u: Any, s: Any, p: Any, *, context: Any = None) -> Any:
         return {k: -v * math.sqrt(self.lr) for k, v in u.items()}, ()
 
 
@@ -77,7 +77,7 @@ class _Half:
     def init(self, params: Any) -> tuple[()]:
         return ()
 
-    def update(self, u: Any, s: Any, p: Any, *, context: Any = fo.Context()) -> Any:
+    def update(self, u: Any, s: Any, p: Any, *, context: Any = None) -> Any:
         return {k: -self.lr * v for k, v in u.items()}, ()
 
 

@@ -212,7 +212,7 @@ class Reads:
             return {name: torch.tensor(float(p.sum())) for name, p in params.items()}
         return ()
 
-    def update(self, updates, state, params, *, context=fo.Context()):
+    def update(self, updates, state, params, *, context=None):
         """Return u, after a look at it."""
         if not self.holds:
             assert all(bool(u.sum() == 0) for u in updates.values())
@@ -288,7 +288,7 @@ def test_parameters_stay_as_they_are() -> None:
         def init(self, params):
             return ()
 
-        def update(self, updates, state, params, *, context=fo.Context()):
+        def update(self, updates, state, params, *, context=None):
             for p in params.values():
                 float(p.sum())
                 p.add_(1.0)

@@ -35,7 +35,7 @@ class Rule:
         """Return the state."""
         return self.start(params)
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Return what the function does."""
         return self.function(updates, state, params, context)
 
@@ -208,7 +208,7 @@ class Then:
         """Return both states."""
         return self.first.init(params), self.second.init(params)
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Apply one after the other."""
         updates, a = self.first.update(updates, state[0], params, context=context)
         updates, b = self.second.update(updates, state[1], params, context=context)

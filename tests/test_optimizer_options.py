@@ -44,7 +44,7 @@ class SignDescent:
         """Return the empty state."""
         return ()
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Return -lr * sign(u)."""
         return {name: -self.lr * u.sign() for name, u in updates.items()}, state
 
@@ -210,7 +210,7 @@ class Sum:
     scope = fo.Scope.ELEMENTWISE
     init = staticmethod(lambda params: ())
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Return sums."""
         return {name: u.sum() for name, u in updates.items()}, state
 
@@ -218,7 +218,7 @@ class Sum:
 class Grows(Sum):
     """A rule whose state gets another structure."""
 
-    def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+    def update(self, updates, state, params, *, context=None) -> Any:
         """Return a larger state."""
         return {name: 2 * u for name, u in updates.items()}, (torch.zeros(()),)
 
@@ -255,7 +255,7 @@ def test_words_in_a_state() -> None:
 
         init = staticmethod(lambda params: fo.Static(("warm", "cool")))
 
-        def update(self, updates, state, params, *, context=fo.Context()) -> Any:
+        def update(self, updates, state, params, *, context=None) -> Any:
             """Return the updates doubled."""
             return {name: 2 * u for name, u in updates.items()}, state
 

@@ -233,7 +233,7 @@ class Loud:
         """Return the empty state."""
         return ()
 
-    def update(self, updates, state, params, *, context=fo.Context()):
+    def update(self, updates, state, params, *, context=None):
         """Return u."""
         return {name: u.clone() for name, u in updates.items()}, state
 

@@ -243,7 +243,7 @@ class Counter:
         """Return zero."""
         return fo.Static(0)
 
-    def update(self, updates, state, params, *, context=fo.Context()):
+    def update(self, updates, state, params, *, context=None):
         """Count the call."""
         return {n: u.clone() for n, u in updates.items()}, fo.Static(state.value + 1)
 
@@ -266,7 +266,7 @@ class Witness:
         """Return the names."""
         return fo.Static(tuple(params))
 
-    def update(self, updates, state, params, *, context=fo.Context()):
+    def update(self, updates, state, params, *, context=None):
         """Return the names of parameters and updates."""
         seen = fo.Static((*params, *updates))
         return {n: u.clone() for n, u in updates.items()}, seen

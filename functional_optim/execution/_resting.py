@@ -40,7 +40,7 @@ class _Resting:
         state: Any,
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, Any]:
         return updates, state
 

@@ -64,7 +64,7 @@ def check_transform(
         ...     def init(self, params):
         ...         return ()
         ...
-        ...     def update(self, updates, state, params, *, context=fo.Context()):
+        ...     def update(self, updates, state, params, *, context=None):
         ...         return {name: 2 * u for name, u in updates.items()}, state
         >>> check_transform(Double(), max_examples=10)
     """

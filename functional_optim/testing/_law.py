@@ -222,7 +222,7 @@ def check_protocol(transform: Any) -> None:
     checked_transform("transform", transform)
     update = ("updates", "state", "params")
     _check_takes(transform, transform.init, ("params",), {})
-    _check_takes(transform, transform.update, update, {"context": "Context()"})
+    _check_takes(transform, transform.update, update, {"context": "None"})
 
 
 def check_arguments(

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context
+from functional_optim._context import Context, as_context
 from functional_optim._hoisting import once
 from functional_optim._hyperparameters import flag, value_class
 from functional_optim._names import subset
@@ -123,12 +123,13 @@ class Accumulate:
         state: AccumulateState,
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, AccumulateState]:
         """Return an empty map, or the mean of the window that this update closes."""
         check_state(self, state, AccumulateState)
         if not updates:
             return {}, state
+        context = as_context(context)
         position = self._position(state)
         before = set(state.seen.value) if position else set()
         sums = self._added(updates, state.sum, before, context.weight)

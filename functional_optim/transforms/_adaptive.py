@@ -131,7 +131,7 @@ class ScaleByAdam:
         state: ScaleByAdamState,
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, ScaleByAdamState]:
         """Return (m / (1 - b1^t)) / (sqrt(v) / sqrt(1 - b2^t) + eps)."""
         check_state(self, state, ScaleByAdamState)

@@ -51,7 +51,7 @@ class Centralize:
         state: tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, tuple[()]]:
         """Return u[i] - mean(u[i])."""
         return {name: _centralized(u) for name, u in updates.items()}, state

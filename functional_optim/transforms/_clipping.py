@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context, Norm
+from functional_optim._context import Context, Norm, as_context
 from functional_optim._factors import negated
 from functional_optim._hoisting import once
 from functional_optim._hyperparameters import (
@@ -123,13 +123,14 @@ class ClipByGlobalNorm:
         state: ClipByGlobalNormState,
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, ClipByGlobalNormState]:
         """Return u * min(1, max_norm / (||u|| + 1e-6))."""
         check_state(self, state, ClipByGlobalNormState)
         if not updates:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)
+        context = as_context(context)
         order, wide = self.norm_type, context.is_partial
         norm = context.reduce(lambda: norms(updates, order, wide=wide), Norm(order))
         if self.error_if_nonfinite and not norm.isfinite():
@@ -209,7 +210,7 @@ class ClipByNorm:
         state: ScheduleState | tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return u * min(1, max_norm / (||u|| + 1e-6))."""
         now, state = evaluate(self, state, updates)
@@ -286,7 +287,7 @@ class ClipByValue:
         state: ScheduleState | tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return min(max(u, -clip_value), clip_value)."""
         now, state = evaluate(self, state, updates)

@@ -55,7 +55,7 @@ class SetToZero:
         state: tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, tuple[()]]:
         """Return -0.0 in the shape of u."""
         zeros = {name: torch.full_like(u, -0.0) for name, u in updates.items()}

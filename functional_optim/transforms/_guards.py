@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._chain import checked_transform
-from functional_optim._context import Context
+from functional_optim._context import Context, as_context
 from functional_optim._guarding import guarded
 from functional_optim._hoisting import once
 from functional_optim._hyperparameters import checked, value_class
@@ -115,12 +115,13 @@ class SkipNonfinite:
         state: SkipNonfiniteState,
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, SkipNonfiniteState]:
         """Return inner(u) if all is finite, else zeros."""
         check_state(self, state, SkipNonfiniteState)
         if not updates:
             return {}, state
+        context = as_context(context)
         ok = context.reduce(lambda: all_finite(updates), "all")
         moved, inner = guarded(
             ok, self.inner, updates, state.inner, params, context=context.at("inner")
@@ -143,9 +144,9 @@ def _counted(ok: Tensor, skipped: Tensor, consecutive: Tensor) -> tuple[Tensor, 
     return skipped + skip, (consecutive + 1) * skip
 
 
-def _find(transform: object, role: Role) -> Transform | None:
+def _find(transform: Transform, role: Role) -> Transform | None:
     """Return a transform with this role, at any depth."""
-    if isinstance(transform, Transform) and getattr(transform, "role", None) is role:
+    if getattr(transform, "role", None) is role:
         return transform
     for inner in inner_transforms(transform):
         found = _find(inner, role)

@@ -46,7 +46,7 @@ class Identity:
         state: tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, tuple[()]]:
         """Return a copy of the updates."""
         return copied(updates), state

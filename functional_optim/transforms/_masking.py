@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
 from torch import Tensor
 
 from functional_optim._chain import checked_transform
-from functional_optim._context import Context
+from functional_optim._context import Context, as_context
 from functional_optim._hyperparameters import checked, value_class
 from functional_optim._names import shown, subset
 from functional_optim._parts import Part
@@ -94,7 +94,7 @@ class Masked:
         state: Any,
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, Any]:
         """Return inner(u) where selected, u elsewhere."""
         check_names(updates, params)
@@ -104,7 +104,7 @@ class Masked:
         if inside:
             inner_params = subset(params, names)
             inside, state = self.inner.update(
-                inside, state, inner_params, context=context.at("inner")
+                inside, state, inner_params, context=as_context(context).at("inner")
             )
         outside = {n: u.clone() for n, u in updates.items() if n not in selected}
         return subset(inside | outside, params), state
@@ -244,7 +244,7 @@ class Partition:
     @property
     def scope(self) -> Scope:
         """The widest scope of the inner transforms."""
-        return max(transform.scope for transform in self.inner.values())
+        return max([transform.scope for transform in self.inner.values()])
 
     def init(self, params: TensorMap) -> tuple[Any, ...]:
         """Return the inner states, each over the parameters with its label."""
@@ -269,7 +269,7 @@ class Partition:
         state: tuple[Any, ...],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, tuple[Any, ...]]:
         """Return inner[label(name)](u)."""
         check_names(updates, params)
@@ -284,7 +284,7 @@ class Partition:
                     inside,
                     state[index],
                     subset(params, groups[label]),
-                    context=context.at(label),
+                    context=as_context(context).at(label),
                 )
                 moved |= out
         return subset(moved, params), tuple(new_state)

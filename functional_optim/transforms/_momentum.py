@@ -125,7 +125,7 @@ class Trace:
         state: TraceState,
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, TraceState]:
         """Return the buffer, or the update plus momentum times the buffer."""
         check_state(self, state, TraceState)

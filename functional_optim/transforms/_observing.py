@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context, Norm, ReduceOp
+from functional_optim._context import Context, Norm, ReduceOp, as_context
 from functional_optim._hyperparameters import checked, value_class
 from functional_optim._names import checked_name
 from functional_optim._norms import norms
@@ -111,7 +111,7 @@ class Observe:
     name: str = checked(check=checked_name)
     fn: Elementwise | None = checked(check=_checked_fn, default=None)
     _: KW_ONLY
-    op: ReduceOp = checked(check=_checked_op, default=Norm(2.0))
+    op: ReduceOp = checked(check=_checked_op, default_factory=lambda: Norm(2.0))
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
 
@@ -127,13 +127,14 @@ class Observe:
         state: ObserveState,
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, ObserveState]:
         """Return u."""
         check_state(self, state, ObserveState)
         if not updates:
             return {}, state
         numbers = self._numbers(updates, params)
+        context = as_context(context)
         partial = _partial(numbers, self.op, wide=context.is_partial)
         total = context.reduce(partial, self.op)
         return copied(updates), ObserveState(total.double())

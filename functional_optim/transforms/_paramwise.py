@@ -84,7 +84,7 @@ class MultiplyParamwise:
         state: tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, tuple[()]]:
         """Return c(name) * u."""
         factors = {

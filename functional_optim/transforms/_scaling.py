@@ -66,7 +66,7 @@ class Scale:
         state: ScheduleState | tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return factor * u."""
         now, state = evaluate(self, state, updates)
@@ -116,7 +116,7 @@ class ScaleByLearningRate:
         state: ScheduleState | tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return -lr * u."""
         now, state = evaluate(self, state, updates)
@@ -175,7 +175,7 @@ class Unscale:
         state: ScheduleState | tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return u * (1 / scale)."""
         now, state = evaluate(self, state, updates)

@@ -106,7 +106,7 @@ class AddDecayedWeights:
         state: ScheduleState | tuple[()],
         params: TensorMap,
         *,
-        context: Context = Context(),
+        context: Context | None = None,
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return u + weight_decay * p."""
         now, state = evaluate(self, state, updates)
