@@ -91,7 +91,9 @@ class Context:
     Args:
         loss: Loss of this step, for transforms that look at it. Shape ().
         weight: Weight of this micro-batch in a mean, such as its number of tokens.
-            Finite and >= 0; None counts as 1. Shape () if it is a tensor.
+            Finite and >= 0; None counts as 1. Shape () if it is a tensor. Plain numbers
+            here and in `loss` become float64 tensors, so that torch.compile makes one
+            graph for all of them.
         last: Whether the data ends here: an open accumulation window is closed.
         differentiable: Whether to record the autograd graph of the update.
         reducer: Who answers `reduce`; None answers from the tensors at hand.
@@ -103,11 +105,11 @@ class Context:
         TypeError: `weight` is neither.
 
     Example:
-        >>> Context(weight=512.0, last=True).weight
-        512.0
+        >>> Context(weight=512, last=True).weight
+        tensor(512., dtype=torch.float64)
     """
 
-    loss: Tensor | None = None
+    loss: float | Tensor | None = None
     weight: float | Tensor | None = None
     last: bool = False
     differentiable: bool = False
@@ -129,6 +131,11 @@ class Context:
         elif weight is not None and not 0 <= weight < math.inf:
             msg = f"weight must be finite and >= 0, got {weight}"
             raise ValueError(msg)
+        for name, value in (("loss", self.loss), ("weight", weight)):
+            if isinstance(value, (int, float)):
+                # Not torch.tensor(value): to it each value is a constant of a graph.
+                number = torch.ones((), dtype=torch.float64, device="cpu") * value
+                object.__setattr__(self, name, number)
 
     def reduce(self, partial: Tensor | Callable[[], Tensor], op: ReduceOp) -> Tensor:
         """Learn one number about all tensors: the only door to other tensors.
@@ -204,7 +211,7 @@ class Context:
         Example:
             >>> context = Context(weight=2.0)
             >>> context.with_reducer(lambda path, partial, op: partial.sum()).weight
-            2.0
+            tensor(2., dtype=torch.float64)
         """
         return self._replaced(reducer=reducer, **changes)
 

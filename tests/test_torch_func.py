@@ -263,6 +263,53 @@ def test_a_graph_that_is_asked_for_in_an_ensemble() -> None:
     assert torch.allclose(lr.grad, -(rows**3).sum(), rtol=1e-12)
 
 
+class ByLoss:
+    """A user's transform: u <- loss * u."""
+
+    scope = fo.Scope.ELEMENTWISE
+
+    def init(self, params):
+        """Return the empty state."""
+        return ()
+
+    def update(self, updates, state, params, *, context=None):
+        """Return loss * u."""
+        return {name: context.loss * u for name, u in updates.items()}, state
+
+
+@pytest.mark.parametrize("kind", [int, float, torch.tensor])
+@pytest.mark.parametrize("made", ["outside", "inside"])
+def test_numbers_of_the_context_do_not_recompile(kind, made: str) -> None:
+    """Ten different weights and losses are one graph for each place in a window."""
+    pipeline = fo.chain(fo.Accumulate(2), ByLoss(), fo.sgd(0.1))
+    grads = {"w": torch.ones(3, dtype=torch.float64)}
+
+    def told(number) -> fo.Context:
+        return fo.Context(weight=number, loss=number)
+
+    def inside(state, number):
+        return pipeline.update(grads, state, grads, context=told(number))
+
+    def outside(state, context):
+        return pipeline.update(grads, state, grads, context=context)
+
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    function = inside if made == "inside" else outside
+    step = torch.compile(function, fullgraph=True, backend="aot_eager")
+    state = eager = pipeline.init(grads)
+    for tokens in (100, 80, 120, 60, 90, 70, 110, 50, 40, 30):
+        number = kind(tokens)
+        given = number if made == "inside" else told(number)
+        got, state = step(state, given)
+        expected, eager = function(eager, given)
+        assert got.keys() == expected.keys()
+        if got:
+            assert torch.allclose(got["w"], expected["w"], rtol=1e-12)
+            assert torch.allclose(got["w"], torch.tensor(-0.1 * tokens).double())
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+
+
 def test_inductor_compiles_the_whole_training_step() -> None:
     """Gradient, clip, AdamW and apply in one graph equal eager, schedule included."""
     pipeline = fo.chain(

@@ -73,7 +73,8 @@ class CompiledStep:
         (param,) = self._unit.params.values()
         told = given.context.loss, given.context.weight
         self._has_told = [x is not None for x in told]
-        self._beside = as_tensors([x for x in told if x is not None], param)
+        beside = as_tensors([x for x in told if x is not None], param)
+        self._beside = [x.to(param.device) for x in beside]
         self._context = given.context
         self._scaling = given.scaling
         self._passes: dict[int, Pass] = {}
