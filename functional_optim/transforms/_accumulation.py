@@ -171,15 +171,26 @@ class Accumulate:
         and what was left of the last window does not matter.
         """
         if weight is not None:
-            # A micro-batch without tokens has the mean 0 / 0; it must not count.
             device = device_of(updates)
             factor = torch.as_tensor(weight, dtype=torch.float64, device=device)
-            weighted = over(updates, at=subset(sums, updates)).mul(factor).to_map()
-            updates = {n: torch.where(factor > 0, u, 0.0) for n, u in weighted.items()}
+            counted = _counted(updates, factor != 0)
+            updates = over(counted, at=subset(sums, updates)).mul(factor).to_map()
         first = {name: u for name, u in updates.items() if name not in before}
         later = {name: u for name, u in updates.items() if name in before}
         new = over(first).to_map(like=sums)
         return sums | new | over(sums, at=later).add(later).to_map(like=sums)
+
+
+def _counted(updates: TensorMap, counts: Tensor) -> TensorMap:
+    """Return updates, and 0 where one is not finite and does not count.
+
+    A micro-batch without tokens has the mean 0 / 0, and 0 * NaN is NaN. Its finite
+    numbers stay: the derivative with respect to a weight of 0 is made of them.
+    """
+    return {
+        name: torch.where(counts, u, u.nan_to_num(0.0, 0.0, 0.0))
+        for name, u in updates.items()
+    }
 
 
 def _weight_sum(total: Tensor, weight: float | Tensor | None, position: int) -> Tensor:
