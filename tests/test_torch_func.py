@@ -84,6 +84,61 @@ def test_hypergradients(make, value: float, way: str) -> None:
     assert slope != 0
 
 
+def _after_three_steps(lr: torch.Tensor, make) -> torch.Tensor:
+    """Return a number after three steps in which one gradient is 0."""
+    params = {"w": torch.tensor([1.0, 2.0]).double(), "dead": torch.ones(1).double()}
+    pipeline = make(lr)
+    state = pipeline.init(params)
+    context = fo.Context(differentiable=True)
+    for _ in range(3):
+        grads = {"w": 2 * params["w"], "dead": 0 * params["dead"]}  # A ReLU at rest.
+        updates, state = pipeline.update(grads, state, params, context=context)
+        params = fo.apply_updates(params, updates, differentiable=True)
+    return sum((p**2).sum() for p in params.values())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda lr: fo.adam(lr, eps_root=1e-16),
+        lambda lr: fo.adam(lr, weight_decay=0.1, amsgrad=True, eps_root=1e-16),
+        lambda lr: fo.adamw(lr, eps_root=1e-16),
+        lambda lr: fo.adamw(lr, eps_root=torch.tensor(1e-16).double()),
+        lambda lr: fo.SkipNonfinite(fo.adamw(lr, eps_root=lambda step: 1e-16)),
+        lambda lr: fo.adamw(lr, eps_root={"w": 0.0, "dead": 1e-16}),
+    ],
+    ids=["adam", "amsgrad", "adamw", "tensor", "guarded schedule", "by name"],
+)
+@pytest.mark.parametrize("way", ["torch.func", "backward"])
+def test_meta_gradients_where_a_gradient_is_0(make, way: str) -> None:
+    """With eps_root the derivative through Adam is finite, and that of differences."""
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    if way == "torch.func":
+        slope = torch.func.grad(_after_three_steps)(lr, make)
+    else:
+        leaf = lr.clone().requires_grad_()
+        _after_three_steps(leaf, make).backward()
+        slope = leaf.grad
+    after, before = (
+        _after_three_steps(lr + 1e-6, make),
+        _after_three_steps(lr - 1e-6, make),
+    )
+    assert torch.allclose(slope, (after - before) / 2e-6, rtol=1e-7)
+
+
+def test_presets_have_eps_root() -> None:
+    """It is that of ScaleByAdam, in optimizers and configs, too; 0 changes nothing."""
+    assert fo.adam(0.1, eps_root=1e-8)[0] == fo.ScaleByAdam(eps_root=1e-8)
+    assert fo.adamw(0.1, eps_root=1e-8)[0] == fo.ScaleByAdam(eps_root=1e-8)
+    assert fo.adamw(0.1, eps_root=0.0) == fo.adamw(0.1)
+    with pytest.raises(ValueError, match="eps_root must be finite and >= 0, got -1"):
+        fo.adamw(0.1, eps_root=-1.0)
+    model = torch.nn.Linear(1, 1)
+    config = {"optimizer": {"type": "fo.adamw", "lr": 0.1, "eps_root": 1e-8}}
+    optimizer = fo.build_optim_wrapper(model, config).optimizer
+    assert optimizer.param_groups[0]["eps_root"] == 1e-8
+
+
 def test_ensemble_with_a_learning_rate_each() -> None:
     """vmap with a hyperparameter for each member equals the loop over members."""
     lrs = torch.tensor([0.1, 0.01, 0.001], dtype=torch.float64)

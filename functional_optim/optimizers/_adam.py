@@ -26,6 +26,7 @@ def adam(
     weight_decay: Hyperparameter = 0.0,
     amsgrad: bool = False,  # noqa: FBT001, FBT002 - torch's position
     *,
+    eps_root: Hyperparameter = 0.0,
     maximize: bool = False,
     decoupled_weight_decay: bool = False,
     mask: Selection | None = None,
@@ -34,7 +35,7 @@ def adam(
 
         g <- -g if maximize
         g <- g + weight_decay * p            (unless decoupled)
-        u <- the direction of `ScaleByAdam(betas, eps=eps, amsgrad=amsgrad)`
+        u <- the direction of `ScaleByAdam`, with betas, eps, eps_root, amsgrad
         u <- u + weight_decay * p            (if decoupled)
         p <- p - lr * u
 
@@ -46,6 +47,8 @@ def adam(
         eps: Added to the root, in gradient units. Finite, >= 0.
         weight_decay: L2 penalty or decay rate. Finite, >= 0.
         amsgrad: Whether to divide by the largest second moment so far.
+        eps_root: Added under the root, in their squared units. Finite, >= 0. More than
+            0 for derivatives through updates: they are NaN where a gradient is 0.
         maximize: Whether to climb instead of to descend.
         decoupled_weight_decay: Whether weights decay apart from the moments (AdamW).
         mask: Which parameters decay, any selection; None means all. Not looked at if
@@ -71,7 +74,7 @@ def adam(
     return chain(
         *([Scale(-1.0)] if maximize else []),
         *([] if decoupled_weight_decay else decay),
-        ScaleByAdam(betas, eps=eps, amsgrad=amsgrad),
+        ScaleByAdam(betas, eps=eps, eps_root=eps_root, amsgrad=amsgrad),
         *(decay if decoupled_weight_decay else []),
         ScaleByLearningRate(lr),
     )
@@ -84,13 +87,14 @@ def adamw(
     weight_decay: Hyperparameter = 1e-2,
     amsgrad: bool = False,  # noqa: FBT001, FBT002 - torch's position
     *,
+    eps_root: Hyperparameter = 0.0,
     maximize: bool = False,
     mask: Selection | None = None,
 ) -> Chain:
     """Adam with decoupled weight decay, as torch.optim.AdamW.
 
         g <- -g if maximize
-        u <- the direction of `ScaleByAdam(betas, eps=eps, amsgrad=amsgrad)`
+        u <- the direction of `ScaleByAdam`, with betas, eps, eps_root, amsgrad
         u <- u + weight_decay * p
         p <- p - lr * u
 
@@ -100,6 +104,8 @@ def adamw(
         eps: Added to the root, in gradient units. Finite, >= 0.
         weight_decay: Decay rate per unit of lr. Finite, >= 0; a plain 0 leaves it out.
         amsgrad: Whether to divide by the largest second moment so far.
+        eps_root: Added under the root, in their squared units. Finite, >= 0. More than
+            0 for derivatives through updates: they are NaN where a gradient is 0.
         maximize: Whether to climb instead of to descend.
         mask: Which parameters decay, any selection; None means all. Not looked at if
             weight_decay is a plain 0.
@@ -124,6 +130,7 @@ def adamw(
         eps,
         weight_decay,
         amsgrad,
+        eps_root=eps_root,
         maximize=maximize,
         decoupled_weight_decay=True,
         mask=mask,
