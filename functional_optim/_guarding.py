@@ -29,12 +29,14 @@ def guarded(
     Args:
         ok: Whether to take the step. Tensor, shape (), bool.
         inner: The transform.
-        updates: Its updates; it gets zeros in their place if not ok.
+        updates: Its updates; it gets ones in their place if not ok.
         state: Its state.
         params: Its parameters.
         context: Its context.
     """
-    safe = {name: torch.where(ok, u, 0.0) for name, u in updates.items()}
+    # Not zeros: the root of a moment that is still 0 has an infinite derivative there,
+    # and infinity times the 0 of a step that is not taken is NaN.
+    safe = {name: torch.where(ok, u, 1.0) for name, u in updates.items()}
     moved, new = inner.update(safe, state, params, context=context)
     # p + (-0.0) is p for every p; p + 0.0 would turn -0.0 into 0.0.
     moved = {name: torch.where(ok, u, -0.0) for name, u in moved.items()}

@@ -126,6 +126,44 @@ def test_meta_gradients_where_a_gradient_is_0(make, way: str) -> None:
     assert torch.allclose(slope, (after - before) / 2e-6, rtol=1e-7)
 
 
+SKIPPED = [(True, False, False), (False, True, False), (True, True, False)]
+
+
+@pytest.mark.parametrize("skipped", SKIPPED, ids=str)
+@pytest.mark.parametrize(
+    ("make", "value"),
+    [
+        (lambda h: fo.adamw(0.1, betas=(0.8, h)), 0.9),
+        (lambda h: fo.adamw(0.1, betas=(h, 0.9)), 0.8),
+        (lambda h: fo.adam(0.1, betas=(0.8, h), amsgrad=True), 0.9),
+        (lambda h: fo.adamw(h, betas=(0.8, 0.9)), 0.1),
+        (lambda h: fo.adamw(0.1, betas=(0.8, 0.9), eps=h), 1e-3),
+        (lambda h: fo.chain(fo.ClipByGlobalNorm(h), fo.adamw(0.1)), 0.5),
+        (lambda h: fo.chain(fo.ClipByNorm(h), fo.sgd(0.1, momentum=0.9)), 0.5),
+    ],
+    ids=["beta2", "beta1", "amsgrad", "lr", "eps", "max_norm", "of each tensor"],
+)
+def test_a_skipped_step_has_a_derivative(make, value: float, skipped) -> None:
+    """A step that is skipped depends on no hyperparameter, whenever it comes."""
+    start = torch.tensor([1.0, 2.0], dtype=torch.float64)
+
+    def after(h: torch.Tensor) -> torch.Tensor:
+        params, pipeline = {"w": start}, fo.SkipNonfinite(make(h))
+        state = pipeline.init(params)
+        for skip in skipped:
+            bad = torch.tensor([float("nan"), float("inf")]).double()
+            grads = {"w": bad if skip else 2 * params["w"]}
+            updates, state = pipeline.update(grads, state, params)
+            params = fo.apply_updates(params, updates)
+        return params["w"].sum()
+
+    h = torch.tensor(value, dtype=torch.float64)
+    difference = (after(h + 1e-6) - after(h - 1e-6)) / 2e-6
+    slope = torch.func.grad(after)(h)
+    # Central differences leave (1e-6)^2 and 1e-16 / 1e-6.
+    assert torch.allclose(slope, difference, rtol=1e-6, atol=1e-9)
+
+
 def test_presets_have_eps_root() -> None:
     """It is that of ScaleByAdam, in optimizers and configs, too; 0 changes nothing."""
     assert fo.adam(0.1, eps_root=1e-8)[0] == fo.ScaleByAdam(eps_root=1e-8)
