@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
 V = TypeVar("V")
 
@@ -88,6 +90,44 @@ def check_same_names(
             f"{shown(missing)}, unknown {shown(unknown)}"
         )
         raise ValueError(msg)
+
+
+class _Current(threading.local):
+    whole: Mapping[str, Any] | None = None
+
+
+_current = _Current()
+
+
+@contextlib.contextmanager
+def part_of(params: Mapping[str, Any]) -> Iterator[None]:
+    """Let what is started in the block see some of these parameters, and know of all.
+
+    So one map by name, or one mask, serves all parts of a pipeline.
+
+    Args:
+        params: All parameters; inside another block they are a part themselves.
+    """
+    before = _current.whole
+    _current.whole = params if before is None else before
+    try:
+        yield
+    finally:
+        _current.whole = before
+
+
+def whole(params: Mapping[str, V]) -> dict[str, V]:
+    """Return all parameters of which some are seen; outside of `part_of` these."""
+    return {**(_current.whole or {}), **params}
+
+
+def check_by_name(what: str, given: Mapping[str, Any], params: Mapping[str, V]) -> None:
+    """Refuse a map that lacks a parameter, or has a name that not even the whole has.
+
+    Raises:
+        ValueError: naming what is missing and what does not exist.
+    """
+    check_same_names(what, given, {**params, **subset(whole(params), given)})
 
 
 def checked_name(what: str, name: Any) -> str:

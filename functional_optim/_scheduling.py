@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._hoisting import once
-from functional_optim._names import check_same_names
+from functional_optim._names import check_by_name
 from functional_optim._structure import check_parameters
 from functional_optim._tensors import device_of
 
@@ -73,7 +73,7 @@ def init_hyperparameters(
         value = getattr(transform, name)
         for part in value if isinstance(value, tuple) else (value,):
             if isinstance(part, dict):
-                check_same_names(name, part, params)
+                check_by_name(name, part, params)
     if not scheduled(transform):
         return ()
     zero = torch.zeros((), dtype=torch.float64, device=device_of(params))

@@ -7,7 +7,7 @@ A *selection* picks parameters. It is one of
 - a predicate on name and tensor, `lambda name, p: p.ndim >= 2`,
 - `exclude(...)`: everything that the selections in it do not pick,
 - a tuple or list of selections: whatever any of them picks,
-- a map from every name to bool, or one bool for all.
+- a map from every name to bool (in a part, those of the whole will do), or one bool.
 
 A predicate must depend on the name, shape and dtype alone: it is asked at every step.
 
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from functional_optim._compiling import constant_when_compiled
 from functional_optim._hyperparameters import checked, value_class
-from functional_optim._names import check_same_names, lookup, shown
+from functional_optim._names import check_by_name, lookup, shown, whole
 from functional_optim._value import shown_value
 
 if TYPE_CHECKING:
@@ -120,9 +120,8 @@ def substrings_of(name: str, keys: Iterable[str]) -> list[str]:
         >>> substrings_of("layer0.bias", ["layer", ".bias", "layer0.bias", "head"])
         ['layer0.bias', '.bias', 'layer']
     """
-    whole = name if "." in name else f".{name}"
-    found = [key for key in keys if key in whole]
-    return sorted(found, key=lambda key: (-len(key), key))
+    dotted = name if "." in name else f".{name}"
+    return sorted([k for k in keys if k in dotted], key=lambda key: (-len(key), key))
 
 
 @final
@@ -170,20 +169,20 @@ def picked(selection: Any, params: TensorMap, names: Sequence[str]) -> list[str]
 
 
 def check_selection(selection: Any, params: TensorMap, name: str) -> None:
-    """Refuse a selection that picks no parameter, as a whole or in a part.
+    """Refuse a selection that picks no parameter of the model, as a whole or in a part.
 
     Only an explicit False, or a map of them, may select nothing.
 
     Args:
         selection: A frozen selection.
-        params: All parameters.
+        params: The parameters at hand.
         name: How to call it in an error.
 
     Raises:
         ValueError: a part picks nothing, or a map does not cover the parameters.
     """
     if isinstance(selection, Mapping):
-        check_same_names(name, selection, params)
+        check_by_name(name, selection, params)
         return
     if isinstance(selection, bool) or not params:
         return
@@ -192,10 +191,11 @@ def check_selection(selection: Any, params: TensorMap, name: str) -> None:
     parts = selection.selections if isinstance(selection, Exclude) else selection
     for part in parts if isinstance(parts, tuple) else ():
         check_selection(part, params, name)
-    if not picked(selection, params, list(params)):
+    known = whole(params)
+    if not picked(selection, known, list(known)):
         msg = (
             f"{name}: {shown_value(selection)} matches no parameter; the names are "
-            f"{shown(params)}"
+            f"{shown(known)}"
         )
         raise ValueError(msg)
 
@@ -282,9 +282,9 @@ def check_rules(rules: Any, params: TensorMap, name: str) -> None:
         ValueError: a rule matches nothing.
     """
     if isinstance(rules, (dict, tuple)):
-        by_name = isinstance(rules, ByName)
+        by_name, known = isinstance(rules, ByName), whole(params)
         for selection, _ in _pairs(rules):
-            if not by_name or selection not in params:
+            if not by_name or selection not in known:
                 check_selection(selection, params, f"rule in {name}")
 
 

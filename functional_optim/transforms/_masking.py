@@ -10,7 +10,7 @@ from torch import Tensor
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context, as_context
 from functional_optim._hyperparameters import checked, value_class
-from functional_optim._names import shown, subset
+from functional_optim._names import part_of, shown, subset
 from functional_optim._parts import Part
 from functional_optim._resolving import resolve
 from functional_optim._selection import (
@@ -39,7 +39,7 @@ class Masked:
 
         u <- inner(u) where mask, u elsewhere
 
-    `inner` sees only the selected names: a global norm in it is theirs alone.
+    `inner` sees only the selected names, and a norm in it is theirs; maps may name all.
 
     Args:
         inner: The transform.
@@ -86,7 +86,9 @@ class Masked:
         """Return the inner state over the selected parameters."""
         check_parameters(params)
         check_selection(self.mask, params, "mask")
-        return self.inner.init(subset(params, picked(self.mask, params, list(params))))
+        names = picked(self.mask, params, list(params))
+        with part_of(params):
+            return self.inner.init(subset(params, names))
 
     def update(
         self,
@@ -111,8 +113,8 @@ class Masked:
 
     def parts(self, state: Any, params: TensorMap) -> list[Part]:
         """Return the inner transform with its state and the selected parameters."""
-        inside = subset(params, picked(self.mask, params, list(params)))
-        return [Part("inner", "", self.inner, state, inside)]
+        inside = picked(self.mask, params, list(params))
+        return [Part("inner", "", self.inner, state, subset(params, inside))]
 
     def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
         """Return the mask, and the names that it selects."""
@@ -146,9 +148,7 @@ def _checked_inners(name: str, inners: Any) -> dict[str, Transform]:
 
 
 def _checked_labels(name: str, labels: Any) -> Any:
-    if callable(labels):
-        return labels
-    return frozen_rules(name, labels, _checked_label)
+    return labels if callable(labels) else frozen_rules(name, labels, _checked_label)
 
 
 def _label(labels: Any, name: str, param: Tensor) -> str:
@@ -176,8 +176,8 @@ class Partition:
 
         u <- inner[label(name)](u)
 
-    Each transform sees only the names with its label. A group whose transform holds,
-    or which got no updates, leaves out its names.
+    Each transform sees only the names with its label; its maps and masks may name all.
+    A group whose transform holds, or which got no updates, leaves out its names.
 
     Args:
         inner: A map from label to transform.
@@ -258,10 +258,10 @@ class Partition:
                     f"{shown(params)}. Leave it out of inner, or change labels"
                 )
                 raise ValueError(msg)
-        return tuple(
-            transform.init(subset(params, groups[label]))
-            for label, transform in self.inner.items()
-        )
+        with part_of(params):
+            return tuple(
+                t.init(subset(params, groups[label])) for label, t in self.inner.items()
+            )
 
     def update(
         self,
