@@ -18,6 +18,7 @@ from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from functional_optim._resolving import resolved_never_0, resolved_number
+from functional_optim._tensors import is_readable
 from functional_optim._value import equal, hash_of, repr_of
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
@@ -170,7 +171,7 @@ def _normalized(name: str, value: Any, kind: _Kind) -> Any:
             for key, part in value.items()
         }
     if isinstance(value, Tensor):
-        return _checked_tensor(name, value)
+        return _checked_tensor(name, value, kind)
     if isinstance(value, type):
         msg = f"{name} must be {kind.kinds}, got a class; write {value.__name__}(...)"
         raise TypeError(msg)
@@ -179,13 +180,16 @@ def _normalized(name: str, value: Any, kind: _Kind) -> Any:
     return _checked_number(name, value, kind)
 
 
-def _checked_tensor(name: str, value: Tensor) -> Tensor:
+def _checked_tensor(name: str, value: Tensor, kind: _Kind) -> Tensor:
     if value.ndim != 0:
         msg = f"{name} must be a 0-dim tensor, got shape {tuple(value.shape)}"
         raise ValueError(msg)
     if not value.is_floating_point():
         msg = f"{name} must be a floating-point tensor, got {value.dtype}"
         raise TypeError(msg)
+    if is_readable(value) and value.item() not in kind:
+        msg = f"{name} must be {kind.legal}, got {value.item()} in a tensor"
+        raise ValueError(msg)
     return value
 
 

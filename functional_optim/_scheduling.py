@@ -7,7 +7,6 @@ parameter without a gradient does not fall behind the others.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from functional_optim._hoisting import once
 from functional_optim._names import check_by_name
 from functional_optim._structure import check_parameters
 from functional_optim._tensors import device_of
+from functional_optim._value import with_fields
 
 if TYPE_CHECKING:
     from functional_optim._hyperparameters import Schedule
@@ -112,7 +112,7 @@ def evaluate(
         elif is_schedule(value):
             now[name] = value_at(value, state.num_updates)
     count = once(torch.add, state.num_updates, 1) if updates else state.num_updates
-    return dataclasses.replace(transform, **now), ScheduleState(count)
+    return with_fields(transform, **now), ScheduleState(count)
 
 
 def value_at(value: Any, count: Tensor) -> Any:
@@ -124,6 +124,7 @@ def value_at(value: Any, count: Tensor) -> Any:
 
     Raises:
         TypeError: the schedule returned something else than a number or a tensor.
+        ValueError: it returned a tensor that is not 0-dim.
     """
     if not is_schedule(value):
         return value
@@ -135,4 +136,8 @@ def _evaluated(value: Schedule, count: Tensor) -> Tensor:
     if not isinstance(result, (int, float, Tensor)):
         msg = f"schedule {value!r} must return a number or a 0-dim tensor, got {result}"
         raise TypeError(msg)
+    if isinstance(result, Tensor) and result.ndim != 0:
+        shape = tuple(result.shape)
+        msg = f"schedule {value!r} must return a 0-dim tensor, got shape {shape}"
+        raise ValueError(msg)
     return torch.as_tensor(result, dtype=torch.float64, device=count.device)

@@ -44,6 +44,17 @@ def are_plain(tensors: Iterable[Tensor]) -> bool:
     return set(map(type, tensors)) <= _PLAIN_TYPES
 
 
+def is_readable(tensor: Tensor) -> bool:
+    """Whether to read a tensor on the host waits for no device and stops no trace."""
+    return (
+        tensor.is_cpu
+        and are_plain([tensor])
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
 def foreach_applies(tensors: Sequence[Tensor]) -> bool:
     """Tell whether `torch._foreach_*` may run: plain tensors, nobody watching.
 

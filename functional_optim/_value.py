@@ -6,6 +6,7 @@ They print as they are written, without the arguments that have their default.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,14 @@ def _same(a: object, b: object, same: Callable[[object, object], bool]) -> bool:
         # In order: the first rule that fits wins.
         return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
     return bool(a == b)
+
+
+def with_fields(value: Any, /, **fields: Any) -> Any:
+    """As `dataclasses.replace`, without `__init__`: what it did is done."""
+    other = copy.copy(value)
+    for name, part in fields.items():
+        object.__setattr__(other, name, part)
+    return other
 
 
 def equal(self: Any, other: Any) -> Any:

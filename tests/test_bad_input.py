@@ -88,6 +88,52 @@ def test_nonfinite_hyperparameter(make, message: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (fo.ClipByGlobalNorm, "max_norm must be finite and > 0"),
+        (fo.ClipByNorm, "max_norm must be finite and > 0"),
+        (lambda x: fo.ClipByNorm({"a": x}), r"max_norm\['a'\] must be finite and > 0"),
+        (fo.Unscale, "scale must be finite and > 0"),
+        (fo.sgd, "lr must be finite and >= 0"),
+        (lambda x: fo.adamw(betas=(0.9, 0.3 - x)), r"betas\[1\] must be .* and < 1"),
+        (lambda x: fo.adamw(eps=x), "eps must be finite and >= 0"),
+        (lambda x: fo.Masked(fo.AddDecayedWeights(x), "*"), "weight_decay must be"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_tensor_out_of_range(make, message: str, dtype: torch.dtype) -> None:
+    """A step against its meaning is refused when it is written, in a tensor as well."""
+    for value in (-1.0, math.nan, -math.inf):
+        tensor = torch.tensor(value, dtype=dtype, requires_grad=True)
+        with pytest.raises(ValueError, match=f"{message}.*, got .* in a tensor"):
+            make(tensor)
+
+
+def test_a_tensor_is_not_read_where_that_would_wait_or_break() -> None:
+    """No value is looked at elsewhere than on the CPU, in a trace or in torch.func."""
+    real = torch.tensor(-1.0)
+    fo.ClipByGlobalNorm(real.to("meta"))
+    with torch._subclasses.FakeTensorMode() as mode:
+        fo.ClipByGlobalNorm(torch.tensor(-1.0))
+        fo.ClipByGlobalNorm(real)
+    fo.ClipByGlobalNorm(mode.from_tensor(real))
+
+    def clipped(limit: torch.Tensor) -> torch.Tensor:
+        clip = fo.ClipByGlobalNorm(limit)
+        return clip.update(GRADS, clip.init(PARAMS), PARAMS)[0]["a.bias"].sum()
+
+    limits = torch.tensor([-1.0, 2.0])
+    torch.func.vmap(clipped)(limits)
+    torch.func.grad(clipped)(limits[0])
+    torch.compiler.reset()
+    torch.compile(clipped, fullgraph=True, backend="eager")(limits[0])
+    scale = fo.Scale(lambda step: torch.full_like(step, math.nan))
+    updates, _ = scale.update(GRADS, scale.init(PARAMS), PARAMS)
+    assert updates["a.bias"].isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
         (lambda: fo.ScaleByLearningRate(-0.1), "lr must be .* >= 0, got -0.1"),
         (lambda: fo.sgd(0.1, momentum=-0.9), "momentum must be .* got -0.9"),
         (lambda: fo.adamw(betas=(0.9, 1.0)), r"betas\[1\] must be .* < 1, got 1.0"),

@@ -119,6 +119,11 @@ TWICE = fo.Partition(
         ("lr", None, "lr must be a number.* got None"),
         ("lr", True, "lr must be a number.* got True"),
         ("lr", [0.1], r"lr must be a number.* got \[0\.1\]"),
+        (
+            "lr",
+            torch.tensor(-0.5),
+            r"lr must be finite and >= 0, got -0\.5 in a tensor",
+        ),
         ("lr", torch.ones(2), r"lr must be a 0-dim tensor, got shape \(2,\)"),
         ("betas", (0.9, 1.0), r"betas\[1\] must be finite and >= 0 and < 1, got 1"),
         ("betas", 0.9, "betas must be a pair"),

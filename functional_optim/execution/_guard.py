@@ -14,6 +14,7 @@ from functional_optim._hyperparameters import checked, value_class
 from functional_optim._resolving import resolve
 from functional_optim._structure import check_parameters
 from functional_optim._types import Scope, Transform
+from functional_optim._value import with_fields
 from functional_optim.transforms import Unscale
 
 if TYPE_CHECKING:
@@ -75,7 +76,9 @@ def scaled(
     skip = SkipOn(transform, found_inf)
     if grad_scale is None:
         return chain(skip)
-    return chain(Unscale(torch.as_tensor(grad_scale).reshape(())), skip)
+    scale = torch.as_tensor(grad_scale).reshape(())
+    # Whatever it is: the scaler, and no user, has set it.
+    return chain(with_fields(Unscale(1.0), scale=scale), skip)
 
 
 def wrapped_state(state: Any, grad_scale: Tensor | None) -> Any:

@@ -7,7 +7,6 @@ is left, the kind, is compared by value.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from functional_optim._hyperparameters import after_init
 from functional_optim._resolving import is_zero
+from functional_optim._value import with_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -119,13 +119,9 @@ def _as_kind(value: Any, /, **fields: Any) -> Any:
 
 
 def _replaced(value: Any, /, **fields: Any) -> Any:
-    """As `dataclasses.replace`, without `__init__`: what it did is done."""
-    if all(getattr(value, name) is part for name, part in fields.items()):
-        return value
-    other = copy.copy(value)
-    for name, part in fields.items():
-        object.__setattr__(other, name, part)
-    return other
+    """Return a value with other fields; the same one if none differs."""
+    same = all(getattr(value, name) is part for name, part in fields.items())
+    return value if same else with_fields(value, **fields)
 
 
 def _mapped(
