@@ -29,7 +29,7 @@ def test_tutorial_runs_as_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         exec(compile(block, "<page>", "exec"), names)
     wrong = text[text.index("def plain") : text.index("check_equivalent(fo.chain")]
-    exec(wrong.replace("0.9 *", "0.5 *"), names)
+    exec(wrong.replace("0.9 *", "0.0 *"), names)
     rule = fo.chain(names["Signum"](), fo.ScaleByLearningRate(0.01))
     with pytest.raises(NotEquivalentError, match="is not plain: they part first after"):
         check_equivalent(rule, names["plain"])
