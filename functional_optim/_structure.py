@@ -45,6 +45,14 @@ def check_updates(updates: Any, params: TensorMap) -> None:
         TypeError: not a map from name to tensor; integer, complex or sparse tensors.
         ValueError: a name, shape or device that no parameter has.
     """
+    if isinstance(updates, (list, tuple)) and any(map(torch.is_tensor, updates)):
+        kind = type(updates).__name__
+        msg = (
+            f"updates must be a dict from parameter name to tensor, got a {kind} of "
+            "tensors; write dict(zip(params, torch.autograd.grad(...))), if that is "
+            "where they come from"
+        )
+        raise TypeError(msg)
     if isinstance(updates, tuple):
         msg = (
             "updates must be a dict, got a tuple; write updates, state = x.update(...)"

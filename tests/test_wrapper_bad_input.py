@@ -83,6 +83,13 @@ def test_optimizer_must_be_one(optimizer: Any) -> None:
         fo.OptimWrapper(optimizer)
 
 
+def test_a_transform_is_no_optimizer_yet() -> None:
+    remedy = r"write TransformOptimizer\(model.named_parameters\(\), chain\(Scale"
+    for kind in (fo.OptimWrapper, fo.AmpOptimWrapper):
+        with pytest.raises(TypeError, match=f"optimizer must be .* {remedy}"):
+            kind(optimizer=fo.sgd(0.1))
+
+
 @pytest.mark.parametrize("kind", [fo.OptimWrapper, fo.AmpOptimWrapper])
 def test_loss_is_one_number(kind: Any) -> None:
     wrapper = kind(optimizer=_optimizer())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from functional_optim._types import Role
+from functional_optim._types import Role, Transform
 from functional_optim.facade._clip_grad import ClipGrad, clip_grad_of
 from functional_optim.facade._gradient_transform import (
     GradientTransform,
@@ -25,8 +25,6 @@ from functional_optim.facade._wrapper_state import WrapperState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from functional_optim._types import Transform
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -299,6 +297,8 @@ def _check_optimizer(optimizer: Any) -> None:
     if is_wrapper or not all(hasattr(optimizer, a) for a in ("param_groups", "step")):
         kind = f"a {type(optimizer).__name__}" if is_wrapper else repr(optimizer)
         msg = f"optimizer must be a torch.optim.Optimizer, got {kind}"
+        if isinstance(optimizer, Transform):
+            msg += f"; write TransformOptimizer(model.named_parameters(), {kind})"
         raise MistakenTypeError(msg)
     if isinstance(optimizer, TransformOptimizer):
         why = "inside the optimizer of a wrapper would see sums of micro-batches"
