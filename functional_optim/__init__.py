@@ -1,5 +1,7 @@
 """Gradient processing for PyTorch as pure functions."""
 
+from typing import TYPE_CHECKING
+
 from functional_optim import schedules, transforms
 from functional_optim._apply import (
     apply_updates,
@@ -10,6 +12,7 @@ from functional_optim._apply import (
 from functional_optim._chain import Chain, chain
 from functional_optim._context import Context, Norm, ReduceOp, Reducer
 from functional_optim._hyperparameters import Hyperparameter, Schedule
+from functional_optim._names import no_attribute
 from functional_optim._paramwise import Multipliers, paramwise_multipliers
 from functional_optim._parts import Part
 from functional_optim._readings import fetch, readings, state_of
@@ -125,3 +128,6 @@ __all__ = [
     "to_torch_state_dict",
     "transforms",
 ]
+
+if not TYPE_CHECKING:  # Or every wrong name would have a type.
+    __getattr__ = no_attribute(__name__, __all__)

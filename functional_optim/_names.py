@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import difflib
 import threading
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 V = TypeVar("V")
 
@@ -52,14 +52,44 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
         >>> did_you_mean("x", ["lr_mult", "norm_decay_mult"])
         "the names are ['lr_mult', 'norm_decay_mult']"
     """
+    known = list(known)
+    near = _near(name, known, cutoff)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"the names are {shown(sorted(known), most=40)}"
+
+
+def _near(name: str, known: Iterable[str], cutoff: float) -> list[str]:
+    """Return the names that are written nearly like a wrong one, the nearest first."""
     folded: dict[str, list[str]] = {}
     for right in known:
         folded.setdefault(right.lower(), []).append(right)
     near = difflib.get_close_matches(name.lower(), folded, n=3, cutoff=cutoff)
-    if near:
-        return f"did you mean {' or '.join(repr(r) for n in near for r in folded[n])}?"
-    everything = sorted(right for rights in folded.values() for right in rights)
-    return f"the names are {shown(everything, most=40)}"
+    return [right for one in near for right in folded[one]]
+
+
+def no_attribute(module: str, names: Iterable[str]) -> Callable[[str], NoReturn]:
+    """Return the `__getattr__` of a module: it says what a wrong name may mean.
+
+    Args:
+        module: Name of the module.
+        names: Its public names.
+
+    Example:
+        >>> no_attribute("fo", ["adamw", "sgd"])("AdamW")
+        Traceback (most recent call last):
+        AttributeError: module 'fo' has no attribute 'AdamW'; did you mean 'adamw'?
+    """
+
+    def refuse(name: str) -> NoReturn:
+        msg = f"module {module!r} has no attribute {name!r}"
+        # Python itself asks for names like __wrapped__, and expects nothing.
+        near = [] if name.startswith("_") else _near(name, names, 0.6)
+        if near:
+            msg += f"; did you mean {' or '.join(map(repr, near))}?"
+        raise AttributeError(msg)
+
+    return refuse
 
 
 def subset(tensors: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:

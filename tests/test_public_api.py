@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
+import importlib
 import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -115,3 +118,49 @@ def test_the_import_leaves_the_compiler_out() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("module", "wrong", "right"),
+    [
+        (fo, "AdamW", "'adamw'"),
+        (fo, "Adam", "'adam'"),
+        (fo, "SGD", "'sgd'"),
+        (fo, "clip_by_global_norm", "'ClipByGlobalNorm'"),
+        (fo, "OptimWraper", "'OptimWrapper'"),
+        (fo, "transform", "'transforms'"),
+        (transforms, "ScalebyAdam", "'ScaleByAdam'"),
+        (optimizers, "AdamW", "'adamw'"),
+        (schedules, "cosine_decai", "'cosine_decay'"),
+        (testing, "check_transforms", "'check_transform'"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_a_misspelt_name_is_told_the_near_one(module, wrong: str, right: str) -> None:
+    """A wrong name, or torch's name of a class, gets the name that was meant."""
+    with pytest.raises(AttributeError, match=f"no attribute '{wrong}'; did.* {right}"):
+        getattr(module, wrong)
+    assert not hasattr(module, wrong)
+
+
+def test_a_name_that_is_near_to_nothing_is_plainly_missing() -> None:
+    """Names that Python asks for by itself, and far ones, get no advice."""
+    for name in ("RMSprop", "__wrapped__", "_chains", "__deepcopy__"):
+        with pytest.raises(AttributeError) as caught:
+            getattr(fo, name)
+        assert (
+            str(caught.value) == f"module 'functional_optim' has no attribute {name!r}"
+        )
+    with pytest.raises(ImportError, match="cannot import name 'AdamW'"):
+        from functional_optim import AdamW  # noqa: F401 - it is not there
+
+
+def test_modules_pickle_and_import_as_before() -> None:
+    """Star import, submodules, pickles by name and doctests find what they did."""
+    names: dict[str, object] = {}
+    exec("from functional_optim import *", names)
+    assert set(fo.__all__) <= set(names)
+    assert pickle.loads(pickle.dumps([fo.adamw, fo.Scale])) == [fo.adamw, fo.Scale]
+    assert importlib.import_module("functional_optim.integrations").__name__
+    assert doctest.DocTestFinder().find(fo.chain)
+    assert inspect.getmembers(fo)

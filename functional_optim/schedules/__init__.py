@@ -7,6 +7,9 @@ Arithmetic is 0-dim float64, on the device of the count. Any function of a 0-dim
 is a schedule too; these are frozen, equal by value, printable and picklable.
 """
 
+from typing import TYPE_CHECKING
+
+from functional_optim._names import no_attribute
 from functional_optim.schedules._cosine import cosine_decay, one_cycle, warmup_cosine
 from functional_optim.schedules._decay import exponential, inverse_sqrt
 from functional_optim.schedules._lines import constant, linear, polynomial
@@ -24,3 +27,6 @@ __all__ = [
     "polynomial",
     "warmup_cosine",
 ]
+
+if not TYPE_CHECKING:  # Or every wrong name would have a type.
+    __getattr__ = no_attribute(__name__, __all__)

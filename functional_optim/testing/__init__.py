@@ -3,6 +3,9 @@
 Needs hypothesis: `pip install 'functional_optim[testing]'`.
 """
 
+from typing import TYPE_CHECKING
+
+from functional_optim._names import no_attribute
 from functional_optim.testing import laws, strategies
 from functional_optim.testing._broken import BrokenLawError
 from functional_optim.testing._check import check_transform
@@ -22,3 +25,6 @@ __all__ = [
     "laws",
     "strategies",
 ]
+
+if not TYPE_CHECKING:  # Or every wrong name would have a type.
+    __getattr__ = no_attribute(__name__, __all__)

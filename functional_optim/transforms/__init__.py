@@ -1,5 +1,8 @@
 """Transforms: each a line of mathematics, one concept a file."""
 
+from typing import TYPE_CHECKING
+
+from functional_optim._names import no_attribute
 from functional_optim._scheduling import ScheduleState
 from functional_optim.transforms._accumulation import Accumulate, AccumulateState
 from functional_optim.transforms._adaptive import ScaleByAdam, ScaleByAdamState
@@ -52,3 +55,6 @@ __all__ = [
     "ZeroNans",
     "ZeroNansState",
 ]
+
+if not TYPE_CHECKING:  # Or every wrong name would have a type.
+    __getattr__ = no_attribute(__name__, __all__)
