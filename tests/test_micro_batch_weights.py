@@ -74,6 +74,7 @@ def test_derivative_at_weights_that_are_all_0() -> None:
         ((0.0, 0.0), (1.0, 5.0), True, math.nan),
         ((1.0, 1.0), (math.nan, 5.0), True, math.nan),
         ((math.nan, 1.0), (1.0, 5.0), True, math.nan),
+        ((-1.0, 3.0), (math.nan, 5.0), True, math.nan),
     ],
 )
 def test_a_window_is_its_formula(weights, grads, mean, expected, way: str) -> None:
