@@ -142,7 +142,9 @@ class Expression:
         return self._run_each(lerp, self._rows(ends, self._each(weight)))
 
     def sqrt(self) -> Expression:
-        """Take the square root of x."""
+        """Take the square root of x; its derivative is 0 where x is 0."""
+        if torch.is_grad_enabled():
+            return self._run_each(_root, self._rows())
         return self._run("sqrt")
 
     def maximum(self, other: Operand) -> Expression:
@@ -286,6 +288,16 @@ Operands: TypeAlias = float | Tensor | list[Any]
 def _widens(operand: Any, x: Tensor) -> bool:
     """Whether an operation with this may have a wider result."""
     return isinstance(operand, Tensor) and operand.ndim > 0 and operand.dtype != x.dtype
+
+
+def _root(x: Tensor) -> Tensor:
+    """Return a square root that can be differentiated at 0.
+
+    A second moment is 0 as long as all gradients were, and does not depend on anything
+    there; its derivative of 0, times the infinite one of the root, would be NaN.
+    """
+    is_zero = x == 0
+    return torch.where(is_zero, 0.0, torch.where(is_zero, 1.0, x).sqrt())
 
 
 def _cloned(tensor: Tensor) -> Tensor:

@@ -100,18 +100,29 @@ def _after_three_steps(lr: torch.Tensor, make) -> torch.Tensor:
 @pytest.mark.parametrize(
     "make",
     [
-        lambda lr: fo.adam(lr, eps_root=1e-16),
-        lambda lr: fo.adam(lr, weight_decay=0.1, amsgrad=True, eps_root=1e-16),
+        fo.adam,
+        fo.adamw,
+        lambda lr: fo.adam(lr, weight_decay=0.1, amsgrad=True),
+        lambda lr: fo.SkipNonfinite(fo.adamw(lr)),
         lambda lr: fo.adamw(lr, eps_root=1e-16),
         lambda lr: fo.adamw(lr, eps_root=torch.tensor(1e-16).double()),
         lambda lr: fo.SkipNonfinite(fo.adamw(lr, eps_root=lambda step: 1e-16)),
         lambda lr: fo.adamw(lr, eps_root={"w": 0.0, "dead": 1e-16}),
     ],
-    ids=["adam", "amsgrad", "adamw", "tensor", "guarded schedule", "by name"],
+    ids=[
+        "adam",
+        "adamw",
+        "amsgrad",
+        "guarded",
+        "eps_root",
+        "tensor",
+        "guarded schedule",
+        "by name",
+    ],
 )
 @pytest.mark.parametrize("way", ["torch.func", "backward"])
 def test_meta_gradients_where_a_gradient_is_0(make, way: str) -> None:
-    """With eps_root the derivative through Adam is finite, and that of differences."""
+    """The derivative through Adam is finite there, and that of differences."""
     lr = torch.tensor(0.1, dtype=torch.float64)
     if way == "torch.func":
         slope = torch.func.grad(_after_three_steps)(lr, make)

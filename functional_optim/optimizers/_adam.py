@@ -47,8 +47,7 @@ def adam(
         eps: Added to the root, in gradient units. Finite, >= 0.
         weight_decay: L2 penalty or decay rate. Finite, >= 0.
         amsgrad: Whether to divide by the largest second moment so far.
-        eps_root: Added under the root, in their squared units. Finite, >= 0. More than
-            0 for derivatives through updates: they are NaN where a gradient is 0.
+        eps_root: Added under the root, in their squared units. Finite, >= 0.
         maximize: Whether to climb instead of to descend.
         decoupled_weight_decay: Whether weights decay apart from the moments (AdamW).
         mask: Which parameters decay, any selection; None means all. Not looked at if
@@ -104,8 +103,7 @@ def adamw(
         eps: Added to the root, in gradient units. Finite, >= 0.
         weight_decay: Decay rate per unit of lr. Finite, >= 0; a plain 0 leaves it out.
         amsgrad: Whether to divide by the largest second moment so far.
-        eps_root: Added under the root, in their squared units. Finite, >= 0. More than
-            0 for derivatives through updates: they are NaN where a gradient is 0.
+        eps_root: Added under the root, in their squared units. Finite, >= 0.
         maximize: Whether to climb instead of to descend.
         mask: Which parameters decay, any selection; None means all. Not looked at if
             weight_decay is a plain 0.

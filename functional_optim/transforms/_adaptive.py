@@ -67,7 +67,7 @@ class ScaleByAdam:
 
     With amsgrad the largest v so far stands for v in the last line. With eps_root it is
     sqrt(v + eps_root * (1 - b2^t)), which is sqrt(v_hat + eps_root) for the corrected
-    v_hat and has a finite derivative at v = 0.
+    v_hat. The derivative of the root is 0 where v is 0: then all gradients were.
 
     Args:
         betas: Decay rates (b1, b2) of the two means. Each >= 0 and < 1.
