@@ -182,8 +182,10 @@ def _normalized(name: str, value: Any, kind: _Kind) -> Any:
 
 def _checked_tensor(name: str, value: Tensor, kind: _Kind) -> Tensor:
     if value.ndim != 0:
-        msg = f"{name} must be a 0-dim tensor, got shape {tuple(value.shape)}"
-        raise ValueError(msg)
+        if value.numel() != 1:
+            msg = f"{name} must be a 0-dim tensor, got shape {tuple(value.shape)}"
+            raise ValueError(msg)
+        value = value.reshape(())  # torch takes one element in any shape.
     if not value.is_floating_point():
         msg = f"{name} must be a floating-point tensor, got {value.dtype}"
         raise TypeError(msg)

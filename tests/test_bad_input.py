@@ -97,7 +97,7 @@ def test_nonfinite_hyperparameter(make, message: str, value: float) -> None:
         (lambda x: fo.adamw(eps=x), "eps must be finite and >= 0"),
         (lambda x: fo.Masked(fo.AddDecayedWeights(x), "*"), "weight_decay must be"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else x.__name__,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_tensor_out_of_range(make, message: str, dtype: torch.dtype) -> None:

@@ -47,6 +47,32 @@ def test_a_tensor_of_the_user_is_followed(several: bool, where: str) -> None:
     assert_same(ends[1], ends[0], "weights", rtol=1e-13)
 
 
+@pytest.mark.parametrize("place", ["transform", "group", "written"])
+def test_a_tensor_of_one_element_is_a_number(place: str) -> None:
+    """torch takes a rate of shape (1,); what is written into it counts."""
+    rate = torch.full((1,), 0.1, dtype=torch.float64)
+    ends = []
+    for kind in ("ours", "theirs"):
+        own, params = rate.clone(), parameters()
+        first: Any = own if place == "transform" else 0.3
+        group: Any = {"params": list(params.values())}
+        if place == "group":
+            group["lr"] = own
+        optimizer: Any = (
+            fo.TransformOptimizer([group], fo.adamw(first))
+            if kind == "ours"
+            else torch.optim.AdamW([group], first)
+        )
+        if place == "written":
+            optimizer.param_groups[0]["lr"] = own
+        train(optimizer, params, range(2))
+        own.fill_(0.05)
+        train(optimizer, params, range(2, 4))
+        ends.append(values(params))
+    # A few roundings in each of 4 steps.
+    assert_same(ends[1], ends[0], "weights", rtol=1e-13)
+
+
 def test_a_scheduler_fills_a_tensor_of_several_groups_once() -> None:
     """Two groups with one tensor as rate fall alike; torch's second falls twice."""
     rate = torch.tensor(1.0, dtype=torch.float64)
