@@ -252,6 +252,35 @@ def test_an_open_window_goes_with_the_state() -> None:
     assert new.item() == -6.0
 
 
+def test_a_parameter_that_begins_afresh_leaves_the_open_window() -> None:
+    """Without state it has no sum either, and is not updated when the window ends."""
+    a, b = Parameter(torch.zeros(1)), Parameter(torch.zeros(1))
+    transform = fo.chain(fo.Accumulate(2), fo.adamw(0.1))
+    optimizer = fo.TransformOptimizer([a, b], transform)
+    a.grad = b.grad = torch.ones(1)
+    optimizer.step()
+    del optimizer.state[a]
+    a.grad = None
+    optimizer.step()
+    assert (a.item(), optimizer.state[a]["step"].item()) == (0.0, 0.0)
+    assert b.item() == pytest.approx(-0.1)
+
+
+@each_way
+def test_two_parameters_exchange_their_entries(way: str) -> None:
+    """Each has what the other had, though both are written."""
+    a, b = (Parameter(torch.zeros(4, dtype=torch.float64)) for _ in range(2))
+    optimizer: Any = fo.TransformOptimizer([a, b], fo.adamw(0.1), **WAYS[way])
+    a.grad, b.grad = torch.full_like(a, 1.0), torch.full_like(b, 2.0)
+    optimizer.step()
+    had = [optimizer.state[p]["exp_avg"].clone() for p in (a, b)]
+    one, two = (optimizer.state[p]["exp_avg"] for p in (a, b))
+    optimizer.state[a]["exp_avg"], optimizer.state[b]["exp_avg"] = two, one
+    optimizer.state_dict()
+    now = [optimizer.state[p]["exp_avg"] for p in (a, b)]
+    assert_same(had[::-1], now, "exchanged")
+
+
 # -- what a user keeps there -----------------------------------------------------------
 
 
