@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comparison import assert_same
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from training import everything, parameters, set_gradients, train, values
 
 import functional_optim as fo
@@ -73,20 +73,25 @@ def test_a_tensor_of_one_element_is_a_number(place: str) -> None:
     assert_same(ends[1], ends[0], "weights", rtol=1e-13)
 
 
-def test_a_scheduler_fills_a_tensor_of_several_groups_once() -> None:
-    """Two groups with one tensor as rate fall alike; torch's second falls twice."""
+def test_a_scheduler_sets_a_rate_for_each_group() -> None:
+    """Groups with one tensor as rate may part; with torch the last counts for all."""
     rate = torch.tensor(1.0, dtype=torch.float64)
     a, b = parameters(), parameters()
     groups = [{"params": list(each.values())} for each in (a, b)]
     optimizer = fo.TransformOptimizer(groups, fo.sgd(rate))
-    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    scheduler = LambdaLR(optimizer, [lambda step: 0.5**step, lambda step: 0.25**step])
     for step in range(2):
         for each in (a, b):
             set_gradients(each, step)
         optimizer.step()
         scheduler.step()
-    assert [g["lr"].item() for g in optimizer.param_groups] == [0.25, 0.25]
-    assert_same(values(a), values(b), "weights")
+    assert [g["lr"].item() for g in optimizer.param_groups] == [0.25, 0.0625]
+    expected = parameters()
+    reference = torch.optim.SGD(expected.values(), 1.0)
+    for step, number in enumerate([1.0, 0.25]):
+        reference.param_groups[0]["lr"] = number
+        train(reference, expected, [step])
+    assert_same(values(expected), values(b), "weights of the second group")
 
 
 def test_defaults_that_are_changed_count_for_new_groups() -> None:

@@ -21,9 +21,9 @@ class _Copy:
 class SharedTensors:
     """What groups show of tensors: the first the tensor itself, others a copy each.
 
-    A scheduler multiplies the number in every group: with one tensor in two of them it
-    would do so twice. Whoever writes into the tensor itself means all of them, so that
-    copies follow it until somebody writes into them.
+    A scheduler may set another number in each group: with one tensor in two of them the
+    last would count for both, as with torch. Whoever writes into the tensor itself
+    means all of them, so that copies follow it until somebody writes into them.
     """
 
     def __init__(self) -> None:
