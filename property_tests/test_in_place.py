@@ -88,7 +88,8 @@ def _laid_out(draw: Any, tensor: torch.Tensor) -> torch.Tensor:
     kinds = ["contiguous", "transposed", "apart", "part"]
     kind = draw(st.sampled_from(kinds)) if tensor.ndim else "contiguous"
     if kind == "transposed":
-        turned = tensor.transpose(0, -1).contiguous()
+        # A new one: contiguous() would return a vector itself, and share its memory.
+        turned = tensor.transpose(0, -1).clone(memory_format=torch.contiguous_format)
         return turned.transpose(0, -1)
     if kind == "apart":  # Every second element of larger memory.
         memory = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1]), 7.0)
