@@ -148,6 +148,13 @@ def halved(key: str, names: list[str]) -> Recipe:
     return recipe
 
 
+def halved_and_kept(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """The same, while the memory of before is kept; a state dict sees it."""
+    entry = optimizer.state[params["b.weight"]]["exp_avg"]
+    optimizer.kept, entry.data = entry.data, entry.data / 2
+    optimizer.state_dict()
+
+
 def cleared_with_the_parameters(optimizer: Any, params: dict[str, Parameter]) -> None:
     """Begin afresh, with parameters that lie elsewhere at the same time."""
     for param in params.values():
@@ -202,6 +209,7 @@ RECIPES: dict[str, Recipe] = {
     "every count by data": lambda o, p: halved("step", list(p))(o, p),
     "moment by data": lambda o, p: halved("exp_avg", ["a.bias"])(o, p),
     "last moment by data": lambda o, p: halved("exp_avg_sq", ["scale"])(o, p),
+    "moment by data, saved": halved_and_kept,
     "moments by data": lambda o, p: halved("exp_avg", list(p))(o, p),
     "cleared with the parameters": cleared_with_the_parameters,
     "written with the parameter": written_with_the_parameter,

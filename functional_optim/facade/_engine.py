@@ -171,11 +171,12 @@ class Engine:
         fresh = nodes_of(begun(self._transform, params, self.names.values()))
         return {name: entries_of(fresh, self._keys, name) for name in params}
 
-    def follow(self, state: MutableMapping[Tensor, Any]) -> bool:
+    def follow(self, state: MutableMapping[Tensor, Any], *, each: bool = False) -> bool:
         """Take over what others wrote into the state since it was shown.
 
         Args:
             state: What `show` wrote into.
+            each: Whether to ask every entry where it lies.
 
         Returns:
             Whether that was possible: entries that lie elsewhere, or are not there, ask
@@ -185,7 +186,7 @@ class Engine:
             ValueError: an entry does not have the shape of what it replaces, or only
                 some of a parameter's are there.
         """
-        if self._shown.have_moved():
+        if self._shown.have_moved(each=each):
             return False
         if not self.survey.shows(state, self._shown.everything):
             found: list[tuple[Tensor, Tensor]] = []

@@ -256,7 +256,7 @@ class TransformOptimizer(Tracking):
             {'0': tensor([0., 0.])}
         """
         with torch.no_grad():
-            return self._followed().state
+            return self._followed(each=True).state
 
     @untraced
     def load_transform_state(self, state: Any) -> None:
@@ -323,7 +323,7 @@ class TransformOptimizer(Tracking):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with torch.no_grad():
-            engine = self._followed()
+            engine = self._followed(each=True)
             saved = {
                 "state": self._packed(engine),
                 "param_groups": self._packed_groups(),

@@ -145,10 +145,14 @@ class Shown:
             *[torch._C._storage_Use_Count(memory._cdata) for memory in self._memories],
         ]
 
-    def have_moved(self) -> bool:
-        """Whether an entry lies elsewhere: somebody assigned its `.data`."""
+    def have_moved(self, *, each: bool) -> bool:
+        """Whether an entry lies elsewhere: somebody assigned its `.data`.
+
+        Args:
+            each: Whether to ask every entry.
+        """
         seen = self._look()
-        if seen != self._seen:
+        if each or seen != self._seen:
             if list(map(_place, self._entries)) != self._places:
                 return True
             self._seen = seen

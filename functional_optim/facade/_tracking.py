@@ -167,8 +167,12 @@ class Tracking(torch.optim.Optimizer):
         if engine.rest_shown:
             self.param_groups[0][TRANSFORM_STATE] = engine.rest_shown
 
-    def _followed(self) -> Engine:
-        """Return the engine after what others did to parameters, state and groups."""
+    def _followed(self, *, each: bool = False) -> Engine:
+        """Return the engine after what others did to parameters, state and groups.
+
+        Args:
+            each: Whether to ask every entry of the state where it lies.
+        """
         engine = self._engine
         if engine is None:
             engine = self._engine = self._built(self._going_on(self._names))
@@ -178,7 +182,7 @@ class Tracking(torch.optim.Optimizer):
             self._lays_anew
             or engine.survey.look()
             or engine.has_new_gradients()
-            or not engine.follow(self.state)
+            or not engine.follow(self.state, each=each)
         ):
             self._lays_anew = False
             engine = self._engine = self._built(self._going_on(self._names))
@@ -313,7 +317,7 @@ class Tracking(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what pickle and deepcopy keep: no plan, and no memory of others."""
         with torch.no_grad():
-            self._followed()
+            self._followed(each=True)
         return {
             "defaults": self.defaults,
             "param_groups": self.param_groups,
