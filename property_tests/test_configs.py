@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import functional_optim as fo
-from functional_optim._paramwise import RULE_NAMES
+from functional_optim._paramwise_config import RULE_NAMES
 
 
 class DeformConv2d(nn.Module):
