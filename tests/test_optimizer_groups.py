@@ -10,6 +10,7 @@ from comparison import assert_same
 from training import everything, parameters, set_gradients, train, values
 
 import functional_optim as fo
+from functional_optim.facade._group_keys import OPTIONS
 
 LABELS = {"*.bias": "slow", "*": "fast"}
 
@@ -66,9 +67,8 @@ def test_every_group_has_every_key(transform: fo.Transform) -> None:
     """A group has what another has, and `defaults` has all of it, and the transform."""
     _, optimizer = make(transform)
     own = {"params", "param_names", "transform_state"}
-    options = {"transform", "amp_scaling", "compile", "layout", "notes"}
     for group in optimizer.param_groups:
-        assert set(group) - own == set(optimizer.defaults) - options
+        assert set(group) - own == set(optimizer.defaults) - OPTIONS
 
 
 def test_the_keys_are_those_of_torch() -> None:

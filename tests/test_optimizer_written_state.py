@@ -112,8 +112,8 @@ def all_moved(optimizer: Any, params: dict[str, Parameter]) -> None:
         optimizer.state[params[name]] = optimizer.state.pop(old)
 
 
-def swapped(optimizer: Any, params: dict[str, Parameter]) -> None:
-    """Exchange the states of two parameters, as plain dicts."""
+def taken_from_another(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Give a parameter a state made of another's."""
     a, b = params["a.weight"], params["b.weight"]
     kept = {p: dict(optimizer.state[p]) for p in (a, b)}
     shape = kept[a]["exp_avg"].shape
@@ -202,7 +202,7 @@ RECIPES: dict[str, Recipe] = {
     "grown": grown,
     "moved": moved,
     "all moved": all_moved,
-    "exchanged": swapped,
+    "taken from another": taken_from_another,
     "offloaded": offloaded,
     "offloaded by assignment": offloaded_by_assignment,
     "count by data": lambda o, p: halved("step", ["a.bias"])(o, p),

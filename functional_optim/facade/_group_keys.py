@@ -43,6 +43,9 @@ _MEANINGFUL = {
 }
 
 _NOTHING_AT_ZERO = _MEANINGFUL - {"lr", "betas", "eps", "max_norm"}
+_SLIPS = 2
+"""Letters that a slip of the pen adds or leaves out."""
+
 _ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "l2": "weight_decay"}
 
 INERT_AT_ZERO = _NOTHING_AT_ZERO - {"momentum"}
@@ -112,14 +115,17 @@ def checked_notes(notes: Any) -> tuple[str, ...]:
     """Return the keys that a user lists as notes.
 
     Raises:
-        TypeError: they are no strings.
+        TypeError: they are no list of strings.
     """
-    found = (notes,) if isinstance(notes, str) else tuple(notes)
-    for note in found:
-        if not isinstance(note, str):
-            msg = f"notes must be keys of groups, strings, got {note!r}"
-            raise TypeError(msg)
-    return found
+    found = (
+        [notes]
+        if isinstance(notes, str) or not isinstance(notes, Iterable)
+        else [*notes]
+    )
+    if not all(isinstance(note, str) for note in found):
+        msg = f'notes must be a list of keys of groups, such as ["lrs"], got {notes!r}'
+        raise TypeError(msg)
+    return tuple(found)
 
 
 def _slip(key: str, own: Iterable[str]) -> str | None:
@@ -131,10 +137,6 @@ def _slip(key: str, own: Iterable[str]) -> str | None:
         return _ALIASES[key]
     alike = difflib.get_close_matches(key.lower(), own, n=1, cutoff=0.8)
     return alike[0] if alike and abs(len(key) - len(alike[0])) <= _SLIPS else None
-
-
-_SLIPS = 2
-"""Letters that a slip of the pen adds or leaves out."""
 
 
 def inert_value(key: str, value: Any) -> Any:

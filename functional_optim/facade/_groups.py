@@ -31,7 +31,6 @@ from functional_optim.facade._group_keys import (
     two_owners,
 )
 from functional_optim.facade._scheduled import Scheduled
-from functional_optim.facade._shared_tensors import SharedTensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +56,6 @@ class Groups:
         self._own: list[set[str]] = []
         self._params: list[list[Tensor]] = []
         self._scheduled = Scheduled(transform)
-        self._tensors = SharedTensors()
         self._cycled: list[Any] = []
         self._known: list[Transform] = []
 
@@ -74,21 +72,19 @@ class Groups:
         for labels in choices or [()]:
             for option in options_of(self._transform, labels):
                 if option.key not in found:
-                    found[option.key] = self._default(option)
+                    found[option.key] = self._first_value(option)
             for key, value in structure_of(self._transform, labels).items():
                 found.setdefault(key, value)
         return found
 
-    def _default(self, option: Option) -> Any:
-        """Return what a group has where nobody gave it anything else."""
+    def _first_value(self, option: Option) -> Any:
+        """Return an option as a group shows it before the first step.
+
+        A tensor is the user's own, in every group, as with torch.
+        """
         if option.scheduled:
             return self._scheduled.first_value(option)
         return option.value
-
-    def _first_value(self, option: Option) -> Any:
-        """Return an option as a group shows it before the first step."""
-        value = self._default(option)
-        return value if option.scheduled else self._tensors.shown(value)
 
     def values_of_new(
         self,
@@ -215,14 +211,12 @@ class Groups:
                 schedule and somebody else who writes the same key.
         """
         seen = []
-        self._tensors.follow()
         for index, (group, options) in enumerate(
             zip(groups, self._options, strict=True)
         ):
             own, place = self._own[index], f"param_groups[{index}]"
             if len(group) != self._sizes[index]:
-                everywhere = {*self._notes, *set().union(*self._own)}
-                again = check_keys(group, own, everywhere, place, new=False)
+                again = self._check_keys(index, group)
                 self._sizes[index] = -1 if again else len(group)
             check_inert(group, own, place)
             if "betas" not in own and group.get("betas") is not self._cycled[index]:
@@ -241,6 +235,12 @@ class Groups:
         transforms = self._built(seen)
         self._seen, self._known = seen, transforms
         return transforms
+
+    def _check_keys(self, index: int, group: Mapping[str, Any]) -> bool:
+        """Refuse keys of a group that mean nothing; see `check_keys`."""
+        elsewhere = {*self._notes, *set().union(*self._own)}
+        place = f"param_groups[{index}]"
+        return check_keys(group, self._own[index], elsewhere, place, new=False)
 
     def _follow_cycle(self, index: int, group: dict[str, Any]) -> None:
         """Let momentum follow where a scheduler cycles betas, because others have them.
@@ -325,19 +325,33 @@ class Groups:
         """The structural options of each group."""
         return self._structure
 
-    def check_values(self, index: int, values: Mapping[str, Any]) -> None:
-        """Refuse values of a checkpoint that are not legal.
+    def check_saved(self, index: int, saved: Mapping[str, Any]) -> None:
+        """Refuse a group of a checkpoint that the next step could not follow.
+
+        Args:
+            index: Which group it is.
+            saved: The saved group; it has all keys.
 
         Raises:
-            ValueError, TypeError: as at construction.
+            ValueError, TypeError: a value that is not legal, a decay, say, that nothing
+                here has.
         """
         self._with_values(
             index,
             tuple(
-                option.value if option.scheduled else _value(option, values)
+                option.value if option.scheduled else _value(option, saved)
                 for option in self._options[index]
             ),
         )
+        try:
+            self._check_keys(index, saved)
+            check_inert(saved, self._own[index], f"param_groups[{index}]")
+        except ValueError as error:
+            msg = (
+                f"{error}. It stands in the state dict: build the optimizer with the "
+                "transform that it was saved with"
+            )
+            raise ValueError(msg) from None
 
 
 def _value(option: Option, group: Mapping[str, Any]) -> Any:

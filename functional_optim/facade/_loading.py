@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from functional_optim._names import shown
 from functional_optim.facade._group_keys import (
     OWN_KEYS,
-    check_inert,
-    check_keys,
     lacking,
 )
 from functional_optim.facade._members import bare
@@ -89,25 +87,8 @@ def checked_groups(
                     "build the optimizer with the transform that it was saved with"
                 )
                 raise ValueError(msg)
-        exposed.check_values(index, theirs)
-        _check_other_keys(place, theirs, exposed, index)
+        exposed.check_saved(index, theirs)
     return saved
-
-
-def _check_other_keys(
-    place: str, theirs: Mapping[str, Any], exposed: Groups, index: int
-) -> None:
-    """Refuse what the next step would refuse: a decay, say, that nothing here has."""
-    own = [{*exposed.keys[i], *exposed.fixed_keys(i)} for i in range(len(exposed.keys))]
-    try:
-        check_keys(theirs, own[index], set().union(*own), place, new=False)
-        check_inert(theirs, own[index], place)
-    except ValueError as error:
-        msg = (
-            f"{error}. It stands in the state dict: build the optimizer with the "
-            "transform that it was saved with"
-        )
-        raise ValueError(msg) from None
 
 
 def loaded_options(

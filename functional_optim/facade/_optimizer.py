@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from functional_optim._chain import chain, checked_transform
+from functional_optim._chain import Chain, chain, checked_transform
 from functional_optim._context import Context
 from functional_optim._graph_breaks import untraced
 from functional_optim._readings import readings
+from functional_optim._value import same_value
 from functional_optim.facade._gradients import scaling_of, warn_of_no_gradient
 from functional_optim.facade._group_keys import checked_notes
 from functional_optim.facade._groups import Groups
@@ -131,7 +132,9 @@ class TransformOptimizer(Tracking):
         if transform is None:
             raise TypeError(_no_transform(defaults))
         transform = checked_transform("transform", transform_of(transform))
-        self._transform: Transform = chain(transform)
+        self._transform = (
+            transform if isinstance(transform, Chain) else chain(transform)
+        )
         self._differentiable = differentiable
         self._compiles, self._layout = compile, layout
         self._step_supports_amp_scaling = amp_scaling
@@ -157,6 +160,9 @@ class TransformOptimizer(Tracking):
             "notes": self._notes,
             "differentiable": differentiable,
         }
+        # What a schedule shows at first was set by no user.
+        shown = {k for k in own if k in defaults and same_value(defaults[k], own[k])}
+        defaults.update({key: own[key] for key in shown})
         self._first_defaults = own
         # With these, `type(optimizer)(params, **optimizer.defaults)` is one like it.
         super().__init__(groups if given else [], {**own, **defaults, **options})
