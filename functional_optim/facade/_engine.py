@@ -14,10 +14,10 @@ from functional_optim.facade._entries import entries_of, loaded_nodes, rest_of
 from functional_optim.facade._laying import Laying, check_may_be_flat
 from functional_optim.facade._pieces import Pieces
 from functional_optim.facade._resuming import (
-    Resumed,
-    begun,
+    Start,
     check_entries,
     entries_at,
+    fresh_state,
 )
 from functional_optim.facade._survey import Shown, Survey
 
@@ -39,14 +39,14 @@ class Engine:
         everyone: Names of all parameters.
         group_of: The group of each.
         transforms: The transform of each group, now.
-        resumed: The state to go on from, and whose it is: only these are updated.
+        start: The state to go on from, and whose it is: only these are updated.
         compiling: Makes code of what runs on units; None runs without.
         layout: Where small parameters lie; see `TransformOptimizer`.
         before: What served some of them up to now.
 
     Attributes:
         names: Names of the parameters that have a state, or may be updated without.
-        waiting: Those that need no gradient, and have no state before their first.
+        frozen: Those that need no gradient, and have no state before their first.
     """
 
     def __init__(
@@ -55,17 +55,17 @@ class Engine:
         everyone: Mapping[Tensor, str],
         group_of: Mapping[str, int],
         transforms: list[Transform],
-        resumed: Resumed,
+        start: Start,
         *,
         compiling: Compiling | None = None,
         layout: str = "auto",
         before: Engine | None = None,
     ) -> None:
-        self._transform, self._outline = transform, resumed.outline
+        self._transform, self._outline = transform, start.outline
         self._everyone = dict(everyone)
-        served = set(resumed.names)
+        served = set(start.names)
         self.names = {p: name for p, name in everyone.items() if name in served}
-        self.waiting = [p for p, name in everyone.items() if name not in served]
+        self.frozen = [p for p, name in everyone.items() if name not in served]
         self._group_of = group_of
         self._transforms = transforms
         params = self.params()
@@ -81,7 +81,7 @@ class Engine:
             params,
             transforms,
             group_of,
-            resumed.state,
+            start.state,
             compiling=compiling,
             apart=layout == "leaves",
             laying=self._laying,
@@ -89,7 +89,7 @@ class Engine:
         )
         self._settle()
         self._store = self._executor.store
-        self._keys = resumed.outline.keys
+        self._keys = start.outline.keys
         self._shown = Shown({}, [])
         self.rest_shown: dict[str, Any] = {}
         """What belongs to the transform as a whole, as it is now."""
@@ -124,9 +124,9 @@ class Engine:
         return self._keys
 
     @property
-    def resumed(self) -> Resumed:
-        """What there is now, for whoever goes on from it."""
-        return Resumed(self.state, list(self.names.values()), self._outline)
+    def start(self) -> Start:
+        """What the next plan goes on from."""
+        return Start(self.state, list(self.names.values()), self._outline)
 
     @property
     def transform(self) -> Transform:
@@ -140,8 +140,8 @@ class Engine:
         self._settle()
 
     def has_new_gradients(self) -> bool:
-        """Whether a parameter has its first gradient, which had no state up to now."""
-        return any(param.grad is not None for param in self.waiting)
+        """Whether a frozen parameter has its first gradient."""
+        return any(param.grad is not None for param in self.frozen)
 
     # -- the state by parameter ------------------------------------------------------
 
@@ -168,19 +168,19 @@ class Engine:
         Those that have none yet have entries without memory.
         """
         params = self.everyone()
-        fresh = nodes_of(begun(self._transform, params, self.names.values()))
+        fresh = nodes_of(fresh_state(self._transform, params, self.names.values()))
         return {name: entries_of(fresh, self._keys, name) for name in params}
 
     def follow(self, state: MutableMapping[Tensor, Any], *, each: bool = False) -> bool:
-        """Take over what others wrote into the state since it was shown.
+        """Copy changed entries of `optimizer.state` into the memory of the plan.
 
         Args:
             state: What `show` wrote into.
-            each: Whether to ask every entry where it lies.
+            each: Whether to look at the memory of every entry.
 
         Returns:
-            Whether that was possible: entries that lie elsewhere, or are not there, ask
-            for another plan.
+            Whether that was possible: entries in other memory, missing and new ones
+            need another plan.
 
         Raises:
             ValueError: an entry does not have the shape of what it replaces, or only

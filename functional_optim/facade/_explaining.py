@@ -114,10 +114,10 @@ def _plan(optimizer: TransformOptimizer, engine: Engine) -> list[str]:
     units = [unit for bucket in buckets for unit in bucket.units]
     most = max([size(unit.params.values()) for unit in units], default=0)
     lines = []
-    if engine.waiting:
-        numbers = counted(sum(param.numel() for param in engine.waiting), "number")
+    if engine.frozen:
+        numbers = counted(sum(param.numel() for param in engine.frozen), "number")
         now = shown_bytes(size(tensors_of(engine.state)))
-        tensors = counted(len(engine.waiting), "tensor")
+        tensors = counted(len(engine.frozen), "tensor")
         lines.append(
             f"frozen      {tensors}, {numbers}: no state before their first gradient; "
             f"the state has {now} now"

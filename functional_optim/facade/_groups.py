@@ -243,7 +243,7 @@ class Groups:
         return check_keys(group, self._own[index], elsewhere, place, new=False)
 
     def _follow_cycle(self, index: int, group: dict[str, Any]) -> None:
-        """Let momentum follow where a scheduler cycles betas, because others have them.
+        """Copy the first beta that a scheduler cycled to momentum.
 
         torch's OneCycleLR and CyclicLR write either of the two into all groups.
         """
@@ -252,7 +252,7 @@ class Groups:
             group["momentum"] = group["betas"][0]
 
     def settle(self, groups: list[dict[str, Any]]) -> None:
-        """Take what was loaded into groups as it is; nobody cycles it.
+        """Record the loaded betas, which no scheduler wrote.
 
         Args:
             groups: The groups.

@@ -167,7 +167,7 @@ class TransformOptimizer(Tracking):
         # With these, `type(optimizer)(params, **optimizer.defaults)` is one like it.
         super().__init__(groups if given else [], {**own, **defaults, **options})
         with torch.no_grad():
-            self._engine = self._built(self._going_on(self._names))
+            self._engine = self._built(self._next_start(self._names))
 
     # -- steps -----------------------------------------------------------------------
 

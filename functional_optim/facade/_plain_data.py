@@ -1,4 +1,4 @@
-"""Saved data as `torch.load(weights_only=True)` takes it."""
+"""Convert saved data to what `torch.load(weights_only=True)` takes."""
 
 from __future__ import annotations
 

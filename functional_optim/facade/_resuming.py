@@ -1,4 +1,4 @@
-"""The state that an optimizer goes on from: what is found in it, else a fresh one."""
+"""Start an optimizer from the state that it has, and a fresh one where it has none."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Outline:
-    """What the state of every parameter looks like, without its memory.
+    """Describe the state of every parameter: keys, shapes and dtypes, no memory.
 
     Args:
         transform: The transform.
@@ -48,15 +48,15 @@ class Outline:
         self.shapes = _shapes(params)
 
     def entries(self, name: str) -> dict[str, Tensor]:
-        """Return what the state of one parameter looks like."""
+        """Return the entries of one parameter, on the meta device."""
         return entries_of(self.nodes, self.keys, name)
 
 
-class Resumed(NamedTuple):
-    """A state to go on from.
+class Start(NamedTuple):
+    """Hold the state that an optimizer goes on from.
 
     Attributes:
-        state: The state of the parameters that have one.
+        state: The state of the parameters that have one, by name.
         names: The names of these parameters, in order.
         outline: What the state of all looks like.
     """
@@ -66,101 +66,100 @@ class Resumed(NamedTuple):
     outline: Outline
 
 
-def resumed(
+def start_from(
     transform: Transform,
     params: TensorMap,
-    found: Mapping[str, Mapping[str, Any]],
+    entries: Mapping[str, Mapping[str, Any]],
     *,
-    waiting: Set[str],
-    before: Resumed | None,
-    rest: Mapping[str, Any] | None = None,
-) -> Resumed:
-    """Return the state to go on from: what is found counts, whoever put it there.
+    frozen: Set[str],
+    before: Start | None,
+    transform_state: Mapping[str, Any] | None = None,
+) -> Start:
+    """Return the state with the entries that a user has, and fresh ones for the rest.
 
     Args:
         transform: The transform.
         params: All parameters, by name.
-        found: What there is for each parameter, with keys of the user's own.
-        waiting: Those that get no state unless one is found.
-        before: What the optimizer has up to now; None at the start.
-        rest: The saved state of the transform as a whole; None keeps what it has.
+        entries: What `optimizer.state` has for each, with keys of the user's own.
+        frozen: Those that get no state unless they have entries.
+        before: What the optimizer had; None at the beginning.
+        transform_state: The saved state of the transform as a whole; None keeps that of
+            before.
 
     Raises:
         ValueError: entries of another shape, or not all of a parameter's; or the
             transform does not fit the parameters.
     """
-    outline, fresh = (None, None) if before is None else (before.outline, None)
-    made: set[str] = set()
-    if outline is None or outline.shapes != _shapes(params):
-        made = {name for name in params if name not in waiting and not found[name]}
-        fresh = begun(transform, params, made)
+    fresh: Any = None
+    ready: set[str] = set()
+    if before is not None and before.outline.shapes == _shapes(params):
+        outline = before.outline
+    else:
+        ready = {n for n in params if n not in frozen and not entries[n]}
+        fresh = fresh_state(transform, params, ready)
         outline = Outline(transform, fresh, params)
-    mine = {name: outline.entries(name) for name in params}
-    kept = {name for name in params if not mine[name].keys().isdisjoint(found[name])}
+    wanted = {name: outline.entries(name) for name in params}
+    kept = {n for n in params if not wanted[n].keys().isdisjoint(entries[n])}
     for name in kept:
-        check_entries(name, found[name], mine[name])
-    names = [name for name in params if name in kept or name not in waiting]
-    new = {name for name in names if mine[name]} - kept
-    if not new <= made:
-        fresh = begun(transform, params, new)
-    first = nodes_of(outline.state if fresh is None else fresh)
-    known = first if before is None else nodes_of(before.state)
-    gone = new if before is None else new | {*before.names} - {*names}
+        check_entries(name, entries[name], wanted[name])
+    names = [name for name in params if name in kept or name not in frozen]
+    new = {name for name in names if wanted[name]} - kept
+    if not new <= ready:
+        fresh = fresh_state(transform, params, new)
+    if fresh is None:
+        fresh = outline.state  # Nothing of it is needed.
     nodes: list[Node] = []
-    for key, like, own, old in zip(
-        outline.keys, outline.nodes, first, known, strict=True
+    for key, like, own in zip(
+        outline.keys, outline.nodes, nodes_of(fresh), strict=True
     ):
+        node = own
         if isinstance(like, dict) and isinstance(own, dict):
-            nodes.append(
-                {
-                    name: _taken(found[name][key], like[name], params[name])
-                    if name in kept
-                    else own[name]
-                    for name in names
-                    if name in like
-                }
-            )
-        else:
-            nodes.append(_continued(old, gone, params))
-    if rest is not None:
-        nodes = loaded_rest(nodes, outline.keys, rest, params)
-    return Resumed(rebuilt(outline.state, iter(nodes)), names, outline)
+            node = {
+                name: _beside(entries[name][key], params[name], like[name])
+                if name in kept
+                else own[name]
+                for name in names
+                if name in like
+            }
+        nodes.append(node)
+    if before is not None:
+        gone = new | {*before.names} - {*names}
+        nodes = _with_whole(nodes, nodes_of(before.state), gone, params)
+    if transform_state is not None:
+        nodes = loaded_rest(nodes, outline.keys, transform_state, params)
+    return Start(rebuilt(outline.state, iter(nodes)), names, outline)
 
 
-def begun(transform: Transform, params: TensorMap, names: Collection[str]) -> Any:
-    """Return a fresh state over all parameters; others than these have no memory in it.
+def fresh_state(transform: Transform, params: TensorMap, names: Collection[str]) -> Any:
+    """Return a fresh state over all parameters; only that of some names has memory.
 
     Args:
         transform: The transform.
         params: All parameters.
-        names: Names of those whose state is asked for.
+        names: Names of those whose state is needed.
 
     Raises:
         ValueError: the transform does not fit the parameters.
     """
     others = params.keys() - set(names)
     if others:
-        # A rule that fits a frozen parameter only is none that fits nothing: all are
-        # there, but most of a large model may be frozen.
+        # init sees all parameters, or a mask of frozen ones alone would match nothing;
+        # these are fake, because their state may be as large as the model.
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:
-            mode = FakeTensorMode(allow_non_fake_inputs=True)
-            state = transform.init(
-                {
-                    n: mode.from_tensor(p) if n in others else p
-                    for n, p in params.items()
-                }
-            )
-            if _is_real(state, others):
-                return state
-        except Exception:  # What a transform of a user's may do without memory.
+            fakes = {n: mode.from_tensor(p) for n, p in params.items() if n in others}
+            state = transform.init({**params, **fakes})
+        except Exception:  # A user's transform may read values here.
             return _initial(transform, params)
+        if _is_real(state, others):
+            return state
     return _initial(transform, params)
 
 
 def entries_at(
     state: Mapping[Tensor, Any], param: Tensor, name: str
 ) -> Mapping[str, Any]:
-    """Return what stands in a state for a parameter.
+    """Return the entries of a parameter in a state.
 
     Raises:
         ValueError: it is no dict.
@@ -245,16 +244,23 @@ def _is_real(state: Any, others: Set[str]) -> bool:
     )
 
 
-def _taken(entry: Tensor, like: Tensor, param: Tensor) -> Tensor:
+def _beside(entry: Tensor, param: Tensor, like: Tensor) -> Tensor:
     """Return an entry beside its parameter, at least as wide as a fresh one."""
     own = entry.detach() if entry.requires_grad else entry
     return own.to(param.device, torch.promote_types(own.dtype, like.dtype))
 
 
-def _continued(node: Node, gone: Set[str], params: TensorMap) -> Node:
-    """Return what the transform as a whole has, without the names in `gone`."""
-    if isinstance(node, Static) and isinstance(node.value, tuple):
-        return Static(tuple(told for told in node.value if told not in gone))
-    if isinstance(node, Tensor):
-        return node.to(next(iter(params.values())).device)
-    return node
+def _with_whole(
+    nodes: list[Node], before: list[Node], gone: Set[str], params: TensorMap
+) -> list[Node]:
+    """Return nodes with what the whole transform had, without the names in `gone`."""
+    device = next(iter(params.values())).device
+    result: list[Node] = []
+    for node, old in zip(nodes, before, strict=True):
+        if isinstance(old, Static) and isinstance(old.value, tuple):
+            result.append(Static(tuple(n for n in old.value if n not in gone)))
+        elif isinstance(old, Tensor):
+            result.append(old.to(device))
+        else:
+            result.append(old if isinstance(old, Static) else node)
+    return result

@@ -118,7 +118,7 @@ class Survey:
 
 
 class Shown:
-    """The entries of a state as they were shown, and where they lie.
+    """Record the entries that a state shows, and their memory.
 
     Args:
         state: The state by parameter, with what else the user keeps there.
@@ -132,8 +132,8 @@ class Shown:
         self.everything = entries_in(state)
         self._entries = entries if are_plain(entries) else []
         self._places = list(map(_place, self._entries))
-        # To ask every entry costs as much as the arithmetic on a small one. One of each
-        # piece of memory is asked, and the memory itself how many tensors have it.
+        # A look at every entry costs as much as the arithmetic on a small one. One entry
+        # of each memory is looked at, and how many tensors share the memory.
         first = {memory_of(entry): entry for entry in reversed(self._entries)}
         self._first = list(first.values())
         self._memories = [entry.untyped_storage() for entry in self._first]
@@ -146,10 +146,10 @@ class Shown:
         ]
 
     def have_moved(self, *, each: bool) -> bool:
-        """Whether an entry lies elsewhere: somebody assigned its `.data`.
+        """Whether an entry has other memory than when it was shown, by `.data = ...`.
 
         Args:
-            each: Whether to ask every entry.
+            each: Whether to look at every entry.
         """
         seen = self._look()
         if each or seen != self._seen:
@@ -160,7 +160,7 @@ class Shown:
 
 
 def _place(tensor: Tensor) -> tuple[Any, Any]:
-    """Return where a tensor is, also if its memory moves as a whole to be shared."""
+    """Return the memory of a tensor, the same if it moves as a whole to be shared."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()
 
 

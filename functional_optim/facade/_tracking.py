@@ -26,7 +26,7 @@ from functional_optim.facade._members import (
     read_once,
 )
 from functional_optim.facade._plain_data import plain
-from functional_optim.facade._resuming import Resumed, entries_at, resumed
+from functional_optim.facade._resuming import Start, entries_at, start_from
 from functional_optim.facade._transform_text import text_of
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Tracking(torch.optim.Optimizer):
         )
         if self._engine is not None:
             added = {p: n for some in split.values() for n, p in some}
-            going_on = self._going_on({**self._names, **added})
+            start = self._next_start({**self._names, **added})
         named = any(name is not None for name, _ in members)
         for (labels, some), own in zip(split.items(), values, strict=True):
             params = some if named else [param for _, param in some]
@@ -105,42 +105,48 @@ class Tracking(torch.optim.Optimizer):
             self._groups.add(group, labels)
             self._names.update({param: name for name, param in some})
         if self._engine is not None:
-            self._engine = self._built(going_on)
+            self._engine = self._built(start)
 
-    def _going_on(
+    def _next_start(
         self,
         names: Mapping[Tensor, str],
-        found: Mapping[str, Mapping[str, Any]] | None = None,
-        rest: Mapping[str, Any] | None = None,
-    ) -> Resumed:
+        entries: Mapping[str, Mapping[str, Any]] | None = None,
+        transform_state: Mapping[str, Any] | None = None,
+    ) -> Start:
         """Return the state that these parameters go on from.
 
         Args:
             names: Their names.
-            found: The entries of each; None takes what the optimizer shows.
-            rest: The state of the transform as a whole; None keeps what there is.
+            entries: The entries of each; None takes those in `optimizer.state`.
+            transform_state: The saved state of the transform as a whole; None keeps
+                what there is.
         """
         params = {name: param.detach() for param, name in names.items()}
         check_apart(params)
-        if found is None:
-            found = {n: entries_at(self.state, param, n) for param, n in names.items()}
-        waiting = {
+        if entries is None:
+            entries = {n: entries_at(self.state, p, n) for p, n in names.items()}
+        frozen = {
             name
             for param, name in names.items()
             if not param.requires_grad and param.grad is None
         }
-        before = None if self._engine is None else self._engine.resumed
-        return resumed(
-            self._transform, params, found, waiting=waiting, before=before, rest=rest
+        before = None if self._engine is None else self._engine.start
+        return start_from(
+            self._transform,
+            params,
+            entries,
+            frozen=frozen,
+            before=before,
+            transform_state=transform_state,
         )
 
-    def _built(self, going_on: Resumed) -> Engine:
+    def _built(self, start: Start) -> Engine:
         """Return an engine for the parameters as they are."""
-        engine = self._engine_for(going_on)
+        engine = self._engine_for(start)
         self._install(engine)
         return engine
 
-    def _engine_for(self, going_on: Resumed) -> Engine:
+    def _engine_for(self, start: Start) -> Engine:
         group_of = {
             self._names[param]: index
             for index, group in enumerate(self.param_groups)
@@ -151,7 +157,7 @@ class Tracking(torch.optim.Optimizer):
             self._names,
             group_of,
             self._groups.transforms(self.param_groups),
-            going_on,
+            start,
             compiling=_compiling() if self._compiles else None,
             layout=self._layout,
             before=self._engine,
@@ -159,7 +165,7 @@ class Tracking(torch.optim.Optimizer):
 
     def _install(self, engine: Engine) -> None:
         """Show what an engine has."""
-        self._groups.connect(engine.resumed.state, engine.params())
+        self._groups.connect(engine.state, engine.params())
         self._groups.show_schedules()
         engine.show(self.state)
         for group in self.param_groups:
@@ -171,11 +177,11 @@ class Tracking(torch.optim.Optimizer):
         """Return the engine after what others did to parameters, state and groups.
 
         Args:
-            each: Whether to ask every entry of the state where it lies.
+            each: Whether to look at the memory of every entry of the state.
         """
         engine = self._engine
         if engine is None:
-            engine = self._engine = self._built(self._going_on(self._names))
+            engine = self._engine = self._built(self._next_start(self._names))
         elif self._groups.have_moved(self.param_groups):
             engine = self._engine = self._regrouped()
         elif (
@@ -185,7 +191,7 @@ class Tracking(torch.optim.Optimizer):
             or not engine.follow(self.state, each=each)
         ):
             self._lays_anew = False
-            engine = self._engine = self._built(self._going_on(self._names))
+            engine = self._engine = self._built(self._next_start(self._names))
         transforms = self._groups.changed(self.param_groups)
         if transforms is not None:
             engine.set_transforms(transforms)
@@ -210,11 +216,11 @@ class Tracking(torch.optim.Optimizer):
             groups.add(group, next(iter(split)))
         check_group_parameters(everyone)
         names = {param: name for members in everyone for name, param in members}
-        going_on = self._going_on(names)
+        start = self._next_start(names)
         before = self._groups, self._names
         self._groups, self._names = groups, names
         try:
-            return self._built(going_on)
+            return self._built(start)
         except Exception:
             self._groups, self._names = before
             raise
@@ -229,17 +235,17 @@ class Tracking(torch.optim.Optimizer):
         notes: dict[Tensor, dict[str, Any]] = {}
         for param, index in zip(params, indices, strict=True):
             name = self._names[param]
-            own = data["state"].get(index)
-            if own is None and (isinstance(index, str) or not param.requires_grad):
-                own = {}  # torch.distributed says itself what is missing.
-            # What a user has put beside our entries is none of our business.
+            own = data["state"].get(index, {})
+            # Keys that the transform does not have are the user's: kept, not checked.
             here = entries_at(self.state, param, name)
             others = here.keys() - engine.outlined(name).keys()
             if others and isinstance(own, dict):
                 notes[param] = {key: own[key] for key in others & own.keys()}
                 own = {key: own[key] for key in own.keys() - others}
-            if own != {}:
-                per_name[name] = {} if own is None else own
+            # torch.distributed has names, and says itself what is missing.
+            may_lack = isinstance(index, str) or not param.requires_grad
+            if own != {} or (index not in data["state"] and not may_lack):
+                per_name[name] = own
         self._take(engine, per_name, saved[0].get(TRANSFORM_STATE, {}))
         for index, group in enumerate(self.param_groups):
             names = {k: group[k] for k in {"param_names"} & group.keys()}
@@ -278,7 +284,7 @@ class Tracking(torch.optim.Optimizer):
             }
             for name in self._names.values()
         }
-        engine = self._engine_for(self._going_on(self._names, found, rest))
+        engine = self._engine_for(self._next_start(self._names, found, rest))
         engine.check()
         for param, name in self._names.items():
             own = entries_at(self.state, param, name)
@@ -347,9 +353,11 @@ class Tracking(torch.optim.Optimizer):
         for group in self.param_groups:
             members = [(self._names[param], param) for param in group["params"]]
             self._groups.add(group, next(iter(by_choices(self._transform, members, 0))))
-        rest = self.param_groups[0].get(TRANSFORM_STATE, {})
+        saved = self.param_groups[0].get(TRANSFORM_STATE, {})
         with torch.no_grad():
-            self._engine = self._built(self._going_on(self._names, rest=rest))
+            self._engine = self._built(
+                self._next_start(self._names, transform_state=saved)
+            )
         # While others of the pickle are made, their makers look at the parameters, too.
         self._lays_anew = self._layout == "flat"
 
