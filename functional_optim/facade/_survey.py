@@ -132,8 +132,8 @@ class Shown:
         self.everything = entries_in(state)
         self._entries = entries if are_plain(entries) else []
         self._places = list(map(_place, self._entries))
-        # A look at every entry costs as much as the arithmetic on a small one. One entry
-        # of each memory is looked at, and how many tensors share the memory.
+        # A look at each costs as much as the arithmetic on a small one: one entry of each
+        # memory is looked at, and how many tensors share the memory.
         first = {memory_of(entry): entry for entry in reversed(self._entries)}
         self._first = list(first.values())
         self._memories = [entry.untyped_storage() for entry in self._first]
