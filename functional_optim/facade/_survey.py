@@ -132,7 +132,7 @@ class Shown:
         self.everything = entries_in(state)
         self._entries = entries if are_plain(entries) else []
         self._places = list(map(_place, self._entries))
-        # A look at each costs as much as the arithmetic on a small one: one entry of each
+        # A look at each costs as much as the arithmetic on a small one: one of each
         # memory is looked at, and how many tensors share the memory.
         first = {memory_of(entry): entry for entry in reversed(self._entries)}
         self._first = list(first.values())
