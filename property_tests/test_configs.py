@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from typing import Any
+from unittest import TestCase
 
 import pytest
 import torch
@@ -269,10 +270,17 @@ def test_misspelt_rules_are_refused(rules, rule, value, lr) -> None:
 
 
 @given(misspelt(["lr_mult", "decay_mult"]), MULTIPLIERS, BASES)
-def test_misspelt_multipliers_of_keys_are_refused(rule, value, lr) -> None:
-    """Options are free, but for those that are nearly multipliers."""
-    message = _assert_refused(_cfg(lr, custom_keys={"0": {rule: value}}), ValueError)
-    assert "did you mean" in message
+def test_misspelt_multipliers_of_keys_warn(rule, value, lr) -> None:
+    """Once, with the near match: official configs have them; at the top no rule may."""
+    with TestCase().assertLogs("functional_optim", "WARNING") as logs:
+        fo.build_optim_wrapper(
+            nn.Linear(1, 1), _cfg(lr, custom_keys={"weight": {rule: value}})
+        )
+    told = [record.getMessage() for record in logs.records]
+    (line,) = [line for line in told if f"custom_keys['weight'][{rule!r}]" in line]
+    assert "multiplies nothing; did you mean" in line
+    message = _assert_refused(_cfg(lr, **{rule: value}), ValueError)
+    assert f"no rule {rule!r}" in message
 
 
 @given(
