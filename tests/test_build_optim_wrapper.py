@@ -208,6 +208,9 @@ def test_attributes_are_those_of_mmengine() -> None:
     assert [group["weight_decay"] for group in params] == [0.0, 0.0]
     assert constructor._is_in(params[0], params)
     assert not constructor._is_in(params[0], params[1:])
+    single = {"params": params[0]["params"][0]}
+    assert constructor._is_in(single, params)
+    assert single["params"] is params[0]["params"][0]  # It only looks.
 
 
 def test_configs_never_change() -> None:
@@ -328,7 +331,7 @@ def test_duplicates_are_named_otherwise(constructor) -> None:
     if constructor == "guide":
         rules, kind = {"decay_factor": 0.5}, LayerDecayOptimizerConstructor
     with pytest.raises(
-        ValueError, match=r"'a\.x\.weight' and 'b\.weight' are the same"
+        ValueError, match=r"'a\.x\.weight' comes twice, also as 'b\.weight'"
     ):
         build(_tied(), paramwise_cfg=rules, constructor=kind)
     # Without rules there is one group, and each parameter in it once.

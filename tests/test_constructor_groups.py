@@ -260,17 +260,17 @@ WRONG: dict[str, tuple[Callable[[Any], Any], type[Exception], str]] = {
     "one twice": (
         lambda m: [{"params": m.parameters()}, {"params": m[0].bias}],
         ValueError,
-        "'0.bias' would get into the optimizer twice, by params of group 0 and by p",
+        "parameter '0.bias' comes twice, in groups 0 and 1; add it once, or let bypas",
     ),
     "twice in one": (
         lambda m: [{"params": [m[0].bias, m[0].bias]}],
         ValueError,
-        "'0.bias' would get into the optimizer twice",
+        "parameter '0.bias' comes twice; add it once, or let bypass_duplicate=True",
     ),
     "two names": (
         lambda m: [{"params": [("a", m[0].bias)]}, {"params": [("b", m[0].bias)]}],
         ValueError,
-        "'a' and 'b' and '0.bias' are the same parameter, which would get",
+        "'b' comes twice, also as 'a' and '0.bias', in groups 0 and 1; add it once",
     ),
 }
 
@@ -299,7 +299,7 @@ def test_a_parameter_that_comes_twice_is_told_in_torchs_words() -> None:
 
     message = (
         "^some parameters appear in more than one parameter group: "
-        r"'0\.weight' and '1\.weight' are the same parameter"
+        r"parameter '0\.weight' comes twice, also as '1\.weight', in groups 0 and 2"
     )
     with pytest.raises(ValueError, match=message):
         build(add, model)

@@ -13,6 +13,7 @@ from training import everything, parameters, set_gradients, train, values
 import functional_optim as fo
 
 W = torch.nn.Parameter(torch.ones(3))
+_LAYER = torch.nn.Linear(1, 1)
 
 
 def _tied() -> Any:
@@ -46,8 +47,14 @@ BAD: dict[str, tuple[Any, str]] = {
         [("a", W), ("b", torch.ones(2, device="meta"))],
         "several devices: 'a' on cpu, 'b' on meta; move them",
     ),
-    "no tensor": ([("a", 3.0)], r"must be tensors, or .* got a float at position 0"),
-    "a set": ([{"params": {W}}], "got a set; pass a list"),
+    "no tensor": ([("a", 3.0)], "only optimize Tensors.* a float at position 0; pass"),
+    "a set": ([{"params": {W}}], "params are a set; pass a list"),
+    "a name": ([{"params": "weight"}], "params are 'weight'; pass the parameters them"),
+    "a dict": ([{"params": {"a": W}}], "params are a dict; pass the parameters them"),
+    "a number": ([{"params": 5}], "params are a.? int; pass the parameters themselves"),
+    "a module": ([{"params": _LAYER}], "params are a Linear; pass the parameters them"),
+    "a list": ([W, [torch.ones(2)]], "a list at position 1; put its parameters there"),
+    "no group": ([{"params": [W]}, W], "group must be a dict, but got a Parameter"),
     "some names": ([("a", W), torch.ones(2)], "some have a name|have a name and some"),
     "no params": ([{"lr": 0.1}], "must have 'params'"),
     "unknown key": ([{"params": [W], "momentum": 0.9}], "'momentum', which no trans"),
@@ -56,7 +63,7 @@ BAD: dict[str, tuple[Any, str]] = {
     "a string": ([{"params": [W], "lr": "1e-3"}], "lr must be a number.* got '1e-3'"),
     "a mapping": (
         {"a": W},
-        r"must be tensors, or .*model.named_parameters\(\), got a str",
+        r"'a' at position 0; pass the parameters .*model.named_parameters\(\)",
     ),
 }
 

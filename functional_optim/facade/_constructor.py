@@ -11,17 +11,17 @@ from torch import nn
 
 from functional_optim._layers import Place, children_of, is_norm, seen_name
 from functional_optim._paramwise import ParamwiseRules, Verdict
-from functional_optim.facade._added_groups import (
-    as_groups,
-    check_groups,
-    listed,
-    with_names,
-)
+from functional_optim.facade._added_groups import as_groups, with_names
 from functional_optim.facade._configs import (
     check_number,
     check_places,
     copied,
     first_argument_of,
+)
+from functional_optim.facade._members import (
+    check_no_duplicates,
+    entries_of,
+    read_once,
 )
 from functional_optim.facade._mistakes import MistakenValueError
 from functional_optim.facade._optimizer import TransformOptimizer
@@ -154,8 +154,9 @@ class DefaultOptimWrapperConstructor:
         self, param_group: dict[str, Any], param_group_list: list[dict[str, Any]]
     ) -> bool:
         """Tell whether a parameter of a group is in a list of groups."""
-        present = {id(p) for group in param_group_list for p in listed(group)}
-        return any(id(p) in present for p in listed(param_group))
+        groups = map(entries_of, param_group_list)
+        present = {id(param) for members in groups for _, param in members}
+        return any(id(param) in present for _, param in entries_of(param_group))
 
     def add_params(
         self,
@@ -176,6 +177,9 @@ class DefaultOptimWrapperConstructor:
             ValueError: a setting becomes infinite.
         """
         rules = self._checked_rules or self._rules()
+        if rules.bypass_duplicate:
+            for given in params:  # An override may have put iterators there.
+                given.update(read_once(given))
         for name, param in module.named_parameters(recurse=False):
             place = Place(module, name, prefix, bool(is_dcn_module))
             group: dict[str, Any] = {"params": [param]}
@@ -238,7 +242,12 @@ class DefaultOptimWrapperConstructor:
         names: dict[int, list[str]] = {}
         for name, param in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(param), []).append(name)
-        check_groups(groups, names)
+        check_no_duplicates(
+            [entries_of(group, index, names) for index, group in enumerate(groups)],
+            names=names,
+            remedy="add it once, or let bypass_duplicate=True in paramwise_cfg keep "
+            "the first",
+        )
         if self._verdicts:
             self._rules().warn_of_idle(self._verdicts.values())
         return groups if added and isinstance(added[0], Mapping) else added

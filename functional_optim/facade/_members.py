@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
@@ -17,6 +18,12 @@ Members: TypeAlias = Sequence[tuple[str | None, Tensor]]
 
 _WRAPPERS = {"module", "_orig_mod"}
 """What wrappers such as DistributedDataParallel and torch.compile put into names."""
+
+_UNKNOWN: Mapping[int, Sequence[str]] = MappingProxyType({})
+_REMEDY = (
+    "pass the parameters themselves, or (name, parameter) pairs as in "
+    "model.named_parameters()"
+)
 
 
 def bare(name: str) -> str:
@@ -41,54 +48,109 @@ def by_choices(
     return found
 
 
-def read_once(group: Mapping[str, Any]) -> dict[str, Any]:
+def read_once(group: Any, index: int | None = None) -> dict[str, Any]:
     """Return a copy of a group whose parameters may be looked at again.
 
     Args:
         group: The group; its parameters may be a generator.
+        index: Its number, for messages.
+
+    Raises:
+        TypeError: it is no dict.
     """
+    if not isinstance(group, Mapping):
+        where = "" if index is None else f" as group {index}"
+        msg = f"param_group must be a dict, but got {_described(group)}{where}"
+        raise TypeError(msg)
     params = group.get("params")
     if isinstance(params, (Tensor, Collection)) or not isinstance(params, Iterable):
         return dict(group)
     return {**group, "params": list(params)}
 
 
-def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
+def entries_of(
+    group: Mapping[str, Any],
+    index: int | None = None,
+    names: Mapping[int, Sequence[str]] = _UNKNOWN,
+) -> Members:
     """Return the parameters of a group, with names where given.
+
+    Args:
+        group: The group.
+        index: Its number, for messages.
+        names: All names that a parameter has in the model, by `id`, likewise.
+
+    Raises:
+        TypeError: something that is no parameter, or a set.
+        ValueError: there is no `params`.
+    """
+    if "params" not in group:
+        what = "a group" if index is None else f"group {index}"
+        msg = f"{what} must have 'params', got the keys {sorted(group)}"
+        raise ValueError(msg)
+    params = group["params"]
+    if isinstance(params, Tensor):
+        params = [params]
+    place = "params" if index is None else f"params of group {index}"
+    _check_ordered(place, params)
+    given = group.get("param_names")
+    members: list[tuple[str | None, Tensor]] = []
+    for position, entry in enumerate(params):
+        is_pair = isinstance(entry, tuple) and len(entry) == 2
+        name, param = entry if is_pair and isinstance(entry[0], str) else (None, entry)
+        if not isinstance(param, Tensor):
+            raise TypeError(_no_parameter(place, position, param, names))
+        if name is None and given is not None:
+            name = given[position]
+        members.append((name, param))
+    return members
+
+
+def _check_ordered(place: str, params: Any) -> None:
+    if isinstance(params, (set, frozenset)):
+        msg = (
+            "optimizer parameters need to be organized in ordered collections, but "
+            f"{place} are a set; pass a list"
+        )
+        raise TypeError(msg)
+    if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
+        msg = (
+            f"optimizer can only optimize Tensors, but {place} are "
+            f"{_described(params)}; {_REMEDY}"
+        )
+        raise TypeError(msg)
+
+
+def _no_parameter(
+    place: str, position: int, entry: Any, names: Mapping[int, Sequence[str]]
+) -> str:
+    what, remedy = _described(entry), _REMEDY
+    if isinstance(entry, (list, tuple)):
+        inside = [repr(names[id(p)][0]) for p in entry if id(p) in names]
+        what += f" of {', '.join(inside)}" if inside else ""
+        remedy = "put its parameters there one by one: params=[*inner]"
+    return (
+        f"optimizer can only optimize Tensors, but {place} have {what} at position "
+        f"{position}; {remedy}"
+    )
+
+
+def _described(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
+    """Return the parameters of a group, with names for all of them or for none.
 
     Args:
         group: The group.
         differentiable: Whether results of operations are welcome.
 
     Raises:
-        TypeError: something that is no tensor, or a set.
+        TypeError: something that is no parameter, or a set.
         ValueError: some have a name and some have none; a tensor that is no leaf.
     """
-    if "params" not in group:
-        msg = f"a group must have 'params', got the keys {sorted(group)}"
-        raise ValueError(msg)
-    params = group["params"]
-    if isinstance(params, Tensor):
-        params = [params]
-    if isinstance(params, (set, frozenset)):
-        msg = (
-            "params must be in an order that is always the same, got a set; pass a list"
-        )
-        raise TypeError(msg)
-    names = group.get("param_names")
-    members: list[tuple[str | None, Tensor]] = []
-    for index, entry in enumerate(list(params)):
-        name, param = entry if isinstance(entry, tuple) else (None, entry)
-        if name is None and names is not None:
-            name = names[index]
-        if not isinstance(param, Tensor):
-            msg = (
-                f"params must be tensors, or (name, tensor) pairs as in "
-                f"model.named_parameters(), got a {type(param).__name__} at position "
-                f"{index}"
-            )
-            raise TypeError(msg)
-        members.append((name, param))
+    members = entries_of(group)
     if len({name is None for name, _ in members}) > 1:
         msg = "some parameters have a name and some have none; give all of them one"
         raise ValueError(msg)
@@ -146,25 +208,56 @@ def check_group_parameters(
     Raises:
         ValueError: naming the parameter.
     """
-    seen = {id(param): name for param, name in known}
+    check_no_duplicates(groups, known)
     names = {name for _, name in known}
+    everyone = (name for members in groups for name, _ in members)
+    for count, name in enumerate(everyone, start=len(known)):
+        own = str(count) if name is None else name
+        if own in names:
+            msg = (
+                f"two parameters have the name {own!r}; give each its own, such as "
+                'by named_parameters(prefix="encoder")'
+            )
+            raise ValueError(msg)
+        names.add(own)
+
+
+def check_no_duplicates(
+    groups: Sequence[Members],
+    known: Sequence[tuple[Tensor, str]] = (),
+    names: Mapping[int, Sequence[str]] = _UNKNOWN,
+    remedy: str = "model.named_parameters() has tied parameters once",
+) -> None:
+    """Refuse parameters that come twice.
+
+    Args:
+        groups: The parameters of each new group.
+        known: The parameters that there are, with their names.
+        names: All names that a parameter has in the model, by `id`.
+        remedy: What to do about it.
+
+    Raises:
+        ValueError: with all names of the parameter.
+    """
+    seen: dict[int, tuple[str, int | None]] = {id(p): (name, None) for p, name in known}
     count = len(known)
-    for members in groups:
-        for name, param in members:
-            own = str(count) if name is None else name
+    for index, members in enumerate(groups):
+        for given, param in members:
+            called = names.get(id(param), ())
+            own = next(iter(called), str(count)) if given is None else given
             count += 1
-            if id(param) in seen:
-                msg = (
-                    "some parameters appear in more than one parameter group: "
-                    f"parameter {own!r} comes twice, also as {seen[id(param)]!r}; "
-                    "model.named_parameters() has tied parameters once"
-                )
-                raise ValueError(msg)
-            if own in names:
-                msg = (
-                    f"two parameters have the name {own!r}; give each its own, such as "
-                    'by named_parameters(prefix="encoder")'
-                )
-                raise ValueError(msg)
-            seen[id(param)] = own
-            names.add(own)
+            if id(param) not in seen:
+                seen[id(param)] = own, index
+                continue
+            first, there = seen[id(param)]
+            others = [repr(n) for n in dict.fromkeys([first, *called]) if n != own]
+            msg = (
+                "some parameters appear in more than one parameter group: parameter "
+                f"{own!r} comes twice"
+            )
+            if others:
+                msg += f", also as {' and '.join(others)}"
+            if there is not None and there != index:
+                msg += f", in groups {there} and {index}"
+            msg += f"; {remedy}"
+            raise ValueError(msg)
