@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -87,6 +88,57 @@ def test_a_single_norm_stays_where_it_is(other: Any) -> None:
     alone = make(NORM)
     step(alone, 2.0)
     assert logged(alone) == {"train/grad_norm": 2.0}
+
+
+def test_a_clip_that_comes_later_is_told_apart() -> None:
+    """Who clips is looked at when a norm is logged, not when the dict is made."""
+    first, second = make(), make(NORM)
+    wrappers = fo.OptimWrapperDict(gen=first, disc=second)
+    step(second, 4.0)
+    first.clip_grad_kwargs = {"max_norm": 1.0}
+    step(first, 3.0)
+    step(second, 5.0)
+    assert logged(first) == {"train/gen.grad_norm": 3.0}
+    assert logged(second) == {"train/grad_norm": 4.0, "train/disc.grad_norm": 5.0}
+    first.clip_grad_kwargs = None
+    step(second, 6.0)
+    assert logged(wrappers["disc"])["train/grad_norm"] == 6.0
+
+
+def test_the_latest_dict_names_the_norms() -> None:
+    """A wrapper that is put into another dict logs under its name there."""
+    first, second = make(NORM), make(NORM)
+    before = fo.OptimWrapperDict(gen=first, disc=second)
+    after = fo.OptimWrapperDict(G=first, D=second)
+    step(first, 3.0)
+    step(second, 4.0)
+    assert logged(first) == {"train/G.grad_norm": 3.0}
+    assert logged(second) == {"train/D.grad_norm": 4.0}
+    assert before["gen"] is after["G"]
+
+
+def test_a_copy_of_one_wrapper_is_in_no_dict() -> None:
+    """It logs as a wrapper alone, and does not hold what the others hold."""
+    wrappers = fo.OptimWrapperDict(gen=make(NORM), disc=make(NORM))
+    alone = copy.deepcopy(wrappers["gen"])
+    step(alone, 3.0)
+    assert logged(alone) == {"train/grad_norm": 3.0}
+    again = pickle.loads(pickle.dumps(wrappers))
+    step(again["gen"], 3.0)
+    assert logged(again["gen"]) == {"train/gen.grad_norm": 3.0}
+
+
+@pytest.mark.parametrize("clip", [NORM, {"type": "value", "clip_value": 1.0}, None])
+def test_a_name_of_ones_own_stays(clip: Any) -> None:
+    """Whatever clips now, and with the name of the wrapper in front in a dict."""
+    wrapper = make(clip)
+    wrapper.grad_name = "disc"
+    wrapper.clip_grad_kwargs = {"max_norm": 1.0}
+    step(wrapper, 3.0)
+    assert logged(wrapper) == {"train/disc": 3.0}
+    wrappers = fo.OptimWrapperDict(gen=make(NORM), disc=wrapper)
+    step(wrappers["disc"], 4.0)
+    assert logged(wrapper) == {"train/disc": 3.0, "train/disc.disc": 4.0}
 
 
 def test_a_refused_wrapper_leaves_the_others_alone() -> None:

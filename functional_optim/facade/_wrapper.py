@@ -24,7 +24,7 @@ from functional_optim.facade._windowed import check_counts
 from functional_optim.facade._wrapper_state import WrapperState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -67,7 +67,10 @@ class OptimWrapper(WrapperState):
     """
 
     clip_func: Callable[..., Any]
-    grad_name: str
+    _given_name: str | None = None
+    _prefix: str = ""
+    _siblings: Collection[OptimWrapper] = ()
+    """Who stands in the same `OptimWrapperDict`, this wrapper as well."""
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class OptimWrapper(WrapperState):
             own = hasattr(type(self), "clip_func")
             own = own or type(self)._clip_grad is not OptimWrapper._clip_grad
             clip = clip_grad_of(clip_grad, strict=not own)
-            self.clip_grad_kwargs, self.grad_name = dict(clip.kwargs), clip.name
+            self.clip_grad_kwargs = dict(clip.kwargs)
             self._set_clip(clip)
         self.merge_groups = merge_groups
         self._notes = MessageHub()
@@ -222,6 +225,33 @@ class OptimWrapper(WrapperState):
         own = self._running()
         return {} if own is None else own.readings()
 
+    @property
+    def grad_name(self) -> str:
+        """What the norm is logged as; it may be set.
+
+        In an `OptimWrapperDict` the wrapper's name there stands in front, unless nobody
+        else in it logs a norm.
+        """
+        name = "grad_norm" if self._clip is None else self._clip.name
+        name = name if self._given_name is None else self._given_name
+        others = (other for other in self._siblings if other is not self)
+        return f"{self._prefix}{name}" if any(o._logs() for o in others) else name
+
+    @grad_name.setter
+    def grad_name(self, name: str) -> None:
+        self._given_name = name
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy stands in no dict, and does not copy those who do.
+        left_out = {"_prefix", "_siblings"}
+        return {k: v for k, v in self.__dict__.items() if k not in left_out}
+
+    def _logs(self) -> bool:
+        """Whether a norm may be logged: a clip by value has none."""
+        own, kwargs = self._on_gradients, self.clip_grad_kwargs or {}
+        clips_by_norm = bool(kwargs) and "clip_value" not in kwargs
+        return clips_by_norm or (own is not None and not own.is_clip)
+
     def _running(self) -> GradientTransform | None:
         own = self._on_gradients
         replaced = own is not None and own.is_clip and self._has_own_clip()
@@ -248,7 +278,7 @@ class OptimWrapper(WrapperState):
         if norm is not None:
             # Not to the hub of a host, which would wait for the device.
             hub = self._notes if self._given_hub is None else self._given_hub
-            hub.update_scalar(f"train/{getattr(self, 'grad_name', 'grad_norm')}", norm)
+            hub.update_scalar(f"train/{self.grad_name}", norm)
 
     def _clipped(self) -> Any:
         """Clip as `clip_grad_kwargs` and `clip_func` say now, and return the norm."""
@@ -275,9 +305,6 @@ class OptimWrapper(WrapperState):
     def _set_clip(self, clip: ClipGrad) -> GradientTransform | None:
         if not self._has_own_clip():
             self.clip_func = clip.func
-        if self._clip is not None and self._clip.name != clip.name:
-            # In an OptimWrapperDict there may be a name in front.
-            self.grad_name = self.grad_name.removesuffix(self._clip.name) + clip.name
         self._clip, self._on_gradients = clip, None
         if clip.transform is not None:
             self._on_gradients = GradientTransform(clip.transform, is_clip=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,7 +29,7 @@ class OptimWrapperDict(OptimWrapper):
 
     A mapping that is only read. State, rates and `zero_grad` reach all wrappers; each
     runs its own backward and step, because only the training loop knows when. Where
-    several clip, each logs its norm under its name: `train/gen.grad_norm`.
+    several have a norm, each logs it under its name: `train/gen.grad_norm`.
 
     Args:
         optim_wrappers: The wrappers by name.
@@ -61,7 +62,17 @@ class OptimWrapperDict(OptimWrapper):
                 )
                 raise MistakenTypeError(msg)
         self.optim_wrappers = optim_wrappers
-        _name_norms(optim_wrappers)
+        self._join()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._join()
+
+    def _join(self) -> None:
+        """Log the norm of each wrapper under the wrapper's name."""
+        siblings = weakref.WeakSet(self.optim_wrappers.values())
+        for name, wrapper in self.optim_wrappers.items():
+            wrapper._prefix, wrapper._siblings = f"{name}.", siblings
 
     # -- what each wrapper does by itself ---------------------------------------------
 
@@ -263,19 +274,3 @@ class OptimWrapperDict(OptimWrapper):
 
 def _loads_by_itself(wrapper: OptimWrapper) -> bool:
     return type(wrapper).load_state_dict is not OptimWrapper.load_state_dict
-
-
-def _name_norms(wrappers: Mapping[str, OptimWrapper]) -> None:
-    """Let norms that would get into one history be logged under their wrappers' names.
-
-    Args:
-        wrappers: The wrappers by name.
-    """
-    found: dict[str, list[tuple[str, OptimWrapper]]] = {}
-    for name, wrapper in wrappers.items():
-        if wrapper.transform is not None or wrapper.clip_grad_kwargs:
-            known = getattr(wrapper, "grad_name", "grad_norm")
-            found.setdefault(known, []).append((name, wrapper))
-    for known, sharing in found.items():
-        for name, wrapper in sharing if len(sharing) > 1 else ():
-            wrapper.grad_name = f"{name}.{known}"
