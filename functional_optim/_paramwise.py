@@ -31,7 +31,7 @@ from functional_optim._paramwise_config import (
     FOR_ALL,
     LR_RULES,
     RULES,
-    check_keys,
+    check_paramwise_cfg,
     checked_custom_keys,
     checked_multiplier,
     is_near_multiplier,
@@ -94,7 +94,7 @@ class ParamwiseRules:
     """
 
     def __init__(self, config: Mapping[str, Any], *, strict: bool = True) -> None:
-        check_keys(config, strict=strict)
+        check_paramwise_cfg(config, strict=strict)
         self._multipliers = {
             key: checked_multiplier(f"paramwise_cfg[{key!r}]", config[key])
             for key in RULES

@@ -27,7 +27,7 @@ _LEFT_OVER = ("_delete_", "_delete")
 """What MMEngine's config files write, and leave there where nothing is inherited."""
 
 
-def check_keys(config: Any, *, strict: bool) -> None:
+def check_paramwise_cfg(config: Any, *, strict: bool) -> None:
     """Refuse a `paramwise_cfg` that is no dict, and rules and switches that are none.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from functional_optim.facade._members import entries_of, read_once
+from functional_optim.facade._members import pairs_of, read_once
 
 
 def as_groups(added: list[Any]) -> list[dict[str, Any]]:
@@ -26,7 +26,7 @@ def with_names(
     found, count = [], 0
     taken = set(names.values())
     for index, group in enumerate(groups):
-        members = entries_of(group, index)
+        members = pairs_of(group, index)
         own: list[str] = []
         for given, param in members:
             name = given or names.get(id(param))

@@ -8,7 +8,7 @@ import torch
 
 from functional_optim._structure import check_parameters
 from functional_optim.execution._memory import is_dense
-from functional_optim.facade._pieces import check_no_dtensor
+from functional_optim.facade._sharding import check_no_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -20,7 +20,7 @@ from functional_optim.facade._configs import (
 )
 from functional_optim.facade._members import (
     check_no_duplicates,
-    entries_of,
+    pairs_of,
     read_once,
 )
 from functional_optim.facade._mistakes import MistakenValueError
@@ -154,9 +154,9 @@ class DefaultOptimWrapperConstructor:
         self, param_group: dict[str, Any], param_group_list: list[dict[str, Any]]
     ) -> bool:
         """Tell whether a parameter of a group is in a list of groups."""
-        groups = map(entries_of, param_group_list)
+        groups = map(pairs_of, param_group_list)
         present = {id(param) for members in groups for _, param in members}
-        return any(id(param) in present for _, param in entries_of(param_group))
+        return any(id(param) in present for _, param in pairs_of(param_group))
 
     def add_params(
         self,
@@ -243,7 +243,7 @@ class DefaultOptimWrapperConstructor:
         for name, param in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(param), []).append(name)
         check_no_duplicates(
-            [entries_of(group, index, names) for index, group in enumerate(groups)],
+            [pairs_of(group, index, names) for index, group in enumerate(groups)],
             names=names,
             remedy="add it once, or let bypass_duplicate=True in paramwise_cfg keep "
             "the first",

@@ -12,13 +12,13 @@ from functional_optim.execution._joining import joined
 from functional_optim.execution._nodes import nodes_of
 from functional_optim.facade._entries import entries_of, loaded_nodes, rest_of
 from functional_optim.facade._laying import Laying, check_may_be_flat
-from functional_optim.facade._pieces import Pieces
 from functional_optim.facade._resuming import (
     Start,
     check_entries,
     entries_at,
     fresh_state,
 )
+from functional_optim.facade._sharding import ShardCheck
 from functional_optim.facade._survey import Shown, Survey
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ class Engine:
             compiling=compiling,
             apart=layout == "leaves",
             laying=self._laying,
-            check_totals=Pieces(self.names, transform).check_totals,
+            check_totals=ShardCheck(self.names, transform).check_totals,
         )
         self._settle()
         self._store = self._executor.store

@@ -18,7 +18,7 @@ from functional_optim.execution._nodes import nodes_of, rebuilt
 from functional_optim.execution._on_gradients import GradientExecutor
 from functional_optim.facade._gradients import gradients_of
 from functional_optim.facade._mistakes import MistakenValueError
-from functional_optim.facade._pieces import Pieces
+from functional_optim.facade._sharding import ShardCheck
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -149,7 +149,7 @@ class GradientTransform:
         executor = self._executor
         if executor is None or not self._knows(params):
             named = _named(params, names)
-            self._context = Pieces(named, self.transform).context()
+            self._context = ShardCheck(named, self.transform).context()
             self._names = named
             shown = {name: param.detach() for param, name in self._names.items()}
             old, executor = executor, GradientExecutor(self.transform, shown)

@@ -68,12 +68,12 @@ def read_once(group: Any, index: int | None = None) -> dict[str, Any]:
     return {**group, "params": list(params)}
 
 
-def entries_of(
+def pairs_of(
     group: Mapping[str, Any],
     index: int | None = None,
     names: Mapping[int, Sequence[str]] = _UNKNOWN,
 ) -> Members:
-    """Return the parameters of a group, with names where given.
+    """Return the parameters of a group in pairs with their names, None without one.
 
     Args:
         group: The group.
@@ -150,7 +150,7 @@ def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
         TypeError: something that is no parameter, or a set.
         ValueError: some have a name and some have none; a tensor that is no leaf.
     """
-    members = entries_of(group)
+    members = pairs_of(group)
     if len({name is None for name, _ in members}) > 1:
         msg = "some parameters have a name and some have none; give all of them one"
         raise ValueError(msg)

@@ -107,7 +107,7 @@ class OptimWrapper(WrapperState):
             self.clip_grad_kwargs = dict(clip.kwargs)
             self._set_clip(clip)
         self.merge_groups = merge_groups
-        self._notes = MessageHub()
+        self._own_hub = MessageHub()
         self._given_hub: Any = None
         self._suppression = Suppression()
         self._start_settings()
@@ -210,8 +210,8 @@ class OptimWrapper(WrapperState):
         """Where numbers for the log go: the current hub of MMEngine, if it trains."""
         if self._given_hub is not None:
             return self._given_hub
-        host = self._notes.host
-        return self._notes if host is None else host.current
+        host = self._own_hub.host
+        return self._own_hub if host is None else host.current
 
     @message_hub.setter
     def message_hub(self, hub: Any) -> None:
@@ -277,7 +277,7 @@ class OptimWrapper(WrapperState):
             norm = own.norm
         if norm is not None:
             # Not to the hub of a host, which would wait for the device.
-            hub = self._notes if self._given_hub is None else self._given_hub
+            hub = self._own_hub if self._given_hub is None else self._given_hub
             hub.update_scalar(f"train/{self.grad_name}", norm)
 
     def _clipped(self) -> Any:

@@ -43,7 +43,6 @@ from functional_optim.facade._registries import (
 from functional_optim.facade._registry import Registry
 from functional_optim.facade._wrapper import OptimWrapper
 from functional_optim.facade._wrapper_dict import OptimWrapperDict
-from functional_optim.integrations._registries import become_registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,7 +94,7 @@ def register() -> None:
         if "functional_optim" not in root.children:
             own.look_also(_found_in(root))
             _open_scope("functional_optim", root, own)
-            become_registry(own, registry)
+            _become_registry(own, registry)
     _open_scope("fo", registry.OPTIMIZERS, OPTIMIZERS)
     _open_scope("fo", OPTIMIZERS, OPTIMIZERS)
     if torch.distributed.is_available():
@@ -133,6 +132,42 @@ def _found_in(root: Any) -> Callable[[str], Any]:
                 return None
 
     return find
+
+
+def _become_registry(own: Registry, theirs: Any) -> None:
+    """Let a registry of ours be one of MMEngine's as well; it stays the same object.
+
+    `mmengine.registry.build_from_cfg` takes it then, and it can be a parent.
+
+    Args:
+        own: The registry.
+        theirs: `mmengine.registry`.
+    """
+
+    def add_child(self: Any, child: Any) -> None:
+        theirs.Registry._add_child(self, child)
+
+        def find(key: str) -> Any:
+            scope, _, name = key.partition(".")
+            try:
+                return child.get(name) if scope == child.scope else None
+            except RuntimeError:  # It tried to import what it did not find.
+                return None
+
+        self.look_also(find)
+
+    # What MMEngine's `__init__` sets; what it asks by methods, ours come first.
+    also = {
+        "_add_child": add_child,
+        "_children": {},
+        "_imported": True,
+        "_locations": [],
+        "_scope": "functional_optim",
+        "build_func": staticmethod(theirs.build_from_cfg),
+        "parent": None,
+    }
+    kind: Any = type("Registry", (type(own), theirs.Registry), also)
+    own.__class__ = kind
 
 
 def _follow_fsdp(strategy: Any) -> None:

@@ -1,4 +1,4 @@
-"""Parameters of which this process has a part: what would need all of them."""
+"""Refuse what needs whole parameters where a process has a shard."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_no_dtensor(params: TensorMap) -> None:
             raise ValueError(msg)
 
 
-class Pieces:
+class ShardCheck:
     """Knows whether the parameters here are all that a total is over.
 
     Args:
