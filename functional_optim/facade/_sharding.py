@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from functional_optim._context import ReduceOp
     from functional_optim._types import TensorMap, Transform
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
@@ -72,12 +71,7 @@ class ShardCheck:
             ValueError: naming a parameter and what to use instead.
         """
         if self._cut is not None:
-            msg = (
-                f"FullyShardedDataParallel has cut {self._cut!r}, and only a piece of "
-                f"its gradient is here: {_TOTAL}; leave it out of the transform, and "
-                "clip before the step by the model's own clip_grad_norm_"
-            )
-            raise ValueError(msg)
+            self._refuse()
         if _in_zero():
             msg = (
                 "ZeroRedundancyOptimizer gives a part of the parameters to each "
@@ -88,14 +82,16 @@ class ShardCheck:
             raise ValueError(msg)
 
     def context(self) -> Context:
-        """Return a context that refuses totals where `check_totals` would."""
+        """Return a context that refuses totals over a parameter that FSDP1 has cut."""
         return Context(reducer=None if self._cut is None else self._refuse)
 
-    def _refuse(
-        self, path: tuple[int | str, ...], partial: Tensor, op: ReduceOp
-    ) -> NoReturn:
-        self.check_totals()
-        raise AssertionError
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        msg = (
+            f"FullyShardedDataParallel has cut {self._cut!r}, and only a piece of its "
+            f"gradient is here: {_TOTAL}; leave it out of the transform, and clip "
+            "before the step by the model's own clip_grad_norm_"
+        )
+        raise ValueError(msg)
 
 
 def _cut_parameter(names: Mapping[Tensor, str]) -> str | None:
