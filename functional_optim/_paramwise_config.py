@@ -1,4 +1,4 @@
-"""What may stand in a `paramwise_cfg`, and what is refused or warned of."""
+"""Check a `paramwise_cfg`: refuse what means nothing, warn of what is not read."""
 
 from __future__ import annotations
 

@@ -119,21 +119,6 @@ class Windowed:
         start, stop = window(self._inner_count, every, end)
         return loss / (stop - start)
 
-    @staticmethod
-    def _check_loss(loss: Any, kwargs: dict[str, Any]) -> None:
-        """Refuse a loss that is not a single number."""
-        if not hasattr(loss, "backward"):
-            kind = type(loss).__name__
-            msg = f"loss must be a tensor, got a {kind}; add up its parts first"
-            raise MistakenTypeError(msg)
-        is_tensor = issubclass(type(loss), Tensor)  # A mock of one has no numbers.
-        if is_tensor and loss.numel() != 1 and "gradient" not in kwargs:
-            msg = (
-                f"loss must be a single number, got shape {tuple(loss.shape)}; pass "
-                "loss.mean() or loss.sum()"
-            )
-            raise MistakenValueError(msg)
-
     @property
     def inner_count(self) -> int:
         """Micro-batches so far."""

@@ -218,7 +218,7 @@ class OptimWrapper(WrapperState):
         self._given_hub = hub
 
     def readings(self) -> dict[str, Any]:
-        """Return what stands between backward and step has to tell, such as a norm.
+        """Return the readings of the clip or transform, such as a norm.
 
         Numbers are tensors on their device; `fetch` brings all to the host at once.
         """
@@ -257,6 +257,21 @@ class OptimWrapper(WrapperState):
         replaced = own is not None and own.is_clip and self._has_own_clip()
         return None if replaced else own
 
+    @staticmethod
+    def _check_loss(loss: Any, kwargs: dict[str, Any]) -> None:
+        """Refuse a loss that is not a single number."""
+        if not hasattr(loss, "backward"):
+            kind = type(loss).__name__
+            msg = f"loss must be a tensor, got a {kind}; add up its parts first"
+            raise MistakenTypeError(msg)
+        is_tensor = issubclass(type(loss), Tensor)  # A mock of one has no numbers.
+        if is_tensor and loss.numel() != 1 and "gradient" not in kwargs:
+            msg = (
+                f"loss must be a single number, got shape {tuple(loss.shape)}; pass "
+                "loss.mean() or loss.sum()"
+            )
+            raise MistakenValueError(msg)
+
     def _merges(self) -> bool:
         return self.merge_groups and len(self.optimizer.param_groups) > 1
 
@@ -294,7 +309,7 @@ class OptimWrapper(WrapperState):
         return self.clip_func(moved, **self.clip_grad_kwargs) if moved else None
 
     def _has_own_clip(self) -> bool:
-        """Whether `clip_func` is somebody's, and not what `clip_grad` stands for."""
+        """Whether the user set `clip_func`."""
         func = getattr(self, "clip_func", None)
         return func is not None and (self._clip is None or func is not self._clip.func)
 

@@ -1,1 +1,1 @@
-"""Connections to frameworks, each imported only by who asks for it."""
+"""Connect frameworks to this library, each imported only by who asks for it."""

@@ -1,4 +1,4 @@
-"""Histories of numbers that stay on their device until somebody looks."""
+"""Keep histories of numbers on their device until somebody looks."""
 
 from __future__ import annotations
 

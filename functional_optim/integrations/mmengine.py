@@ -1,4 +1,4 @@
-"""MMEngine: `register()` lets its Runner train with the wrappers of this library.
+"""Let the Runner of MMEngine train with the wrappers of this library: `register()`.
 
 Call it once, before the Runner is built:
 
