@@ -173,6 +173,24 @@ def test_names_that_a_constructor_gives_count() -> None:
     assert [group["param_names"] for group in groups] == [["first", "bias"], ["2"]]
 
 
+def test_notes_can_be_given_by_a_config() -> None:
+    """A key of one's own that looks like a hyperparameter stands in the groups."""
+    config = {"optimizer": {"type": "fo.adamw", "lr": 0.1, "notes": ["lrs"]}}
+    rules = {"custom_keys": {"bias": {"lrs": 7}}}
+    wrapper = fo.DefaultOptimWrapperConstructor(config, rules)(nn.Linear(2, 1))
+    groups = wrapper.optimizer.param_groups
+    assert [group.get("lrs") for group in groups] == [None, 7]
+
+
+def test_base_settings_are_those_of_a_group() -> None:
+    """What a `TransformOptimizer` is built with is no setting that schedulers see."""
+    wrapper = build(add_empty_first, nn.Linear(2, 1), "fo.sgd")
+    base = wrapper.base_param_settings
+    assert base["lr"] == wrapper.defaults["lr"]
+    assert base.keys() <= wrapper.optimizer.param_groups[1].keys()
+    assert wrapper.state_dict()["base_param_settings"].keys() == base.keys()
+
+
 def test_a_derived_transform_optimizer_knows_the_names() -> None:
     """A class derived from ours gets names as ours does."""
 

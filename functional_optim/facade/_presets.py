@@ -10,7 +10,7 @@ from functional_optim._resolving import is_zero
 from functional_optim._types import Transform
 from functional_optim.facade._optimizer import TransformOptimizer
 
-_OF_OPTIMIZER = ("compile", "layout")
+_OF_OPTIMIZER = ("compile", "layout", "notes")
 """What a config says to the optimizer in the midst of a preset's own arguments."""
 
 
@@ -50,7 +50,8 @@ class PresetOptimizer:
             params: As `TransformOptimizer` takes them: also groups with an `lr`, a
                 `weight_decay` and so on of their own.
             args: Arguments of the preset.
-            options: Arguments of the preset; `compile` and `layout` of the optimizer.
+            options: Arguments of the preset; `compile`, `layout` and `notes` of the
+                optimizer.
         """
         given = list(params)
         own_options = {k: options.pop(k) for k in _OF_OPTIMIZER if k in options}

@@ -36,9 +36,13 @@ class ShownSettings:
         self._named = _names_in(self.optimizer.param_groups)
         self.paramwise_sources = {}
         self.base_param_settings = None
-        if len(self.optimizer.param_groups) > 1:
+        groups, defaults = self.optimizer.param_groups, self.optimizer.defaults
+        if len(groups) > 1:
             dummy = torch.tensor([0.0], dtype=torch.float)
-            self.base_param_settings = {"params": dummy, **self.optimizer.defaults}
+            # What a TransformOptimizer was built with stands there, too.
+            settings = {key for group in groups for key in group}
+            own = {key: value for key, value in defaults.items() if key in settings}
+            self.base_param_settings = {"params": dummy, **own}
 
     @property
     def parameter_names(self) -> dict[int, str]:
