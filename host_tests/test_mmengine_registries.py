@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import mmengine
@@ -120,6 +121,30 @@ def test_the_strategy_shares_a_scaler(kind: Any, constructor: str | None) -> Non
     assert type(wrapper.loss_scaler) is ShardedGradScaler
     own = strategys_wrapper(kind, use_fsdp=False, **more)
     assert type(own.loss_scaler) is torch.amp.GradScaler
+
+
+def test_a_strategy_that_others_wrapped_shares_a_scaler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever wrapped its method before or after; registering again adds nothing."""
+    method = "build_optim_wrapper"
+
+    def wrapped(build: Any) -> Any:
+        @functools.wraps(build)
+        def logging_too(*args: Any) -> Any:
+            return build(*args)
+
+        return logging_too
+
+    plain = getattr(FSDPStrategy, method).__wrapped__
+    monkeypatch.setattr(FSDPStrategy, method, wrapped(plain))
+    register()
+    wrapper = strategys_wrapper(f"{OURS}AmpOptimWrapper")
+    assert type(wrapper.loss_scaler) is ShardedGradScaler
+    monkeypatch.setattr(FSDPStrategy, method, wrapped(getattr(FSDPStrategy, method)))
+    before = getattr(FSDPStrategy, method)
+    register()
+    assert getattr(FSDPStrategy, method) is before
 
 
 def test_the_strategy_leaves_others_alone() -> None:

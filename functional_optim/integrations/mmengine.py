@@ -50,17 +50,21 @@ if TYPE_CHECKING:
 __all__ = ["register"]
 
 _SCOPES = ("functional_optim", "fo")
+_MARK = "_knows_functional_optim"
+"""What a method has that was replaced; whoever wraps it copies that."""
+
 _logger = logging.getLogger("functional_optim")
 
 
 def register() -> None:
-    """Make this library known to MMEngine; nothing of MMEngine changes before.
+    """Make this library known to MMEngine, which is as it was until this is called.
 
     - Its registries find `functional_optim.OptimWrapper` and all other names in our
       registries, and the presets as `fo.adamw` and so on; ours find what is in its.
     - Ours are registries to it: for `build_from_cfg`, and as parents of others.
     - Its `isinstance` checks take our wrappers for its own, in Runner and schedulers.
-    - `FSDPStrategy` sets `use_fsdp` for our `AmpOptimWrapper` as for its own.
+    - `FSDPStrategy` sets `use_fsdp` for our `AmpOptimWrapper` as for its own: its
+      method `build_optim_wrapper` is replaced by one that calls it.
     - The gradient norm goes to its current message hub as `train/grad_norm`, and is
       read on the host only when the Runner writes a line of its log.
     - What we log goes to its current logger, and nowhere else.
@@ -97,7 +101,7 @@ def register() -> None:
             _become_registry(own, registry)
     _open_scope("fo", registry.OPTIMIZERS, OPTIMIZERS)
     _open_scope("fo", OPTIMIZERS, OPTIMIZERS)
-    if torch.distributed.is_available():
+    if torch.distributed.is_available():  # Importing a Runner imports this as well.
         _follow_fsdp(importlib.import_module("mmengine._strategy").FSDPStrategy)
     if MessageHub.host is None:
         MessageHub.host = CurrentHub()
@@ -176,7 +180,7 @@ def _follow_fsdp(strategy: Any) -> None:
     Where a config does not say `use_fsdp`, it sets it for its own class, by its name.
     """
     build = strategy.build_optim_wrapper
-    if hasattr(build, "__wrapped__"):
+    if hasattr(build, _MARK):
         return
 
     @functools.wraps(build)
@@ -188,6 +192,7 @@ def _follow_fsdp(strategy: Any) -> None:
             optim_wrapper.setdefault("use_fsdp", True)
         return build(self, optim_wrapper, model)
 
+    setattr(build_optim_wrapper, _MARK, True)
     strategy.build_optim_wrapper = build_optim_wrapper
 
 
