@@ -12,12 +12,12 @@ from functional_optim._apply import (
 from functional_optim._chain import Chain, chain
 from functional_optim._context import Context, Norm, ReduceOp, Reducer
 from functional_optim._hyperparameters import Hyperparameter, Schedule
-from functional_optim._names import no_attribute
 from functional_optim._paramwise import Multipliers, paramwise_multipliers
 from functional_optim._parts import Part
 from functional_optim._readings import fetch, readings, state_of
 from functional_optim._resolving import resolve
 from functional_optim._selection import Rules, Selection, exclude
+from functional_optim._spelling import no_attribute
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, Scope, Static, TensorMap, Transform
 from functional_optim.facade import (

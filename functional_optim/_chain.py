@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
+from functional_optim._all_parameters import knowing_all
 from functional_optim._apply import recording
 from functional_optim._context import Context, as_context
 from functional_optim._hyperparameters import checked, value_class
@@ -107,7 +108,7 @@ class Chain:
             ValueError: parameters on several devices, or a rule that matches nothing.
         """
         check_parameters(params)
-        with recording(differentiable=False):
+        with recording(differentiable=False), knowing_all(params):
             return tuple(member.init(params) for member in self.members)
 
     def update(

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from functional_optim._all_parameters import check_by_name
 from functional_optim._hoisting import once
-from functional_optim._names import check_by_name
 from functional_optim._structure import check_parameters
 from functional_optim._tensors import device_of
 from functional_optim._value import with_fields

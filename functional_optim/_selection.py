@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union, final
 import torch
 from torch import Tensor
 
+from functional_optim._all_parameters import all_params, check_by_name
 from functional_optim._compiling import constant_when_compiled
 from functional_optim._hyperparameters import checked, value_class
-from functional_optim._names import check_by_name, lookup, shown, whole
+from functional_optim._names import lookup, shown
 from functional_optim._value import shown_value
 
 if TYPE_CHECKING:
@@ -191,7 +192,7 @@ def check_selection(selection: Any, params: TensorMap, name: str) -> None:
     parts = selection.selections if isinstance(selection, Exclude) else selection
     for part in parts if isinstance(parts, tuple) else ():
         check_selection(part, params, name)
-    known = whole(params)
+    known = all_params(params)
     if not picked(selection, known, list(known)):
         msg = (
             f"{name}: {shown_value(selection)} matches no parameter; the names are "
@@ -282,7 +283,7 @@ def check_rules(rules: Any, params: TensorMap, name: str) -> None:
         ValueError: a rule matches nothing.
     """
     if isinstance(rules, (dict, tuple)):
-        by_name, known = isinstance(rules, ByName), whole(params)
+        by_name, known = isinstance(rules, ByName), all_params(params)
         for selection, _ in _pairs(rules):
             if not by_name or selection not in known:
                 check_selection(selection, params, f"rule in {name}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from comparison import assert_same
@@ -73,6 +75,43 @@ def test_parts_of_an_optimizer(part, compiled: bool) -> None:
         assert torch.allclose(p, expected[name], rtol=1e-12), name
 
 
+@dataclasses.dataclass(frozen=True)
+class _Only:
+    """A user's combinator: a transform for the names with a prefix, others stay."""
+
+    inner: fo.Transform
+    prefix: str
+
+    @property
+    def scope(self) -> fo.Scope:
+        """The scope of the inner transform."""
+        return self.inner.scope
+
+    def _own(self, tensors: fo.TensorMap) -> fo.TensorMap:
+        return {n: x for n, x in tensors.items() if n.startswith(self.prefix)}
+
+    def init(self, params):
+        """Return the inner state over its own parameters."""
+        return self.inner.init(self._own(params))
+
+    def update(self, updates, state, params, *, context=None):
+        """Return inner(u) for its own names, u for the others."""
+        own, ours = self._own(updates), self._own(params)
+        moved, state = self.inner.update(own, state, ours, context=context)
+        others = {n: u.clone() for n, u in updates.items() if n not in own}
+        return moved | others, state
+
+
+@each_part
+def test_parts_of_a_users_combinator(part) -> None:
+    """A combinator made elsewhere gives parts to its transforms as ours do."""
+    both = fo.chain(_Only(part(), "b."), _Only(part(), "h."))
+    assert_same(_moved(both), _moved(part()), "both")
+    inside = fo.Named("part", fo.chain(_Only(_Only(part(), "b.w"), "b.")))
+    rest = [_Only(part(), prefix) for prefix in ("b.bias", "h.")]
+    assert_same(_moved(fo.chain(inside, *rest)), _moved(part()), "inside")
+
+
 WRONG = {
     "a mask": (
         lambda: fo.adamw(0.1, mask=MASK | {"h.biass": False}),
@@ -108,6 +147,8 @@ def test_misspelt_names_are_refused_in_parts(part, message: str) -> None:
         fo.Partition({"body": part(), "head": part()}, LABELS).init(PARAMS)
     with pytest.raises(ValueError, match=message):
         fo.Masked(part(), "b.*").init(PARAMS)
+    with pytest.raises(ValueError, match=message):
+        fo.chain(_Only(part(), "b.")).init(PARAMS)
     body = {name: p for name, p in PARAMS.items() if name.startswith("b.")}
     with pytest.raises(ValueError, match=r"unknown \['h.w', 'h.bias'\]"):
         fo.adamw(0.1, mask=MASK).init(body)  # Here the body is the whole.

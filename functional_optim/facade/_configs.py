@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from functional_optim._names import did_you_mean
+from functional_optim._spelling import did_you_mean
 from functional_optim.facade._registry import arguments_of
 
 _OF_BUILDING = ("constructor", "paramwise_cfg")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
-from functional_optim._names import did_you_mean
+from functional_optim._spelling import did_you_mean
 
 T = TypeVar("T", bound=Callable[..., Any])
 

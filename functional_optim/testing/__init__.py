@@ -5,7 +5,7 @@ Needs hypothesis: `pip install 'functional_optim[testing]'`.
 
 from typing import TYPE_CHECKING
 
-from functional_optim._names import no_attribute
+from functional_optim._spelling import no_attribute
 from functional_optim.testing import laws, strategies
 from functional_optim.testing._broken import BrokenLawError
 from functional_optim.testing._check import check_transform

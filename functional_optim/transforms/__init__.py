@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from functional_optim._names import no_attribute
 from functional_optim._scheduling import ScheduleState
+from functional_optim._spelling import no_attribute
 from functional_optim.transforms._accumulation import Accumulate, AccumulateState
 from functional_optim.transforms._adaptive import ScaleByAdam, ScaleByAdamState
 from functional_optim.transforms._centralization import Centralize

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
 
 from torch import Tensor
 
+from functional_optim._all_parameters import knowing_all
 from functional_optim._chain import checked_transform
 from functional_optim._context import Context, as_context
 from functional_optim._hyperparameters import checked, value_class
-from functional_optim._names import part_of, shown, subset
+from functional_optim._names import shown, subset
 from functional_optim._parts import Part
 from functional_optim._resolving import resolve
 from functional_optim._selection import (
@@ -87,7 +88,7 @@ class Masked:
         check_parameters(params)
         check_selection(self.mask, params, "mask")
         names = picked(self.mask, params, list(params))
-        with part_of(params):
+        with knowing_all(params):
             return self.inner.init(subset(params, names))
 
     def update(
@@ -258,7 +259,7 @@ class Partition:
                     f"{shown(params)}. Leave it out of inner, or change labels"
                 )
                 raise ValueError(msg)
-        with part_of(params):
+        with knowing_all(params):
             return tuple(
                 t.init(subset(params, groups[label])) for label, t in self.inner.items()
             )
