@@ -1,16 +1,18 @@
-"""What torch.compile takes for a constant."""
+"""Mark functions for torch.compile without importing the compiler."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from torch._compile import _disable_dynamo
 
-F = TypeVar("F", bound="Callable[..., Any]")
+_F = TypeVar("_F", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-def constant_when_compiled(function: F) -> F:
+def constant_when_compiled(function: _F) -> _F:
     """Let torch.compile call a function while it traces, and keep what it returns.
 
     This is `torch.compiler.assume_constant_result`, which imports the whole compiler
@@ -18,3 +20,12 @@ def constant_when_compiled(function: F) -> F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let a compiled function call this one instead of tracing it.
+
+    This is `torch.compiler.disable`, which imports the compiler at once; this way,
+    which is that of torch's optimizers, imports it when the function is first called.
+    """
+    return _disable_dynamo(function)

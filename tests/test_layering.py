@@ -22,7 +22,6 @@ FLOORS = [
         "_all_parameters",
         "_compiling",
         "_context",
-        "_graph_breaks",
         "_hoisting",
         "_levels",
         "_memory",

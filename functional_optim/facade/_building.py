@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from functional_optim._graph_breaks import untraced
+from functional_optim._compiling import untraced
 from functional_optim.facade._configs import copied
 from functional_optim.facade._constructor import DefaultOptimWrapperConstructor
 from functional_optim.facade._registries import OPTIM_WRAPPER_CONSTRUCTORS

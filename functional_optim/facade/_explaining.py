@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from functional_optim._compiling import untraced
 from functional_optim._cost import size
 from functional_optim._explain import counted, shown_bytes, table
-from functional_optim._graph_breaks import untraced
 from functional_optim._types import Scope, inner_transforms
 from functional_optim.execution._dry import temporary_bytes
 from functional_optim.execution._nodes import tensors_of

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from functional_optim._chain import checked_transform
+from functional_optim._compiling import untraced
 from functional_optim._context import Context
-from functional_optim._graph_breaks import untraced
 from functional_optim._readings import readings
 from functional_optim._state import load_state_dict, state_dict
 from functional_optim._types import Role, inner_transforms

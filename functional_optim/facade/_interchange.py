@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._graph_breaks import untraced
+from functional_optim._compiling import untraced
 from functional_optim._names import shown
 from functional_optim.facade._counterparts import Counterpart, counterparts
 from functional_optim.facade._exposure import group_value

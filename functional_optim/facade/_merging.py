@@ -20,7 +20,7 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from functional_optim._graph_breaks import untraced
+from functional_optim._compiling import untraced
 from functional_optim.facade._fitting import is_of_torch
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from functional_optim._chain import Chain, chain, checked_transform
+from functional_optim._compiling import untraced
 from functional_optim._context import Context
-from functional_optim._graph_breaks import untraced
 from functional_optim._readings import readings
 from functional_optim._value import same_value
 from functional_optim.facade._gradients import scaling_of, warn_of_no_gradient

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.amp.grad_scaler import OptState
 
-from functional_optim._graph_breaks import untraced
+from functional_optim._compiling import untraced
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._graph_breaks import untraced
+from functional_optim._compiling import untraced
 from functional_optim.facade._apart import check_apart
 from functional_optim.facade._engine import Engine
 from functional_optim.facade._entries import entries_of

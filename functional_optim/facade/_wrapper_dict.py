@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from functional_optim._graph_breaks import untraced
+from functional_optim._compiling import untraced
 from functional_optim.facade._fitting import undo_of
 from functional_optim.facade._mistakes import (
     MissingError,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_optim._graph_breaks import untraced
+from functional_optim._compiling import untraced
 from functional_optim.facade._fitting import check_fits, undo_of
 from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
 from functional_optim.facade._optimizer import TransformOptimizer
