@@ -57,22 +57,27 @@ def test_parts_take_what_is_written_for_the_whole(part) -> None:
     assert_same(_moved(fo.chain(inside, rest)), expected, "masked in masked")
 
 
+def _check_in_place(transform: fo.Transform, *, compiled: bool = False) -> None:
+    """Take two steps of an optimizer, and load its checkpoint into another."""
+    params = {name: torch.nn.Parameter(p.clone()) for name, p in PARAMS.items()}
+    optimizer = fo.TransformOptimizer(params.items(), transform, compile=compiled)
+    for factor in (1.0, -0.5):
+        for name, p in params.items():
+            p.grad = factor * GRADS[name]
+        optimizer.step()
+    again = fo.TransformOptimizer(params.items(), transform, compile=compiled)
+    again.load_state_dict(optimizer.state_dict())
+    expected = _moved(transform)
+    for name, p in params.items():
+        assert torch.allclose(p, expected[name], rtol=1e-12), name
+
+
 @each_part
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_parts_of_an_optimizer(part, compiled: bool) -> None:
     """In place, too, and its checkpoint loads."""
     both = fo.Partition({"body": part(), "head": part()}, LABELS)
-    params = {name: torch.nn.Parameter(p.clone()) for name, p in PARAMS.items()}
-    optimizer = fo.TransformOptimizer(params.items(), both, compile=compiled)
-    for factor in (1.0, -0.5):
-        for name, p in params.items():
-            p.grad = factor * GRADS[name]
-        optimizer.step()
-    again = fo.TransformOptimizer(params.items(), both, compile=compiled)
-    again.load_state_dict(optimizer.state_dict())
-    expected = _moved(both)
-    for name, p in params.items():
-        assert torch.allclose(p, expected[name], rtol=1e-12), name
+    _check_in_place(both, compiled=compiled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +87,7 @@ class _Only:
     inner: fo.Transform
     prefix: str
 
-    @property
-    def scope(self) -> fo.Scope:
-        """The scope of the inner transform."""
-        return self.inner.scope
+    scope = fo.Scope.PER_TENSOR  # It looks at names.
 
     def _own(self, tensors: fo.TensorMap) -> fo.TensorMap:
         return {n: x for n, x in tensors.items() if n.startswith(self.prefix)}
@@ -107,6 +109,7 @@ def test_parts_of_a_users_combinator(part) -> None:
     """A combinator made elsewhere gives parts to its transforms as ours do."""
     both = fo.chain(_Only(part(), "b."), _Only(part(), "h."))
     assert_same(_moved(both), _moved(part()), "both")
+    _check_in_place(both)
     inside = fo.Named("part", fo.chain(_Only(_Only(part(), "b.w"), "b.")))
     rest = [_Only(part(), prefix) for prefix in ("b.bias", "h.")]
     assert_same(_moved(fo.chain(inside, *rest)), _moved(part()), "inside")
