@@ -95,7 +95,8 @@ class Chain:
     @property
     def scope(self) -> Scope:
         """The widest scope of the members."""
-        return max([Scope.ELEMENTWISE, *[member.scope for member in self.members]])
+        # Not max(..., default=...), which torch.compile does not trace.
+        return max([Scope.ELEMENTWISE, *(member.scope for member in self.members)])
 
     def init(self, params: TensorMap) -> tuple[Any, ...]:
         """Return the members' states before the first update.

@@ -125,12 +125,17 @@ class Transform(Protocol):
 
 
 def missing_members(value: object) -> list[str]:
-    """Return what a value lacks to be a transform; nothing, and it is one.
+    """Return the members that a value lacks to be a transform."""
+    return [name for name in ("init", "update", "scope") if not hasattr(value, name)]
 
-    `isinstance(value, Transform)` asks the same, but torch.compile answers no for a
+
+def is_transform(value: object) -> bool:
+    """Return whether a value has the members of a transform.
+
+    As `isinstance(value, Transform)`, which is False under torch.compile for a
     combinator that is made inside the compiled function.
     """
-    return [name for name in ("init", "update", "scope") if not hasattr(value, name)]
+    return not missing_members(value)
 
 
 T = TypeVar("T")
@@ -186,7 +191,7 @@ def inner_transforms(transform: object) -> tuple[Transform, ...]:
             parts = tuple(value.values())
         # A look at all members of each number of a map by name would take seconds.
         candidates = (part for part in parts if type(part) is not float)
-        found.extend(part for part in candidates if not missing_members(part))
+        found.extend(part for part in candidates if is_transform(part))
     return tuple(found)
 
 
@@ -215,7 +220,7 @@ def with_inner(transform: T, change: Callable[[Transform], Transform]) -> T:
 
 def _changed(value: Any, change: Callable[[Transform], Transform]) -> Any:
     """Change a transform, or those of a tuple or map, if any differs."""
-    if not missing_members(value) and not isinstance(value, type):
+    if is_transform(value) and not isinstance(value, type):
         return change(value)
     if isinstance(value, tuple):
         parts = tuple(_changed(part, change) for part in value)

@@ -31,7 +31,7 @@ def _maker(value: Any) -> Callable[[], Any]:
         return lambda: {key: make() for key, make in entries.items()}
     if type(value) is tuple:
         parts = [_maker(part) for part in value]
-        return lambda: tuple([make() for make in parts])
+        return lambda: tuple(make() for make in parts)
     if not hasattr(value, "update") or not dataclasses.is_dataclass(value):
         return lambda: value
     kind = type(value)

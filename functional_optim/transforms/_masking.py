@@ -245,7 +245,7 @@ class Partition:
     @property
     def scope(self) -> Scope:
         """The widest scope of the inner transforms."""
-        return max([transform.scope for transform in self.inner.values()])
+        return max(transform.scope for transform in self.inner.values())
 
     def init(self, params: TensorMap) -> tuple[Any, ...]:
         """Return the inner states, each over the parameters with its label."""
