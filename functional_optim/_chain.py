@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from functional_optim._all_parameters import knowing_all
 from functional_optim._apply import recording
-from functional_optim._context import Context, as_context
+from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, value_class
 from functional_optim._memory import Donated, current
 from functional_optim._names import shown
@@ -138,7 +138,7 @@ class Chain:
         """
         check_updates(updates, params)
         check_states(state, len(self.members), "member")
-        context = as_context(context)
+        context = context or Context()
         with recording(differentiable=context.differentiable):
             if not self.members:
                 return copied(updates), ()

@@ -1,4 +1,4 @@
-"""What the training loop tells a transform, and the one door to other tensors."""
+"""`Context`: what a training loop passes to transforms, and sums over all tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+from functional_optim._value import equal, hash_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,16 +86,16 @@ def local_total(partial: Tensor, op: ReduceOp) -> Tensor:
     raise ValueError(msg)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, init=False, eq=False)
 class Context:
     """What the training loop knows and the gradient does not.
 
     Args:
         loss: Loss of this step, for transforms that look at it. Shape ().
-        weight: Weight of this micro-batch in a mean, such as its number of tokens.
-            Finite and >= 0; None counts as 1. Shape () if it is a tensor. Plain numbers
-            here and in `loss` become float64 tensors, so that torch.compile makes one
-            graph for all of them.
+        weight: Weight of this micro-batch in a mean, such as its number of tokens. A
+            plain number must be finite and >= 0; a tensor, of shape (), is not looked
+            at. None counts as 1. Plain numbers here and in `loss` become float64
+            tensors, so that torch.compile makes one graph for all of them.
         last: Whether the data ends here: an open accumulation window is closed.
         differentiable: Whether to record the autograd graph of the update.
         reducer: Who answers `reduce`; None answers from the tensors at hand.
@@ -102,40 +104,42 @@ class Context:
     Raises:
         ValueError: `weight` is a number that is negative or not finite, or a tensor
             that is not 0-dim.
-        TypeError: `weight` is neither.
+        TypeError: `weight` or `loss` is neither.
 
     Example:
         >>> Context(weight=512, last=True).weight
         tensor(512., dtype=torch.float64)
     """
 
-    loss: float | Tensor | None = None
-    weight: float | Tensor | None = None
+    loss: Tensor | None = None
+    weight: Tensor | None = None
     last: bool = False
     differentiable: bool = False
     reducer: Reducer | None = None
     path: tuple[int | str, ...] = ()
 
-    def __post_init__(self) -> None:
-        weight = self.weight
-        if isinstance(weight, Tensor):
-            if weight.ndim != 0:
-                msg = (
-                    "weight must be a number or a 0-dim tensor, got shape "
-                    f"{tuple(weight.shape)}; pass weight.sum()"
-                )
-                raise ValueError(msg)
-        elif weight is not None and not isinstance(weight, (int, float)):
-            msg = f"weight must be a number or a 0-dim tensor, got {weight!r}"
-            raise TypeError(msg)
-        elif weight is not None and not 0 <= weight < math.inf:
-            msg = f"weight must be finite and >= 0, got {weight}"
-            raise ValueError(msg)
-        for name, value in (("loss", self.loss), ("weight", weight)):
-            if isinstance(value, (int, float)):
-                # Not torch.tensor(value): to it each value is a constant of a graph.
-                number = torch.ones((), dtype=torch.float64, device="cpu") * value
-                object.__setattr__(self, name, number)
+    def __init__(
+        self,
+        *,
+        loss: float | Tensor | None = None,
+        weight: float | Tensor | None = None,
+        last: bool = False,
+        differentiable: bool = False,
+        reducer: Reducer | None = None,
+        path: tuple[int | str, ...] = (),
+    ) -> None:
+        self.__dict__.update(
+            loss=_as_tensor("loss", loss),
+            weight=_as_tensor("weight", _checked_weight(weight)),
+            last=last,
+            differentiable=differentiable,
+            reducer=reducer,
+            path=path,
+        )
+
+    # Not those of a dataclass: it compares tensors by number, and hashes by identity.
+    __eq__ = equal
+    __hash__ = hash_of
 
     def reduce(self, partial: Tensor | Callable[[], Tensor], op: ReduceOp) -> Tensor:
         """Learn one number about all tensors: the only door to other tensors.
@@ -222,10 +226,26 @@ class Context:
         return other
 
 
-def as_context(context: Context | None) -> Context:
-    """Return what a transform was told; nothing was told if None.
+def _checked_weight(weight: Any) -> Any:
+    """Refuse a number that is no weight, and a tensor of several."""
+    if isinstance(weight, Tensor) and weight.ndim != 0:
+        msg = (
+            "weight must be a number or a 0-dim tensor, got shape "
+            f"{tuple(weight.shape)}; pass weight.sum()"
+        )
+        raise ValueError(msg)
+    if isinstance(weight, (int, float)) and not 0 <= weight < math.inf:
+        msg = f"weight must be finite and >= 0, got {weight}"
+        raise ValueError(msg)
+    return weight
 
-    None is the default of `update`, not `Context()`: torch.compile, for which a default
-    object has no source, could not make the transform inside a compiled function.
-    """
-    return Context() if context is None else context
+
+def _as_tensor(name: str, value: Any) -> Tensor | None:
+    """Return a number as a tensor; tensors and None as they are."""
+    if value is None or isinstance(value, Tensor):
+        return value
+    if not isinstance(value, (int, float)):
+        msg = f"{name} must be a number or a 0-dim tensor, got {value!r}"
+        raise TypeError(msg)
+    # Not torch.tensor(value): to it each value is a constant of a graph.
+    return torch.ones((), dtype=torch.float64, device="cpu") * value

@@ -197,6 +197,7 @@ def test_illegal_value(make, message: str) -> None:
         (lambda: fo.Accumulate(2, mean=1), "mean must be True or False, got 1"),
         (lambda: fo.ClipByGlobalNorm(1.0, norm_type="2"), "norm_type must be a number"),
         (lambda: fo.Context(weight="3"), "weight must be a number or a 0-dim tensor"),
+        (lambda: fo.Context(loss="x"), "loss must be a number or a .* tensor, got 'x'"),
         (lambda: fo.Accumulate(True), "every must be an int.* got True"),
         (lambda: fo.Accumulate(2, dtype=torch.int32), "dtype must be a floating"),
         (lambda: fo.chain(fo.Scale), r"got the class Scale; write Scale\(\.\.\.\)"),

@@ -111,6 +111,16 @@ def test_the_default_device_does_not_matter() -> None:
     assert_same(expected, got, "under another default device")
 
 
+def test_contexts_that_are_equal_have_one_hash() -> None:
+    """Contexts are values: equal by their numbers, and the same key of a map."""
+    context = fo.Context(weight=2, loss=torch.tensor(0.5))
+    again = fo.Context(weight=2.0, loss=torch.tensor(0.5))
+    assert context == again
+    assert len({context, again}) == 1
+    assert context != fo.Context(weight=3.0, loss=torch.tensor(0.5))
+    assert context != fo.Context(weight=2.0)
+
+
 @pytest.mark.parametrize("value", ["hello", None, 1.5, [1], {"a": 1}])
 def test_damaged_static_values_are_refused(value: object) -> None:
     """A position that is no int is found when it is loaded, not steps later."""

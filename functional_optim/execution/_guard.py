@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._chain import chain, checked_transform
-from functional_optim._context import Context, as_context
+from functional_optim._context import Context
 from functional_optim._guarding import guarded
 from functional_optim._hyperparameters import checked, value_class
 from functional_optim._resolving import resolve
@@ -57,7 +57,7 @@ class SkipOn:
     ) -> tuple[TensorMap, Any]:
         """Return inner(u), or -0.0 and the old state."""
         ok = self.found_inf.reshape(()) == 0
-        context = as_context(context).at("inner")
+        context = (context or Context()).at("inner")
         return guarded(ok, self.inner, updates, state, params, context=context)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
-from functional_optim._context import Context, as_context
+from functional_optim._context import Context
 from functional_optim._types import Scope, Transform, inner_transforms, with_inner
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ class _Remembered:
         *,
         context: Context | None = None,
     ) -> tuple[TensorMap, Any]:
-        context = as_context(context)
+        context = context or Context()
         return self.memory.recall(
             (context.path, id(self)),
             lambda: self.inner.update(updates, state, params, context=context),

@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context, as_context
+from functional_optim._context import Context
 from functional_optim._hoisting import once
 from functional_optim._hyperparameters import flag, value_class
 from functional_optim._names import subset
@@ -129,7 +129,7 @@ class Accumulate:
         check_state(self, state, AccumulateState)
         if not updates:
             return {}, state
-        context = as_context(context)
+        context = context or Context()
         position = self._position(state)
         before = set(state.seen.value) if position else set()
         sums = self._added(updates, state.sum, before, context.weight)
@@ -163,7 +163,7 @@ class Accumulate:
         updates: TensorMap,
         sums: TensorMap,
         before: set[str],
-        weight: float | Tensor | None,
+        weight: Tensor | None,
     ) -> TensorMap:
         """Return the sums with one more micro-batch.
 
@@ -172,7 +172,7 @@ class Accumulate:
         """
         if weight is not None:
             device = device_of(updates)
-            factor = torch.as_tensor(weight, dtype=torch.float64, device=device)
+            factor = weight.to(device, torch.float64)
             counted = _counted(updates, factor != 0)
             updates = over(counted, at=subset(sums, updates)).mul(factor).to_map()
         first = {name: u for name, u in updates.items() if name not in before}
@@ -193,7 +193,7 @@ def _counted(updates: TensorMap, counts: Tensor) -> TensorMap:
     }
 
 
-def _weight_sum(total: Tensor, weight: float | Tensor | None, position: int) -> Tensor:
+def _weight_sum(total: Tensor, weight: Tensor | None, position: int) -> Tensor:
     """Return the sum of the weights with one more micro-batch."""
     before = total if position else torch.zeros_like(total)
     return before + (1.0 if weight is None else weight)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context, as_context
+from functional_optim._context import Context
 from functional_optim._hyperparameters import value_class
 from functional_optim._structure import check_parameters, check_state
 from functional_optim._tensors import device_of
@@ -83,7 +83,7 @@ class ZeroNans:
         nans = {name: u.isnan() for name, u in updates.items()}
         found = torch.stack([n.sum(dtype=torch.float64) for n in nans.values()])
         cleaned = {n: torch.where(nans[n], 0.0, u) for n, u in updates.items()}
-        total = as_context(context).reduce(found, "sum")
+        total = (context or Context()).reduce(found, "sum")
         return cleaned, ZeroNansState(state.num_zeroed + total)
 
     def readings(self, state: ZeroNansState) -> TensorMap:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context, Norm, as_context
+from functional_optim._context import Context, Norm
 from functional_optim._factors import negated
 from functional_optim._hoisting import once
 from functional_optim._hyperparameters import (
@@ -130,7 +130,7 @@ class ClipByGlobalNorm:
         if not updates:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)
-        context = as_context(context)
+        context = context or Context()
         order, wide = self.norm_type, context.is_partial
         norm = context.reduce(lambda: norms(updates, order, wide=wide), Norm(order))
         if self.error_if_nonfinite and not norm.isfinite():

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from functional_optim._chain import checked_transform
-from functional_optim._context import Context, as_context
+from functional_optim._context import Context
 from functional_optim._guarding import guarded
 from functional_optim._hoisting import once
 from functional_optim._hyperparameters import checked, value_class
@@ -121,7 +121,7 @@ class SkipNonfinite:
         check_state(self, state, SkipNonfiniteState)
         if not updates:
             return {}, state
-        context = as_context(context)
+        context = context or Context()
         ok = context.reduce(lambda: all_finite(updates), "all")
         moved, inner = guarded(
             ok, self.inner, updates, state.inner, params, context=context.at("inner")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from functional_optim._all_parameters import knowing_all
 from functional_optim._chain import checked_transform
-from functional_optim._context import Context, as_context
+from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, value_class
 from functional_optim._names import shown, subset
 from functional_optim._parts import Part
@@ -107,7 +107,7 @@ class Masked:
         if inside:
             inner_params = subset(params, names)
             inside, state = self.inner.update(
-                inside, state, inner_params, context=as_context(context).at("inner")
+                inside, state, inner_params, context=(context or Context()).at("inner")
             )
         outside = {n: u.clone() for n, u in updates.items() if n not in selected}
         return subset(inside | outside, params), state
@@ -285,7 +285,7 @@ class Partition:
                     inside,
                     state[index],
                     subset(params, groups[label]),
-                    context=as_context(context).at(label),
+                    context=(context or Context()).at(label),
                 )
                 moved |= out
         return subset(moved, params), tuple(new_state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from functional_optim._chain import checked_transform
-from functional_optim._context import Context, as_context
+from functional_optim._context import Context
 from functional_optim._hyperparameters import checked, value_class
 from functional_optim._names import checked_name
 from functional_optim._parts import Part
@@ -82,7 +82,7 @@ class Named:
         context: Context | None = None,
     ) -> tuple[TensorMap, Any]:
         """Return inner(u)."""
-        context = as_context(context)
+        context = context or Context()
         return self.inner.update(updates, state, params, context=context.at("inner"))
 
     def parts(self, state: Any, params: TensorMap) -> list[Part]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context, Norm, ReduceOp, as_context
+from functional_optim._context import Context, Norm, ReduceOp
 from functional_optim._hyperparameters import checked, value_class
 from functional_optim._names import checked_name
 from functional_optim._norms import norms
@@ -134,7 +134,7 @@ class Observe:
         if not updates:
             return {}, state
         numbers = self._numbers(updates, params)
-        context = as_context(context)
+        context = context or Context()
         partial = _partial(numbers, self.op, wide=context.is_partial)
         total = context.reduce(partial, self.op)
         return copied(updates), ObserveState(total.double())
