@@ -23,15 +23,20 @@ def recording(*, differentiable: bool) -> torch.set_grad_enabled:
 
     Grad mode stays as it is if `differentiable`, or where torch.func differentiates,
     which would silently get zeros otherwise; else it is off, because the usual loop
-    would keep the graph of every step alive. `vmap` alone asks for nothing.
+    would keep the graph of every step alive. `vmap` alone records nothing.
     """
+    return torch.set_grad_enabled(is_recorded(differentiable=differentiable))
+
+
+def is_recorded(*, differentiable: bool) -> bool:
+    """Return whether `recording` records the graph."""
     wanted = differentiable or _is_differentiated()
-    return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
+    return wanted and torch.is_grad_enabled()
 
 
 @constant_when_compiled  # It cannot trace this look, but guards on the stack.
 def _is_differentiated() -> bool:
-    """Whether torch.func takes a derivative at some level around this call."""
+    """Return whether torch.func differentiates at some level around this call."""
     kinds = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
     return TransformType.Grad in kinds or TransformType.Jvp in kinds
 

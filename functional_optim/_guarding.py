@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
+from functional_optim._apply import is_recorded
 from functional_optim._hoisting import once
 
 if TYPE_CHECKING:
@@ -29,14 +30,16 @@ def guarded(
     Args:
         ok: Whether to take the step. Tensor, shape (), bool.
         inner: The transform.
-        updates: Its updates; it gets ones in their place if not ok.
+        updates: Its updates; it gets zeros or ones in their place if not ok.
         state: Its state.
         params: Its parameters.
         context: Its context.
     """
-    # Not zeros: the root of a moment that is still 0 has an infinite derivative there,
-    # and infinity times the 0 of a step that is not taken is NaN.
-    safe = {name: torch.where(ok, u, 1.0) for name, u in updates.items()}
+    # Zeros: the norm of many ones is infinite in float16, and some clips raise then.
+    # Ones for a derivative: a user's rule in plain torch has sqrt(0), whose infinite
+    # derivative times the 0 of a skipped step is NaN.
+    other = 1.0 if is_recorded(differentiable=context.differentiable) else 0.0
+    safe = {name: torch.where(ok, u, other) for name, u in updates.items()}
     moved, new = inner.update(safe, state, params, context=context)
     # p + (-0.0) is p for every p; p + 0.0 would turn -0.0 into 0.0.
     moved = {name: torch.where(ok, u, -0.0) for name, u in moved.items()}

@@ -412,3 +412,16 @@ def test_a_number_by_name_is_rounded_as_for_all(dtype: torch.dtype) -> None:
             wanted, _ = one.update(updates, one.init(params), params)
             found, _ = other.update(updates, other.init(params), params)
             assert torch.equal(found["a"], wanted["a"])
+
+
+@pytest.mark.parametrize("norm_type", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_skipped_step_has_a_finite_norm_in_float16(norm_type, value: float) -> None:
+    """A clip inside SkipNonfinite does not raise on it, however large tensors are."""
+    params = {"w": torch.zeros(70_000, dtype=torch.float16)}
+    clip = fo.ClipByGlobalNorm(1.0, norm_type=norm_type, error_if_nonfinite=True)
+    pipeline = fo.SkipNonfinite(fo.chain(clip, fo.sgd(0.1)))
+    grads = {"w": torch.full_like(params["w"], value)}
+    updates, state = pipeline.update(grads, pipeline.init(params), params)
+    assert updates["w"].count_nonzero() == 0
+    assert state.skipped == 1

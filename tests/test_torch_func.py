@@ -137,6 +137,27 @@ def test_meta_gradients_where_a_gradient_is_0(make, way: str) -> None:
     assert torch.allclose(slope, (after - before) / 2e-6, rtol=1e-7)
 
 
+class PlainRms:
+    """A user's u <- u / sqrt(v), in plain torch: its root has no derivative at 0."""
+
+    scope = fo.Scope.ELEMENTWISE
+
+    def __init__(self, decay) -> None:
+        self.decay = decay
+
+    def init(self, params):
+        """Return v = 0."""
+        return {name: torch.zeros_like(p) for name, p in params.items()}
+
+    def update(self, updates, state, params, *, context=None):
+        """Return u / (sqrt(v) + 1e-8)."""
+        v = {
+            name: self.decay * state[name] + (1 - self.decay) * u.square()
+            for name, u in updates.items()
+        }
+        return {n: u / (v[n].sqrt() + 1e-8) for n, u in updates.items()}, state | v
+
+
 SKIPPED = [(True, False, False), (False, True, False), (True, True, False)]
 
 
@@ -151,28 +172,43 @@ SKIPPED = [(True, False, False), (False, True, False), (True, True, False)]
         (lambda h: fo.adamw(0.1, betas=(0.8, 0.9), eps=h), 1e-3),
         (lambda h: fo.chain(fo.ClipByGlobalNorm(h), fo.adamw(0.1)), 0.5),
         (lambda h: fo.chain(fo.ClipByNorm(h), fo.sgd(0.1, momentum=0.9)), 0.5),
+        (lambda h: fo.chain(PlainRms(h), fo.sgd(0.1)), 0.9),
     ],
-    ids=["beta2", "beta1", "amsgrad", "lr", "eps", "max_norm", "of each tensor"],
+    ids=[
+        "beta2",
+        "beta1",
+        "amsgrad",
+        "lr",
+        "eps",
+        "max_norm",
+        "of each tensor",
+        "a user's rule",
+    ],
 )
 def test_a_skipped_step_has_a_derivative(make, value: float, skipped) -> None:
     """A step that is skipped depends on no hyperparameter, whenever it comes."""
     start = torch.tensor([1.0, 2.0], dtype=torch.float64)
 
-    def after(h: torch.Tensor) -> torch.Tensor:
+    def after(h: torch.Tensor, context: fo.Context | None = None) -> torch.Tensor:
         params, pipeline = {"w": start}, fo.SkipNonfinite(make(h))
         state = pipeline.init(params)
         for skip in skipped:
             bad = torch.tensor([float("nan"), float("inf")]).double()
             grads = {"w": bad if skip else 2 * params["w"]}
-            updates, state = pipeline.update(grads, state, params)
-            params = fo.apply_updates(params, updates)
+            updates, state = pipeline.update(grads, state, params, context=context)
+            params = fo.apply_updates(
+                params, updates, differentiable=context is not None
+            )
         return params["w"].sum()
 
     h = torch.tensor(value, dtype=torch.float64)
     difference = (after(h + 1e-6) - after(h - 1e-6)) / 2e-6
     slope = torch.func.grad(after)(h)
+    leaf = h.clone().requires_grad_()
+    after(leaf, fo.Context(differentiable=True)).backward()
     # Central differences leave (1e-6)^2 and 1e-16 / 1e-6.
     assert torch.allclose(slope, difference, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(leaf.grad, difference, rtol=1e-6, atol=1e-9)
 
 
 def test_presets_have_eps_root() -> None:
