@@ -34,7 +34,7 @@ def is_recorded(*, differentiable: bool) -> bool:
     return wanted and torch.is_grad_enabled()
 
 
-@constant_when_compiled  # It cannot trace this look, but guards on the stack.
+@constant_when_compiled  # It cannot trace the call, but guards on the stack.
 def _is_differentiated() -> bool:
     """Return whether torch.func differentiates at some level around this call."""
     kinds = [interpreter.key() for interpreter in get_interpreter_stack() or ()]

@@ -126,7 +126,7 @@ class Chain:
             updates: Gradients by name; a name that is missing keeps its state.
             state: What `init` or the previous `update` returned.
             params: Current parameters by name.
-            context: What the training loop knows; None if it has nothing to tell.
+            context: What the training loop knows; None is an empty one.
 
         Returns:
             The updates to add to the parameters, and the new state. An empty map means

@@ -7,7 +7,7 @@ A *selection* picks parameters. It is one of
 - a predicate on name and tensor, `lambda name, p: p.ndim >= 2`,
 - `exclude(...)`: everything that the selections in it do not pick,
 - a tuple or list of selections: whatever any of them picks,
-- a map from every name to bool (in a part, those of the whole will do), or one bool.
+- a map from every name to bool, at least of the parameters at hand, or one bool.
 
 A predicate must depend on the name, shape and dtype alone: it is asked at every step.
 
@@ -212,7 +212,7 @@ def _check_predicate(predicate: Predicate, name: str) -> None:
         TypeError: saying what it must take.
     """
     if torch.compiler.is_compiling():
-        return  # It cannot trace a look at a signature; the call will tell.
+        return  # It cannot trace a look at a signature; the call itself raises.
     try:
         inspect.signature(predicate).bind("name", "param")
     except TypeError:

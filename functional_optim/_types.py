@@ -118,9 +118,9 @@ class Transform(Protocol):
             updates: Gradients or updates by name; names may be missing.
             state: What `init` or the previous `update` returned.
             params: Current parameters by name.
-            context: What the training loop knows. None as a default means that it
-                has nothing to tell; `Context()` as a default works, too, but not where
-                torch.compile sees the transform made. A chain always passes one.
+            context: What the training loop knows; None, the usual default, is an
+                empty one. `Context()` as the default works, too, but not where the
+                transform is made in a compiled function. A chain always passes one.
         """
 
 

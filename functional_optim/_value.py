@@ -67,7 +67,7 @@ def _same(a: object, b: object, same: Callable[[object, object], bool]) -> bool:
 
 
 def with_fields(value: Any, /, **fields: Any) -> Any:
-    """As `dataclasses.replace`, without `__init__`: what it did is done."""
+    """Return a copy with other fields, which are not checked again."""
     other = copy.copy(value)
     for name, part in fields.items():
         object.__setattr__(other, name, part)

@@ -64,7 +64,7 @@ def test_made_inside_a_compiled_function(case: Case) -> None:
 
 
 def test_the_context_may_be_left_out_in_a_compiled_function() -> None:
-    """Every transform finds out by itself that it was told nothing."""
+    """Every transform runs without a context where it is compiled."""
     members = {name: torch.randn(3) for name in ("a", "b")}
     inside = fo.chain(fo.Observe("norm"), fo.ZeroNans(), fo.ClipByGlobalNorm(1.0))
     for transform in (

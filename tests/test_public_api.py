@@ -136,8 +136,8 @@ def test_the_import_leaves_the_compiler_out() -> None:
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_misspelt_name_is_told_the_near_one(module, wrong: str, right: str) -> None:
-    """A wrong name, or torch's name of a class, gets the name that was meant."""
+def test_a_misspelt_name_suggests_the_near_one(module, wrong: str, right: str) -> None:
+    """The error of a wrong name, or of torch's name, has the name that was meant."""
     with pytest.raises(AttributeError, match=f"no attribute '{wrong}'; did.* {right}"):
         getattr(module, wrong)
     assert not hasattr(module, wrong)

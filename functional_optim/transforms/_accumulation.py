@@ -182,7 +182,7 @@ class Accumulate:
 
 
 def _counted(updates: TensorMap, counts: Tensor) -> TensorMap:
-    """Return updates, and 0 where one is not finite and does not count.
+    """Return updates, with 0 for what is not finite if they do not count.
 
     A micro-batch without tokens has the mean 0 / 0, and 0 * NaN is NaN. Its finite
     numbers stay: the derivative with respect to a weight of 0 is made of them.
