@@ -45,7 +45,7 @@ def are_plain(tensors: Iterable[Tensor]) -> bool:
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Return whether reading a tensor on the host stops no device and no trace."""
+    """Return whether a read on the host waits for no device and stops no trace."""
     return (
         tensor.is_cpu
         and are_plain([tensor])
