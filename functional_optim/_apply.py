@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch._C._functorch import TransformType, get_interpreter_stack
 
-from functional_optim._compiling import constant_when_compiled
+from functional_optim._differentiation import is_differentiated
 from functional_optim._names import shown
 from functional_optim._structure import check_updates
 from functional_optim._tensor_map import over
@@ -30,15 +29,8 @@ def recording(*, differentiable: bool) -> torch.set_grad_enabled:
 
 def is_recorded(*, differentiable: bool) -> bool:
     """Return whether `recording` records the graph."""
-    wanted = differentiable or _is_differentiated()
+    wanted = differentiable or is_differentiated()
     return wanted and torch.is_grad_enabled()
-
-
-@constant_when_compiled  # It cannot trace the call, but guards on the stack.
-def _is_differentiated() -> bool:
-    """Return whether torch.func differentiates at some level around this call."""
-    kinds = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
-    return TransformType.Grad in kinds or TransformType.Jvp in kinds
 
 
 def _named_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:

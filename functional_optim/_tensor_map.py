@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
+from functional_optim._differentiation import has_derivative
 from functional_optim._hoisting import once
 from functional_optim._memory import Donated, current
 from functional_optim._names import lookup
@@ -143,7 +144,7 @@ class Expression:
 
     def sqrt(self) -> Expression:
         """Take the square root of x; its derivative is 0 where x is 0."""
-        if torch.is_grad_enabled():
+        if not self._foreach and has_derivative():
             return self._run_each(_root, self._rows())
         return self._run("sqrt")
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from functional_optim._differentiation import has_tangents
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -51,6 +53,7 @@ def is_readable(tensor: Tensor) -> bool:
         and are_plain([tensor])
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not has_tangents()
         and not torch._C._len_torch_dispatch_stack()
     )
 
@@ -58,7 +61,8 @@ def is_readable(tensor: Tensor) -> bool:
 def foreach_applies(tensors: Sequence[Tensor]) -> bool:
     """Tell whether `torch._foreach_*` may run: plain tensors, nobody watching.
 
-    foreach has no vmap rule, fails inside `torch.func.grad`, and lacks DTensor rules;
+    foreach has no vmap rule, fails inside `torch.func.grad`, and lacks DTensor rules,
+    out= has no forward mode;
     the compiler fuses ordinary operations as well. In place is safe only where no
     graph is recorded.
     """
@@ -66,6 +70,7 @@ def foreach_applies(tensors: Sequence[Tensor]) -> bool:
         not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
+        and not has_tangents()
         and are_plain(tensors)
         and not (tensors and tensors[0].is_meta)  # There foreach reads a 0-dim operand.
     )

@@ -353,6 +353,21 @@ def test_a_parameter_is_added_and_one_frozen() -> None:
         assert moved == wanted
 
 
+def test_a_parameter_that_comes_late_in_a_window_begins_with_nothing() -> None:
+    """What the last window left is not added to the sum of the next."""
+    ends = []
+    for compiles in (False, True):
+        a, b = (Parameter(torch.zeros(2)) for _ in range(2))
+        transform = fo.chain(fo.Accumulate(2), fo.sgd(1.0))
+        optimizer = fo.TransformOptimizer([a, b], transform, compile=compiles)
+        for one, two in ((1.0, 10.0), (2.0, 20.0), (3.0, None), (4.0, 40.0)):
+            a.grad = torch.full((2,), one)
+            b.grad = None if two is None else torch.full((2,), two)
+            optimizer.step()
+        ends.append((a[0].item(), b[0].item()))
+    assert ends == [(-5.0, -35.0), (-5.0, -35.0)]
+
+
 # -- where no code can be made ---------------------------------------------------------
 
 

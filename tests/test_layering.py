@@ -21,6 +21,7 @@ FLOORS = [
     {
         "_all_parameters",
         "_compiling",
+        "_differentiation",
         "_context",
         "_hoisting",
         "_levels",

@@ -201,3 +201,28 @@ def test_a_tensor_that_is_refused_changes_nothing(
     assert len(optimizer.param_groups) == 1
     train(optimizer, early, range(2, 4))
     assert optimizer.state[early["a.bias"]]["step"].item() == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dampening": 0.5}, "dampening"),
+        ({"lr": lambda step: 0.1}, "lr must be a number or a 0-dim tensor"),
+    ],
+    ids=["structure", "schedule"],
+)
+def test_a_group_that_no_step_could_follow_is_left_out(
+    options: Any, message: str
+) -> None:
+    """An error after the group was added takes it out again, and steps go on."""
+    a, b = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = fo.TransformOptimizer([a], fo.sgd(0.1, 0.9))
+    with pytest.raises((ValueError, TypeError), match=message):
+        optimizer.add_param_group({"params": [b], **options})
+    assert len(optimizer.param_groups) == 1
+    a.grad, b.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()
+    assert (a[0].item(), b[0].item()) == (pytest.approx(0.9), 1.0)
+    optimizer.add_param_group({"params": [b]})
+    optimizer.step()
+    assert b[0].item() == pytest.approx(0.9)

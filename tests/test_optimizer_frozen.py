@@ -350,3 +350,31 @@ def test_a_transform_that_reads_values_begins_as_it_is() -> None:
     assert_same(
         values(params)["scale"], optimizer.state[params["scale"]]["FromValues"], ""
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixes:
+    """Starts from the sum over all parameters, written in place."""
+
+    scope: ClassVar[fo.Scope] = fo.Scope.GLOBAL
+
+    def init(self, params: fo.TensorMap) -> tuple[fo.TensorMap]:
+        """Return the sum for each."""
+        total = sum(p.abs().sum() for p in params.values())
+        return ({name: torch.zeros_like(p).add_(total) for name, p in params.items()},)
+
+    def update(
+        self, updates: Any, state: Any, params: Any, *, context: Any = None
+    ) -> Any:
+        """Return updates times the sum."""
+        return {name: -u * state[0][name] for name, u in updates.items()}, state
+
+
+def test_a_transform_that_looks_at_all_begins_with_all() -> None:
+    """What one of GLOBAL scope has of a parameter depends on the frozen ones, too."""
+    frozen_one = Parameter(torch.ones(3), requires_grad=False)
+    param = Parameter(torch.ones(2))
+    optimizer = fo.TransformOptimizer([("f", frozen_one), ("a", param)], Mixes())
+    param.grad = torch.ones(2)
+    optimizer.step()
+    assert param.tolist() == [-4.0, -4.0]

@@ -188,6 +188,33 @@ def given_before_its_group(optimizer: Any, params: dict[str, Parameter]) -> None
     optimizer.add_param_group({"params": [params["new"]]})
 
 
+def turned(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Let a moment be another view of its memory; a state dict sees it."""
+    param = params["square"] = Parameter(torch.ones(2, 2, dtype=torch.float64))
+    optimizer.add_param_group({"params": [param]})
+    param.grad = torch.tensor([[1.0, 2.0], [-3.0, 4.0]]).double()
+    train(optimizer, {k: p for k, p in params.items() if k != "square"}, [7])
+    optimizer.state[param]["exp_avg"].t_()
+    optimizer.state_dict()
+
+
+def one_out_another_in(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Take a parameter out, and put a new one in; neither has a name."""
+    group = optimizer.param_groups[0]["params"]
+    group.pop(0)
+    del params["a.weight"]
+    params["new"] = Parameter(torch.ones(2, dtype=torch.float64))
+    group.append(params["new"])
+
+
+def one_out_and_a_group(optimizer: Any, params: dict[str, Parameter]) -> None:
+    """Take a parameter out, and add a group."""
+    optimizer.param_groups[0]["params"].pop(0)
+    del params["a.weight"]
+    params["new"] = Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer.add_param_group({"params": [params["new"]]})
+
+
 def out_and_in_again(optimizer: Any, params: dict[str, Parameter]) -> None:
     """Take a parameter out of its group for two steps; its state waits."""
     group = optimizer.param_groups[0]["params"]
@@ -216,6 +243,9 @@ RECIPES: dict[str, Recipe] = {
     "cleared before a new group": cleared_before_a_new_group,
     "given before its group": given_before_its_group,
     "out and in again": out_and_in_again,
+    "turned": turned,
+    "one out, another in": one_out_another_in,
+    "one out, and a group": one_out_and_a_group,
 }
 
 
@@ -289,6 +319,44 @@ def test_two_parameters_exchange_their_entries(way: str) -> None:
     assert_same(had[::-1], now, "exchanged")
 
 
+def test_known_parameters_keep_their_names() -> None:
+    """Whoever reorders a group by hand, or puts one in, changes no name of another."""
+    weight, bias, new = (Parameter(torch.ones(2)) for _ in range(3))
+    transform = fo.adamw(0.0, weight_decay=1.0, mask=fo.exclude("bias"))
+    optimizer = fo.TransformOptimizer([("weight", weight), ("bias", bias)], transform)
+    optimizer.param_groups[0]["params"].reverse()
+    optimizer.param_groups[0]["lr"] = 0.5
+    weight.grad, bias.grad = torch.zeros(2), torch.zeros(2)
+    optimizer.step()
+    assert (weight[0].item(), bias[0].item()) == (0.5, 1.0)
+    optimizer.param_groups[0]["params"].pop()
+    optimizer.param_groups[0]["params"].append(new)
+    with pytest.raises(ValueError, match="new parameter at position 1, and no name"):
+        optimizer.step()
+
+
+def test_a_group_without_parameters_does_nothing() -> None:
+    """Groups that are emptied by hand step, save and load, as with torch."""
+    param = Parameter(torch.zeros(2))
+    optimizer = fo.TransformOptimizer([param], CLIPPED)
+    optimizer.param_groups[0]["params"] = []
+    with pytest.warns(UserWarning, match="no parameter of this optimizer has a grad"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_state_dict_has_the_true_state_of_the_whole() -> None:
+    """What is assigned to the copy in a group is not what a resumed run begins with."""
+    param = Parameter(torch.zeros(1))
+    optimizer = fo.TransformOptimizer([param], fo.SkipNonfinite(fo.sgd(1.0)))
+    shown = optimizer.param_groups[0]["transform_state"]
+    shown["SkipNonfinite.skipped"] = torch.tensor(7.0, dtype=torch.float64)
+    param.grad = torch.full((1,), float("nan"))
+    optimizer.step()
+    saved = optimizer.state_dict()["param_groups"][0]["transform_state"]
+    assert saved["SkipNonfinite.skipped"] == optimizer.readings()["skipped"] == 1
+
+
 # -- what a user keeps there -----------------------------------------------------------
 
 
@@ -319,6 +387,23 @@ def test_notes_in_the_state_stay(how: str) -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     assert optimizer.state["count"] == 5
     assert "slow" in optimizer.state[last]
+
+
+def test_notes_are_copied_as_python_does() -> None:
+    """A leaf stays one, what is shared is shared again, and a list is of its moment."""
+    param, buffer = Parameter(torch.ones(2)), torch.ones(2)
+    optimizer: Any = fo.TransformOptimizer([param], fo.adamw(0.1))
+    own = optimizer.state[param]
+    own["slow"] = torch.ones(2, requires_grad=True)
+    own["buffer"], own["history"] = buffer, [torch.zeros(1)]
+    twin, its_param, its_buffer = copy.deepcopy((optimizer, param, buffer))
+    assert twin.state[its_param]["buffer"] is its_buffer
+    assert twin.state[its_param]["slow"].requires_grad
+    saved = optimizer.state_dict()["state"][0]
+    own["history"].append(5)
+    own["slow"].data.zero_()
+    assert saved["history"] == [0.0]
+    assert saved["slow"].tolist() == [1.0, 1.0]
 
 
 def test_notes_beside_parameters_are_loaded() -> None:

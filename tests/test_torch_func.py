@@ -158,6 +158,36 @@ class PlainRms:
         return {n: u / (v[n].sqrt() + 1e-8) for n, u in updates.items()}, state | v
 
 
+@pytest.mark.parametrize("grad_mode", [False, True])
+@pytest.mark.parametrize("way", ["jvp", "jacfwd", "dual_level"])
+def test_forward_mode_needs_no_grad_mode(way: str, grad_mode: bool) -> None:
+    """Forward derivatives through Adam are finite where a gradient is 0."""
+
+    def after(lr: torch.Tensor) -> torch.Tensor:
+        params = {"w": torch.ones(2).double()}
+        pipeline = fo.adam(lr)
+        state = pipeline.init(params)
+        for _ in range(2):
+            grads = {"w": torch.tensor([1.0, 0.0]).double() * params["w"]}
+            updates, state = pipeline.update(grads, state, params)
+            params = fo.apply_updates(params, updates)
+        return params["w"].sum()
+
+    lr = torch.tensor(0.1, dtype=torch.float64)
+    with torch.set_grad_enabled(grad_mode):
+        if way == "jvp":
+            slope = torch.func.jvp(after, (lr,), (torch.ones_like(lr),))[1]
+        elif way == "jacfwd":
+            slope = torch.func.jacfwd(after)(lr)
+        else:
+            forward_ad = torch.autograd.forward_ad
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(lr, torch.ones_like(lr))
+                slope = forward_ad.unpack_dual(after(dual)).tangent
+    expected = (after(lr + 1e-6) - after(lr - 1e-6)) / 2e-6
+    assert torch.allclose(slope, expected, rtol=1e-7)
+
+
 SKIPPED = [(True, False, False), (False, True, False), (True, True, False)]
 
 

@@ -16,6 +16,7 @@ from functional_optim._context import Context
 from functional_optim._levels import callers_level
 from functional_optim._names import first_line
 from functional_optim._tensor_map import over
+from functional_optim._types import Static
 from functional_optim.execution._codes import Code
 from functional_optim.execution._guard import wrapped_state
 from functional_optim.execution._lifting import as_tensors, is_frozen, lowered
@@ -170,6 +171,12 @@ class CompiledStep:
             len(node) if isinstance(node, dict) else -1
             for node in nodes_of(self._unit.state)
         ]
+        # Whether these parameters are among the names of an open window.
+        listed = [
+            self._name in node.value
+            for node in nodes_of(self._unit.state)
+            if isinstance(node, Static) and isinstance(node.value, tuple)
+        ]
         inputs = [(x.dtype, x.device, x.shape) for x in short]
         inputs += [(x.dtype, x.device, torch.Size()) for x in examples]
         key = (
@@ -178,6 +185,7 @@ class CompiledStep:
             *self._has_told,
             len(known),
             tuple(entries),
+            tuple(listed),
             tuple(inputs),
         )
         code, op = self.codes.library.code(key, make)

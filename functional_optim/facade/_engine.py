@@ -93,7 +93,7 @@ class Engine:
         self._shown = Shown({}, [])
         self.rest_shown: dict[str, Any] = {}
         """What belongs to the transform as a whole, as it is now."""
-        self._show_rest()
+        self.show_rest()
 
     def _settle(self) -> None:
         """Where parameters lie after a new plan is where they should be."""
@@ -249,7 +249,7 @@ class Engine:
         """Take over the numbers of nodes over the same parameters."""
         self._executor.load(nodes)
         self._settle()
-        self._show_rest()
+        self.show_rest()
 
     def saved(self, state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return a state by name as a checkpoint has it: by parameter, and the rest.
@@ -268,7 +268,8 @@ class Engine:
         per_name = {name: entries_of(nodes, self._keys, name) for name in names}
         return per_name, rest_of(nodes, self._keys)
 
-    def _show_rest(self) -> None:
+    def show_rest(self) -> None:
+        """Write the state of the transform as a whole where it is shown."""
         self.rest_shown.update(rest_of(self._store.nodes, self._keys))
 
     # -- steps -----------------------------------------------------------------------
@@ -300,7 +301,7 @@ class Engine:
         self._executor.step(grads, context=context, scaling=scaling)
         self._settle()
         if self._executor.holds:
-            self._show_rest()
+            self.show_rest()
 
     def step_recorded(self, grads: Mapping[str, Tensor], *, context: Context) -> None:
         """Step with a graph: everything at once, out of place.
@@ -317,4 +318,4 @@ class Engine:
         for name in moved:
             params[name].copy_(new[name])
         self._store.replace(state)
-        self._show_rest()
+        self.show_rest()

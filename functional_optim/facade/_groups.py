@@ -178,6 +178,26 @@ class Groups:
         self._cycled.append(group.get("betas"))
         self._scheduled.add(index, group, options)
 
+    def forget(self, count: int) -> None:
+        """Watch no groups after the first ones.
+
+        Args:
+            count: How many stay.
+        """
+        for own in (
+            self._options,
+            self._structure,
+            self._choices,
+            self._seen,
+            self._sizes,
+            self._own,
+            self._params,
+            self._cycled,
+            self._known,
+        ):
+            del own[count:]
+        self._scheduled.forget(count)
+
     def have_moved(self, groups: list[dict[str, Any]]) -> bool:
         """Whether groups have other parameters than when they were added.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -179,21 +180,46 @@ def named_members(
     Raises:
         ValueError: a new parameter has no name where the others have one.
     """
-    params = list(group["params"])
-    given = group.get("param_names")
-    if given is not None and len(given) == len(params):
-        return list(zip(given, params, strict=True))
+    params, given = list(group["params"]), group.get("param_names")
+    if given is not None and len(given) != len(params):
+        given = []
+    taken = set(known.values())
     members = []
     for index, param in enumerate(params):
         name = known.get(param)
         if name is None and given is not None:
-            msg = (
-                f"{place} has a new parameter at position {index}, and no name for it "
-                "in param_names; add it with add_param_group"
-            )
-            raise ValueError(msg)
-        members.append((str(count + index) if name is None else name, param))
+            name = next(iter(given[index : index + 1]), None)
+            if name is None or name in taken:
+                msg = (
+                    f"{place} has a new parameter at position {index}, and no name for "
+                    "it in param_names; add it with add_param_group"
+                )
+                raise ValueError(msg)
+        elif name is None:
+            name = _free_number(count + index, taken)
+        taken.add(name)
+        members.append((name, param))
     return members
+
+
+def numbered(members: Members, taken: Collection[str]) -> list[tuple[str, Tensor]]:
+    """Return parameters with names; those that have none get the next free numbers.
+
+    Args:
+        members: The parameters.
+        taken: The names that there are.
+    """
+    names, found = set(taken), []
+    for index, (given, param) in enumerate(members, start=len(names)):
+        name = _free_number(index, names) if given is None else given
+        names.add(name)
+        found.append((name, param))
+    return found
+
+
+def _free_number(first: int, taken: Collection[str]) -> str:
+    """Return the first number from one on that is no name yet."""
+    return next(str(n) for n in itertools.count(first) if str(n) not in taken)
 
 
 def check_group_parameters(

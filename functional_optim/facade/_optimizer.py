@@ -330,6 +330,7 @@ class TransformOptimizer(Tracking):
             before(self)
         with torch.no_grad():
             engine = self._followed(each=True)
+            engine.show_rest()
             saved = {
                 "state": self._packed(engine),
                 "param_groups": self._packed_groups(),

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from functional_optim._names import shown
-from functional_optim._types import Static
+from functional_optim._types import Scope, Static
 from functional_optim.execution._nodes import (
     fields_of,
     mapped,
@@ -142,7 +142,7 @@ def fresh_state(transform: Transform, params: TensorMap, names: Collection[str])
         ValueError: the transform does not fit the parameters.
     """
     others = params.keys() - set(names)
-    if others:
+    if others and transform.scope is not Scope.GLOBAL:
         # init sees all parameters, or a mask of frozen ones alone would match nothing;
         # these are fake, because their state may be as large as the model.
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -254,13 +254,12 @@ def _with_whole(
     nodes: list[Node], before: list[Node], gone: Set[str], params: TensorMap
 ) -> list[Node]:
     """Return nodes with what the whole transform had, without the names in `gone`."""
-    device = next(iter(params.values())).device
     result: list[Node] = []
     for node, old in zip(nodes, before, strict=True):
         if isinstance(old, Static) and isinstance(old.value, tuple):
             result.append(Static(tuple(n for n in old.value if n not in gone)))
         elif isinstance(old, Tensor):
-            result.append(old.to(device))
+            result.append(old.to(next(iter(params.values()), old).device))
         else:
             result.append(old if isinstance(old, Static) else node)
     return result

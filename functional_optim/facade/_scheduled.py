@@ -67,6 +67,17 @@ class Scheduled:
                     self._shown.append(_Shown(index, option, position, part))
                     self._versions.append(part._version)
 
+    def forget(self, count: int) -> None:
+        """Watch no groups after the first ones.
+
+        Args:
+            count: How many stay.
+        """
+        pairs = zip(self._shown, self._versions, strict=True)
+        kept = [(shown, version) for shown, version in pairs if shown.group < count]
+        self._shown = [shown for shown, _ in kept]
+        self._versions = [version for _, version in kept]
+
     def connect(self, state: Any, params: TensorMap) -> None:
         """Find the counts that the schedules are evaluated at.
 

@@ -142,6 +142,7 @@ class Shown:
     def _look(self) -> list[Any]:
         return [
             *map(Tensor.data_ptr, self._first),
+            *map(Tensor.stride, self._first),
             *[torch._C._storage_Use_Count(memory._cdata) for memory in self._memories],
         ]
 
@@ -159,9 +160,10 @@ class Shown:
         return False
 
 
-def _place(tensor: Tensor) -> tuple[Any, Any]:
+def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Return the memory of a tensor, the same if it moves as a whole to be shared."""
-    return tensor.untyped_storage()._cdata, tensor.storage_offset()
+    memory = tensor.untyped_storage()._cdata
+    return memory, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def entries_in(state: Mapping[Tensor, Any]) -> list[Any]:

@@ -23,6 +23,7 @@ from functional_optim.facade._members import (
     check_group_parameters,
     members_of,
     named_members,
+    numbered,
     read_once,
 )
 from functional_optim.facade._plain_data import plain
@@ -75,8 +76,10 @@ class Tracking(torch.optim.Optimizer):
                 self._followed()
         param_group = read_once(param_group)
         members = members_of(param_group, differentiable=self._differentiable)
+        named = any(name is not None for name, _ in members)
+        members = numbered(members, self._names.values())
         check_group_parameters([members], list(self._names.items()))
-        split = by_choices(self._transform, members, len(self._names))
+        split = by_choices(self._transform, members, 0)
         options = {
             k: v for k, v in param_group.items() if k not in {"params", "param_names"}
         }
@@ -93,7 +96,7 @@ class Tracking(torch.optim.Optimizer):
         if self._engine is not None:
             added = {p: n for some in split.values() for n, p in some}
             start = self._next_start({**self._names, **added})
-        named = any(name is not None for name, _ in members)
+        count = len(self.param_groups)
         for (labels, some), own in zip(split.items(), values, strict=True):
             params = some if named else [param for _, param in some]
             group = {**options, **own, "params": params}
@@ -105,7 +108,14 @@ class Tracking(torch.optim.Optimizer):
             self._groups.add(group, labels)
             self._names.update({param: name for name, param in some})
         if self._engine is not None:
-            self._engine = self._built(start)
+            try:
+                self._engine = self._built(start)
+            except Exception:
+                del self.param_groups[count:]
+                self._groups.forget(count)
+                for _, param in members:
+                    del self._names[param]
+                raise
 
     def _next_start(
         self,
@@ -202,10 +212,13 @@ class Tracking(torch.optim.Optimizer):
         """Return an engine for parameters that somebody put into groups by hand."""
         groups = Groups(self._transform, self._notes)
         everyone: list[list[tuple[str, Tensor]]] = []
+        here = {param for group in self.param_groups for param in group["params"]}
+        known = {param: n for param, n in self._names.items() if param in here}
         for index, group in enumerate(self.param_groups):
             place = f"param_groups[{index}]"
             count = sum(map(len, everyone))
-            everyone.append(named_members(group, place, self._names, count))
+            everyone.append(named_members(group, place, known, count))
+            known.update({param: name for name, param in everyone[-1]})
             split = by_choices(self._transform, everyone[-1], 0)
             if len(split) > 1:
                 msg = (
@@ -302,7 +315,7 @@ class Tracking(torch.optim.Optimizer):
             found = entries_at(self.state, param, name)
             # One without state says so by an empty dict: else it could have been lost.
             if found or engine.outlined(name):
-                packed[index] = _own(found)
+                packed[index] = _copied(found)
         others = {k: v for k, v in self.state.items() if not isinstance(k, Tensor)}
         return packed | copy.deepcopy(others)
 
@@ -327,7 +340,7 @@ class Tracking(torch.optim.Optimizer):
         return {
             "defaults": self.defaults,
             "param_groups": self.param_groups,
-            "state": {key: _own(found) for key, found in self.state.items()},
+            "state": dict(self.state),
             "_transform": self._transform,
             "_differentiable": self._differentiable,
             "_compiles": self._compiles,
@@ -362,11 +375,14 @@ class Tracking(torch.optim.Optimizer):
         self._lays_anew = self._layout == "flat"
 
 
-def _own(found: Any) -> Any:
-    """Return what stands in the state for a parameter, each tensor by itself."""
-    if not isinstance(found, Mapping):
-        return found
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in found.items()}
+def _copied(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of what the state has for a parameter, each tensor by itself."""
+    return {
+        key: value.detach().clone()
+        if isinstance(value, Tensor)
+        else copy.deepcopy(value)
+        for key, value in found.items()
+    }
 
 
 def _compiling() -> Compiling:
