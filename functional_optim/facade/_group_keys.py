@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from functional_optim._names import shown
 from functional_optim._resolving import is_zero
 from functional_optim._scheduling import is_schedule
+from functional_optim._spelling import near
 
 if TYPE_CHECKING:
     from functional_optim.facade._exposure import Option
@@ -101,10 +101,10 @@ def check_keys(
             raise ValueError(msg)
         if key in _WRITTEN_BY_SCHEDULERS:
             continue
-        near = _slip(key, own)
-        if near:
+        meant = _slip(key, own)
+        if meant:
             msg = (
-                f"{place} has {key!r}; did you mean {near!r}? If it is a note of your "
+                f"{place} has {key!r}; did you mean {meant!r}? If it is a note of your "
                 f"own, say so: TransformOptimizer(..., notes=[{key!r}])"
             )
             raise ValueError(msg)
@@ -135,7 +135,7 @@ def _slip(key: str, own: Iterable[str]) -> str | None:
     """
     if _ALIASES.get(key, "") in own:
         return _ALIASES[key]
-    alike = difflib.get_close_matches(key.lower(), own, n=1, cutoff=0.8)
+    alike = near(key, own, cutoff=0.8)
     return alike[0] if alike and abs(len(key) - len(alike[0])) <= _SLIPS else None
 
 
