@@ -57,6 +57,10 @@ class Accumulate:
     `last=True` must come with the last micro-batch itself: an empty map holds, it does
     not close a window. To know the end in advance, look one batch ahead.
 
+    Under DistributedDataParallel no backward may be inside `no_sync()`: its gradient is
+    that of one process, and the sum of these is reduced by nobody. No transform can see
+    it. Accumulate in `.grad` there, as `OptimWrapper` does.
+
     Args:
         every: Number of micro-batches in a window. >= 1.
         mean: Whether to divide by the sum of the weights.
