@@ -44,8 +44,8 @@ from torch import nn
 from torch.nn import Parameter
 
 import functional_optim as fo
-from functional_optim.facade._message_hub import MessageHub
 from functional_optim.integrations import mmengine as integration
+from functional_optim.optim_wrapper._message_hub import MessageHub
 
 MAX_NORM = 1.0
 CHECKED_STEPS = 5

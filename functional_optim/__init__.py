@@ -3,23 +3,23 @@
 from typing import TYPE_CHECKING
 
 from functional_optim import schedules, transforms
-from functional_optim._apply import (
+from functional_optim._resolving import resolve
+from functional_optim._spelling import no_attribute
+from functional_optim.config._paramwise import Multipliers, paramwise_multipliers
+from functional_optim.core._apply import (
     apply_updates,
     gradients,
     load_parameters,
     parameters,
 )
-from functional_optim._chain import Chain, chain
-from functional_optim._context import Context, Norm, ReduceOp, Reducer
-from functional_optim._hyperparameters import Hyperparameter, Schedule
-from functional_optim._paramwise import Multipliers, paramwise_multipliers
-from functional_optim._parts import Part
-from functional_optim._readings import fetch, readings, state_of
-from functional_optim._resolving import resolve
-from functional_optim._selection import Rules, Selection, exclude
-from functional_optim._spelling import no_attribute
-from functional_optim._state import load_state_dict, state_dict
-from functional_optim._types import Role, Scope, Static, TensorMap, Transform
+from functional_optim.core._chain import Chain, chain
+from functional_optim.core._context import Context, Norm, ReduceOp, Reducer
+from functional_optim.core._hyperparameters import Hyperparameter, Schedule
+from functional_optim.core._readings import fetch, readings, state_of
+from functional_optim.core._selection import Rules, Selection, exclude
+from functional_optim.core._state_dict import load_state_dict, state_dict
+from functional_optim.core._transform import Role, Scope, Static, TensorMap, Transform
+from functional_optim.core._traversal import Part
 from functional_optim.facade import (
     OPTIM_WRAPPER_CONSTRUCTORS,
     OPTIM_WRAPPERS,

@@ -6,7 +6,7 @@ import contextlib
 import threading
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from functional_optim._names import check_same_names, subset
+from functional_optim._messages import check_same_names, subset
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

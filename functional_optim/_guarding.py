@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from functional_optim._apply import is_recorded
 from functional_optim._hoisting import once
+from functional_optim.core._apply import is_recorded
 
 if TYPE_CHECKING:
-    from functional_optim._context import Context
-    from functional_optim._types import TensorMap, Transform
+    from functional_optim.core._context import Context
+    from functional_optim.core._transform import TensorMap, Transform
 
 
 def guarded(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from functional_optim._types import Role, Transform
+from functional_optim.core._transform import Role, Transform
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

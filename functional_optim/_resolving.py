@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functional_optim._names import lookup
+from functional_optim._messages import lookup
 
 T = TypeVar("T")
 

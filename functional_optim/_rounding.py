@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from functional_optim._tensors import is_sixteen_bit
+from functional_optim.algebra._tensor_map import is_sixteen_bit
 
 
 def widened(tensor: Tensor, other: Tensor) -> Tensor:

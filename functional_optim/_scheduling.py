@@ -14,13 +14,13 @@ from torch import Tensor
 
 from functional_optim._all_parameters import check_by_name
 from functional_optim._hoisting import once
-from functional_optim._structure import check_parameters
-from functional_optim._tensors import device_of
-from functional_optim._value import with_fields
+from functional_optim.algebra._tensor_map import device_of
+from functional_optim.core._validation import check_parameters
+from functional_optim.core._value_class import with_fields
 
 if TYPE_CHECKING:
-    from functional_optim._hyperparameters import Schedule
-    from functional_optim._types import TensorMap
+    from functional_optim.core._hyperparameters import Schedule
+    from functional_optim.core._transform import TensorMap
 
 
 class ScheduleState(NamedTuple):

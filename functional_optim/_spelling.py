@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, NoReturn
 
-from functional_optim._names import shown
+from functional_optim._messages import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -24,7 +24,7 @@ from mmengine_runs import (
 )
 
 import functional_optim as fo
-from functional_optim.integrations import _deferred_history
+from functional_optim.integrations import _history_buffer as _deferred_history
 from functional_optim.integrations.mmengine import register
 
 if TYPE_CHECKING:

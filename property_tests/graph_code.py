@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from functional_optim.execution._tracing import Graph
+from functional_optim.execution.compiled._tracing import Graph
 
 
 def the_graph(graph: Graph) -> Any:

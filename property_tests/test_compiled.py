@@ -17,7 +17,7 @@ import functional_optim as fo
 from functional_optim.execution._compiled import Compiling
 from functional_optim.testing import Example, strategies
 from functional_optim.testing._examples import SHAPES, fixed_examples
-from functional_optim.testing._in_place import moves_alike
+from functional_optim.testing.laws._execution import moves_alike
 
 PARAMS = fixed_examples(None)[0].params
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import functional_optim as fo
-from functional_optim._paramwise_config import RULE_NAMES
+from functional_optim.config._paramwise_cfg import RULE_NAMES
 
 
 class DeformConv2d(nn.Module):

@@ -13,8 +13,8 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 import functional_optim as fo
-from functional_optim._context import local_total
-from functional_optim.execution import _layout
+from functional_optim.core._context import local_total
+from functional_optim.execution import _bucketing as _layout
 from functional_optim.execution._executor import Executor
 from functional_optim.testing import Example, strategies
 from functional_optim.testing._compare import largest_gap, same_bits

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import functional_optim as fo
 from functional_optim.execution._compiled import Compiling
 from functional_optim.testing import Example, strategies
-from functional_optim.testing._in_place import moves_alike
+from functional_optim.testing.laws._execution import moves_alike
 
 # A line of memory holds 8 of these numbers: some fill lines, some do not.
 SHAPES = {"a": (8,), "b": (3,), "c": (2, 4), "d": (0,), "e": (), "f": (16,)}

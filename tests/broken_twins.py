@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 import functional_optim as fo
-from functional_optim._tensor_map import over
+from functional_optim.algebra._arithmetic import over
 
 
 class Buffer(NamedTuple):

@@ -12,12 +12,7 @@ import pytest
 import torch
 
 import functional_optim as fo
-from functional_optim.testing import (
-    BrokenLawError,
-    Example,
-    check_transform,
-    laws,
-)
+from functional_optim.testing import BrokenLawError, Example, check_transform, laws
 
 
 class Double:

@@ -16,11 +16,12 @@ import torch
 from torch.nn import Parameter
 
 import functional_optim as fo
-from functional_optim.execution import _codes, _compiled, _copying
+from functional_optim.execution import _compiled, _copying
+from functional_optim.execution.compiled import _kernels as _codes
 from functional_optim.facade import _survey
 
 _compiled.with_inductor()
-_inductor: Any = sys.modules["functional_optim.execution._inductor"]
+_inductor: Any = sys.modules["functional_optim.execution.compiled._inductor"]
 
 CHAINS: dict[str, Any] = {
     "clip, AdamW": lambda: fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(1e-2)),

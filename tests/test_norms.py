@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import functional_optim as fo
-from functional_optim._norms import _BLOCK, norms
+from functional_optim.algebra._norms import _BLOCK, norms
 
 SIZES = [0, 1, 7, _BLOCK, _BLOCK + 1, 3 * _BLOCK + 17]
 

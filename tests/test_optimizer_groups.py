@@ -10,7 +10,7 @@ from comparison import assert_same
 from training import everything, parameters, set_gradients, train, values
 
 import functional_optim as fo
-from functional_optim.facade._group_keys import OPTIONS
+from functional_optim.torch_optimizer._group_keys import OPTIONS
 
 LABELS = {"*.bias": "slow", "*": "fast"}
 

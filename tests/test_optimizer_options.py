@@ -268,7 +268,7 @@ def test_words_in_a_state() -> None:
 
 def test_names_with_module_inside() -> None:
     """Only what wrappers put before names is left out when names are compared."""
-    from functional_optim.facade._members import bare
+    from functional_optim.torch_optimizer._params import bare
 
     assert bare("module.my_submodule.weight") == "my_submodule.weight"
     assert bare("_orig_mod.a.module.weight") == "a.weight"

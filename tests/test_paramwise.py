@@ -13,7 +13,7 @@ from torch import nn
 
 import functional_optim as fo
 from functional_optim._layers import is_deformable, is_norm, seen_name
-from functional_optim._selection import substrings_of
+from functional_optim.core._selection import substrings_of
 
 
 class DeformConv2d(nn.Module):

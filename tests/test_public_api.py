@@ -16,7 +16,7 @@ from transform_cases import CASES
 
 import functional_optim as fo
 from functional_optim import optimizers, schedules, testing, transforms
-from functional_optim._types import inner_transforms
+from functional_optim.core._transform import inner_transforms
 
 MODULES = [fo, transforms, optimizers, schedules, testing, testing.strategies]
 

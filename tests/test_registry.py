@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import functional_optim as fo
-from functional_optim.facade._registry import Registry, arguments_of
+from functional_optim.config._registry import Registry, arguments_of
 
 
 class Clipper:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import functional_optim as fo
-from functional_optim.facade import _merging
-from functional_optim.facade._merging import MergedGroups
+from functional_optim.optim_wrapper import _merged_groups as _merging
+from functional_optim.optim_wrapper._merged_groups import MergedGroups
 
 KINDS: list[tuple[Any, dict[str, Any]]] = [
     (torch.optim.SGD, {"momentum": 0.9}),

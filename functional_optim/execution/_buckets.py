@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap, Transform
-    from functional_optim.execution._codes import Codes
-    from functional_optim.execution._compiled_steps import CompiledStep
-    from functional_optim.execution._passes import Call
+    from functional_optim.core._transform import TensorMap, Transform
+    from functional_optim.execution._reductions import Call
     from functional_optim.execution._units import Unit
+    from functional_optim.execution.compiled._compiled_update import CompiledStep
+    from functional_optim.execution.compiled._kernels import Codes
 
 
 @dataclasses.dataclass

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim.execution._codes import Codes, Library
-from functional_optim.execution._compiled_steps import CompiledStep
-from functional_optim.execution._passes import Stop, StopError, Supplied
+from functional_optim.execution._reductions import Stop, StopError, Supplied
 from functional_optim.execution._scanning import dtype_of
+from functional_optim.execution.compiled._compiled_update import CompiledStep
+from functional_optim.execution.compiled._kernels import Codes, Library
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
-    from functional_optim._context import Reducer
-    from functional_optim.execution._codes import Compiler
-    from functional_optim.execution._compiled_steps import Pass
-    from functional_optim.execution._nodes import Node
-    from functional_optim.execution._passes import Call, Totals
-    from functional_optim.execution._runs import Given, Run
+    from functional_optim.core._context import Reducer
+    from functional_optim.execution._reductions import Call, Totals
+    from functional_optim.execution._state_tree import Node
+    from functional_optim.execution._unit_update import Given, Run
     from functional_optim.execution._units import Later
+    from functional_optim.execution.compiled._compiled_update import Pass
+    from functional_optim.execution.compiled._kernels import Compiler
 
 
 _MOST_KINDS = 16
@@ -163,5 +163,5 @@ class Compiling:
 
 def with_inductor() -> Compiling:
     """Return what makes code by TorchInductor."""
-    inductor = importlib.import_module("functional_optim.execution._inductor")
+    inductor = importlib.import_module("functional_optim.execution.compiled._inductor")
     return Compiling(inductor.compiled)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from functional_optim._tensors import are_plain
-from functional_optim.execution._memory import carved
+from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.execution._native import Native, address, native
+from functional_optim.execution._tensor_memory import carved
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -10,17 +10,17 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_optim._context import Context
-from functional_optim._cost import size
-from functional_optim._memory import Donated, Workspace
-from functional_optim.execution._nodes import nodes_of, rebuilt
-from functional_optim.execution._passes import Recorded
-from functional_optim.execution._remembering import num_remembered
+from functional_optim.algebra._buffers import Donated, Workspace
+from functional_optim.core._context import Context
+from functional_optim.execution._memoized import num_remembered
+from functional_optim.execution._reductions import Recorded
+from functional_optim.execution._state_tree import nodes_of, rebuilt
+from functional_optim.inspection._cost import size
 
 if TYPE_CHECKING:
     from functional_optim.execution._buckets import Bucket
-    from functional_optim.execution._nodes import Field, Node
-    from functional_optim.execution._passes import Call
+    from functional_optim.execution._reductions import Call
+    from functional_optim.execution._state_tree import Field, Node
     from functional_optim.execution._units import Unit
 
 _TRIED_BYTES = 32 * 2**20

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from functional_optim._names import first_line
+from functional_optim._messages import first_line
 
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 

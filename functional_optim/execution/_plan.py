@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from functional_optim._resolving import resolve
-from functional_optim._value import same_for_good
+from functional_optim.core._value_class import same_for_good
+from functional_optim.execution._bucketing import Layout
 from functional_optim.execution._buckets import Bucket
 from functional_optim.execution._cohorts import Cohorts
-from functional_optim.execution._joining import joined
-from functional_optim.execution._layout import Layout
+from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._scanning import Gradients
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap, Transform
+    from functional_optim.core._transform import TensorMap, Transform
+    from functional_optim.execution._bucketing import Mover
     from functional_optim.execution._compiled import Compiling
-    from functional_optim.execution._layout import Mover
     from functional_optim.execution._store import Store
     from functional_optim.execution._units import Unit
 

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from functional_optim.execution._copying import Gathered, Versions, places_of
-from functional_optim.execution._memory import carved, copied_alone
-from functional_optim.execution._nodes import Kind
 from functional_optim.execution._scanning import Gradients, dtype_of
+from functional_optim.execution._state_tree import Kind
+from functional_optim.execution._tensor_memory import carved, copied_alone
 from functional_optim.execution._units import Unit
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from functional_optim._types import TensorMap
-    from functional_optim.execution._memory import Scratch
-    from functional_optim.execution._nodes import Node
+    from functional_optim.core._transform import TensorMap
+    from functional_optim.execution._state_tree import Node
+    from functional_optim.execution._tensor_memory import Scratch
     from functional_optim.execution._units import Source
 
 

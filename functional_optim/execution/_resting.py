@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any, final
 
-from functional_optim._chain import Chain
-from functional_optim._context import Context
-from functional_optim._types import (
+from functional_optim.core._chain import Chain
+from functional_optim.core._context import Context
+from functional_optim.core._transform import (
     Scope,
     Static,
     Transform,
@@ -17,7 +17,7 @@ from functional_optim._types import (
 from functional_optim.transforms import Masked, Named, Partition
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 @final

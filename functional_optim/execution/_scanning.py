@@ -12,7 +12,7 @@ from torch import Tensor
 from functional_optim.execution._native import Native, address
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 # The same numbers stand in native.cpp.
 _MOVED, _CHANGED, _ODD, _FAILED = 1, 2, 4, 8

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functional_optim.execution._memory import apart, memory_of
-from functional_optim.execution._nodes import (
+from functional_optim.execution._state_tree import (
     fields_of,
     mapped,
     nodes_of,
     rebuilt,
     tensors_of,
 )
+from functional_optim.execution._tensor_memory import apart, memory_of
 
 if TYPE_CHECKING:
-    from functional_optim._types import Static, TensorMap, Transform
-    from functional_optim.execution._nodes import Node
+    from functional_optim.core._transform import Static, TensorMap, Transform
+    from functional_optim.execution._state_tree import Node
 
 
 class Store:

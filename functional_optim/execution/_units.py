@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from functional_optim._memory import Donated
-from functional_optim._names import shown
-from functional_optim._tensor_map import over
+from functional_optim._messages import shown
+from functional_optim.algebra._arithmetic import over
+from functional_optim.algebra._buffers import Donated
 from functional_optim.execution._copying import Versions
-from functional_optim.execution._memory import flat, flat_like, memory_of
-from functional_optim.execution._nodes import Kind, mapped, nodes_of, rebuilt
+from functional_optim.execution._state_tree import Kind, mapped, nodes_of, rebuilt
+from functional_optim.execution._tensor_memory import flat, flat_like, memory_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from functional_optim._types import Static, TensorMap
-    from functional_optim.execution._nodes import Field, Node
+    from functional_optim.core._transform import Static, TensorMap
+    from functional_optim.execution._state_tree import Field, Node
 
 Later: TypeAlias = "dict[int, tuple[Tensor, Tensor]]"
 """What is written when all units have run: by `id`, the old tensor and the new."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from functional_optim.facade._members import pairs_of, read_once
+from functional_optim.torch_optimizer._params import pairs_of, read_once
 
 
 def as_groups(added: list[Any]) -> list[dict[str, Any]]:

@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from functional_optim._structure import check_parameters
-from functional_optim.execution._memory import is_dense
-from functional_optim.facade._sharding import check_no_dtensor
+from functional_optim.core._validation import check_parameters
+from functional_optim.execution._tensor_memory import is_dense
+from functional_optim.torch_optimizer._sharding import check_no_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 def check_apart(params: TensorMap) -> None:

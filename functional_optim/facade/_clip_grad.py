@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from functional_optim._context import Norm
-from functional_optim.facade._mistakes import MistakenTypeError, MistakenValueError
+from functional_optim.core._context import Norm
+from functional_optim.optim_wrapper._errors import MistakenTypeError, MistakenValueError
 from functional_optim.transforms import ClipByGlobalNorm, ClipByValue, Observe
 
 if TYPE_CHECKING:
-    from functional_optim._types import Transform
+    from functional_optim.core._transform import Transform
 
 _KEYS = {
     "norm": {"max_norm", "norm_type", "error_if_nonfinite", "foreach"},

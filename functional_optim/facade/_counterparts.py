@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from functional_optim._chain import Chain
 from functional_optim._resolving import is_zero
-from functional_optim._types import inner_transforms
-from functional_optim.facade._exposure import Choices, on_path, options_of
+from functional_optim.core._chain import Chain
+from functional_optim.core._transform import inner_transforms
+from functional_optim.torch_optimizer._group_hyperparameters import (
+    Choices,
+    on_path,
+    options_of,
+)
 from functional_optim.transforms import (
     AddDecayedWeights,
     ClipByGlobalNorm,
@@ -31,7 +35,7 @@ from functional_optim.transforms import (
 )
 
 if TYPE_CHECKING:
-    from functional_optim._types import Transform
+    from functional_optim.core._transform import Transform
 
 _TRANSPARENT = (Chain, Named, Partition, SkipNonfinite)
 """What only holds other transforms, as far as hyperparameters and state go."""

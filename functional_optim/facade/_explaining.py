@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from functional_optim._compiling import untraced
-from functional_optim._cost import size
-from functional_optim._explain import counted, shown_bytes, table
-from functional_optim._types import Scope, inner_transforms
+from functional_optim.core._transform import Scope, inner_transforms
 from functional_optim.execution._dry import temporary_bytes
-from functional_optim.execution._nodes import tensors_of
-from functional_optim.facade._optimizer import TransformOptimizer
-from functional_optim.facade._wrapper import OptimWrapper
+from functional_optim.execution._state_tree import tensors_of
+from functional_optim.inspection._cost import size
+from functional_optim.inspection._explain import counted, shown_bytes, table
+from functional_optim.optim_wrapper._wrapper import OptimWrapper
+from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap, Transform
+    from functional_optim.core._transform import TensorMap, Transform
     from functional_optim.execution._buckets import Bucket
-    from functional_optim.facade._engine import Engine
+    from functional_optim.torch_optimizer._engine import Engine
 
 _MOST_BUCKETS = 12
 

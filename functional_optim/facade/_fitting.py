@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from functional_optim.facade._mistakes import MistakenValueError
-from functional_optim.facade._optimizer import TransformOptimizer
+from functional_optim.optim_wrapper._errors import MistakenValueError
+from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 
 _LIKE_PARAMETERS = {
     "exp_avg",

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from functional_optim._resolving import is_zero
-from functional_optim._types import Transform
-from functional_optim.facade._optimizer import TransformOptimizer
+from functional_optim.core._transform import Transform
+from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 
 _OF_OPTIMIZER = ("compile", "layout", "notes")
 """What a config says to the optimizer in the midst of a preset's own arguments."""

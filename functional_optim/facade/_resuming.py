@@ -9,21 +9,20 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from functional_optim._names import shown
-from functional_optim._types import Scope, Static
-from functional_optim.execution._nodes import (
-    fields_of,
-    mapped,
-    nodes_of,
-    rebuilt,
+from functional_optim._messages import shown
+from functional_optim.core._transform import Scope, Static
+from functional_optim.execution._state_tree import fields_of, mapped, nodes_of, rebuilt
+from functional_optim.torch_optimizer._param_state import (
+    entries_of,
+    keys_of,
+    loaded_rest,
 )
-from functional_optim.facade._entries import entries_of, keys_of, loaded_rest
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Set
 
-    from functional_optim._types import TensorMap, Transform
-    from functional_optim.execution._nodes import Node
+    from functional_optim.core._transform import TensorMap, Transform
+    from functional_optim.execution._state_tree import Node
 
 
 class Outline:

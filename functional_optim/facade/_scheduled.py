@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_optim._parts import walk
 from functional_optim._scheduling import ScheduleState, evaluate
-from functional_optim.facade._exposure import (
+from functional_optim.core._traversal import walk
+from functional_optim.torch_optimizer._group_hyperparameters import (
     Option,
     Path,
     group_value,
     scheduled_places,
 )
-from functional_optim.facade._group_keys import two_owners
+from functional_optim.torch_optimizer._group_keys import two_owners
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap, Transform
+    from functional_optim.core._transform import TensorMap, Transform
 
 
 class _Shown(NamedTuple):

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from functional_optim._explain import columns, counted
-from functional_optim._names import shown
-from functional_optim.facade._group_keys import TRANSFORM_STATE
+from functional_optim._messages import shown
+from functional_optim.inspection._explain import columns, counted
+from functional_optim.torch_optimizer._group_keys import TRANSFORM_STATE
 
 _ALWAYS = ("lr", "weight_decay")
 _NEVER = {"params", "param_names", TRANSFORM_STATE}

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._tensors import are_plain
-from functional_optim.execution._memory import memory_of
+from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.execution._native import Native, native
 from functional_optim.execution._scanning import Scan
-from functional_optim.facade._gradients import gradients_of
+from functional_optim.execution._tensor_memory import memory_of
+from functional_optim.torch_optimizer._gradients import gradients_of
 
 if TYPE_CHECKING:
     from functional_optim.execution._scanning import Gradients

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-from functional_optim._types import Transform
+from functional_optim.core._transform import Transform
 
 _living: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 

@@ -33,16 +33,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim.facade._amp_wrapper import AmpOptimWrapper
-from functional_optim.facade._message_hub import MessageHub
-from functional_optim.facade._registries import (
+from functional_optim.config._registries import (
     OPTIM_WRAPPER_CONSTRUCTORS,
     OPTIM_WRAPPERS,
     OPTIMIZERS,
 )
-from functional_optim.facade._registry import Registry
-from functional_optim.facade._wrapper import OptimWrapper
-from functional_optim.facade._wrapper_dict import OptimWrapperDict
+from functional_optim.config._registry import Registry
+from functional_optim.optim_wrapper._amp_wrapper import AmpOptimWrapper
+from functional_optim.optim_wrapper._message_hub import MessageHub
+from functional_optim.optim_wrapper._wrapper import OptimWrapper
+from functional_optim.optim_wrapper._wrapper_dict import OptimWrapperDict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -208,7 +208,7 @@ class CurrentHub:
         self._hubs: Any = logs.MessageHub
         self._plain: Any = logs.HistoryBuffer
         module = importlib.import_module(
-            "functional_optim.integrations._deferred_history"
+            "functional_optim.integrations._history_buffer"
         )
         bases = (module.DeferredHistory, logs.HistoryBuffer)
         self._deferred: Any = type("DeferredHistoryBuffer", bases, {})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from functional_optim._chain import Chain, chain
-from functional_optim._hyperparameters import Hyperparameter
 from functional_optim._resolving import is_zero
+from functional_optim.core._chain import Chain, chain
+from functional_optim.core._hyperparameters import Hyperparameter
 from functional_optim.transforms import (
     AddDecayedWeights,
     Scale,
@@ -15,8 +15,8 @@ from functional_optim.transforms import (
 )
 
 if TYPE_CHECKING:
-    from functional_optim._selection import Selection
-    from functional_optim._types import Transform
+    from functional_optim.core._selection import Selection
+    from functional_optim.core._transform import Transform
 
 
 def adam(

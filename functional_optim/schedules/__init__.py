@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from functional_optim._spelling import no_attribute
 from functional_optim.schedules._cosine import cosine_decay, one_cycle, warmup_cosine
 from functional_optim.schedules._decay import exponential, inverse_sqrt
-from functional_optim.schedules._lines import constant, linear, polynomial
-from functional_optim.schedules._pieces import join, piecewise
+from functional_optim.schedules._join import join, piecewise
+from functional_optim.schedules._polynomial import constant, linear, polynomial
 
 __all__ = [
     "constant",

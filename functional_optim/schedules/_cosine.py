@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, final
 
 import torch
 
-from functional_optim._hyperparameters import value_class
-from functional_optim.schedules._arguments import (
+from functional_optim.core._hyperparameters import value_class
+from functional_optim.schedules._arithmetic import between, count
+from functional_optim.schedules._validation import (
     check_numbers,
     check_positive,
     check_steps,
 )
-from functional_optim.schedules._arithmetic import between, count
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from functional_optim.testing._code import program
+from functional_optim.testing._repro import program
 
 if TYPE_CHECKING:
     from functional_optim.testing._examples import Example

@@ -9,10 +9,10 @@ import inspect
 import torch
 from torch import Tensor
 
-from functional_optim._apply import apply_updates
-from functional_optim._chain import chain
-from functional_optim._context import Context
-from functional_optim._types import TensorMap, Transform
+from functional_optim.core._apply import apply_updates
+from functional_optim.core._chain import chain
+from functional_optim.core._context import Context
+from functional_optim.core._transform import TensorMap, Transform
 from functional_optim.testing import strategies
 from functional_optim.testing._compare import largest_gap, same_bits
 from functional_optim.testing._examples import Example

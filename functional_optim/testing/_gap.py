@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 
-from functional_optim._types import TensorMap
-from functional_optim.testing._code import context_import, transform_code
+from functional_optim.core._transform import TensorMap
 from functional_optim.testing._examples import Example
+from functional_optim.testing._repro import context_import, transform_code
 
 Loop: TypeAlias = Callable[[torch.nn.Module, Sequence[TensorMap]], Any]
 """A plain PyTorch loop over the gradients of each step; it may yield after each."""

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functional_optim._chain import checked_transform
-from functional_optim._context import Context
-from functional_optim._structure import check_parameters
+from functional_optim.core._chain import checked_transform
+from functional_optim.core._context import Context
+from functional_optim.core._validation import check_parameters
 from functional_optim.testing import strategies
 from functional_optim.testing._broken import BrokenLawError, ViolationError
 from functional_optim.testing._examples import Example, fixed_examples
@@ -21,7 +21,7 @@ from functional_optim.testing._hypothesis import hypothesis, st
 from functional_optim.testing._search import Search, drawn_examples, kinds_of
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap, Transform
+    from functional_optim.core._transform import TensorMap, Transform
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-from functional_optim._types import Transform
+from functional_optim.core._transform import Transform
 from functional_optim.testing._broken import require
 from functional_optim.testing._compare import difference, same_bits, tensors
 from functional_optim.testing._examples import Example
-from functional_optim.testing._form import has_static
 from functional_optim.testing._law import law
-from functional_optim.testing._memory import run
+from functional_optim.testing.laws._purity import run
+from functional_optim.testing.laws._structure import has_static
 
 _AS_ZERO = (
     "a missing update was taken for zero. Loop over the updates, not over the "

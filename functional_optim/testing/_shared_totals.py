@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context, ReduceOp, Reducer, local_total
-from functional_optim._types import TensorMap, Transform
+from functional_optim.core._context import Context, ReduceOp, Reducer, local_total
+from functional_optim.core._transform import TensorMap, Transform
 from functional_optim.testing._broken import require
 
 Shard = list[tuple[str, slice]]

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context
-from functional_optim._hyperparameters import value_class
-from functional_optim._structure import check_parameters, check_state
-from functional_optim._tensors import device_of
-from functional_optim._types import Scope
+from functional_optim.algebra._tensor_map import device_of
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import value_class
+from functional_optim.core._transform import Scope
+from functional_optim.core._validation import check_parameters, check_state
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 class ZeroNansState(NamedTuple):

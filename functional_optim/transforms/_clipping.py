@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context, Norm
-from functional_optim._factors import negated
 from functional_optim._hoisting import once
-from functional_optim._hyperparameters import (
+from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
+from functional_optim.algebra._arithmetic import over
+from functional_optim.algebra._norms import norms
+from functional_optim.algebra._scalars import negated
+from functional_optim.algebra._tensor_map import device_of, is_sixteen_bit
+from functional_optim.core._context import Context, Norm
+from functional_optim.core._hyperparameters import (
     Hyperparameter,
     checked,
     flag,
     hyperparameter,
     value_class,
 )
-from functional_optim._norms import norms
-from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
-from functional_optim._structure import check_state
-from functional_optim._tensor_map import over
-from functional_optim._tensors import device_of, is_sixteen_bit
-from functional_optim._types import Role, Scope
+from functional_optim.core._transform import Role, Scope
+from functional_optim.core._validation import check_state
 
 if TYPE_CHECKING:
-    from functional_optim._tensor_map import Factor
-    from functional_optim._types import TensorMap
+    from functional_optim.algebra._arithmetic import Factor
+    from functional_optim.core._transform import TensorMap
 
 
 class ClipByGlobalNormState(NamedTuple):

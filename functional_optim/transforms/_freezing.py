@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, ClassVar, final
 
 import torch
 
-from functional_optim._context import Context
-from functional_optim._hyperparameters import value_class
-from functional_optim._structure import check_parameters
-from functional_optim._types import Scope
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import value_class
+from functional_optim.core._transform import Scope
+from functional_optim.core._validation import check_parameters
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 @final

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, final
 
-from functional_optim._context import Context
-from functional_optim._hyperparameters import value_class
-from functional_optim._structure import check_parameters
-from functional_optim._tensors import copied
-from functional_optim._types import Scope
+from functional_optim.algebra._tensor_map import copied
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import value_class
+from functional_optim.core._transform import Scope
+from functional_optim.core._validation import check_parameters
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 @final

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
 from torch import Tensor
 
 from functional_optim._all_parameters import knowing_all
-from functional_optim._chain import checked_transform
-from functional_optim._context import Context
-from functional_optim._hyperparameters import checked, value_class
-from functional_optim._names import shown, subset
-from functional_optim._parts import Part
+from functional_optim._messages import shown, subset
 from functional_optim._resolving import resolve
-from functional_optim._selection import (
+from functional_optim.core._chain import checked_transform
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._selection import (
     Rules,
     Selection,
     check_rules,
@@ -25,12 +24,17 @@ from functional_optim._selection import (
     picks,
     ruled,
 )
-from functional_optim._structure import check_names, check_parameters, check_states
-from functional_optim._types import Scope, Transform
-from functional_optim._value import shown_value
+from functional_optim.core._transform import Scope, Transform
+from functional_optim.core._traversal import Part
+from functional_optim.core._validation import (
+    check_names,
+    check_parameters,
+    check_states,
+)
+from functional_optim.core._value_class import shown_value
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 @final

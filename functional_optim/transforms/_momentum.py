@@ -8,26 +8,26 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context
-from functional_optim._factors import (
+from functional_optim._resolving import is_zero
+from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
+from functional_optim.algebra._arithmetic import over
+from functional_optim.algebra._scalars import (
     Column,
     complement,
     differs_by_name,
     raised,
     zero_counts,
 )
-from functional_optim._hyperparameters import (
+from functional_optim.algebra._tensor_map import copied, zeros_like
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import (
     Hyperparameter,
     flag,
     hyperparameter,
     value_class,
 )
-from functional_optim._resolving import is_zero
-from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
-from functional_optim._structure import check_made_for, check_state
-from functional_optim._tensor_map import over
-from functional_optim._tensors import copied, zeros_like
-from functional_optim._types import Role, Scope, TensorMap
+from functional_optim.core._transform import Role, Scope, TensorMap
+from functional_optim.core._validation import check_made_for, check_state
 
 
 class TraceState(NamedTuple):

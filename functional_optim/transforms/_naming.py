@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from functional_optim._chain import checked_transform
-from functional_optim._context import Context
-from functional_optim._hyperparameters import checked, value_class
-from functional_optim._names import checked_name
-from functional_optim._parts import Part
+from functional_optim._messages import checked_name
 from functional_optim._resolving import resolve
-from functional_optim._structure import check_parameters
-from functional_optim._types import Scope, Transform
+from functional_optim.core._chain import checked_transform
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._transform import Scope, Transform
+from functional_optim.core._traversal import Part
+from functional_optim.core._validation import check_parameters
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 @final

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from torch import Tensor
 
-from functional_optim._context import Context
-from functional_optim._hyperparameters import check_factor, checked, value_class
-from functional_optim._paramwise import Multipliers
-from functional_optim._selection import (
+from functional_optim.algebra._arithmetic import over
+from functional_optim.config._paramwise import Multipliers
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import check_factor, checked, value_class
+from functional_optim.core._selection import (
     Rules,
     check_rules,
     frozen_rules,
     ruled,
     ruled_names,
 )
-from functional_optim._structure import check_parameters
-from functional_optim._tensor_map import over
-from functional_optim._types import Scope
+from functional_optim.core._transform import Scope
+from functional_optim.core._validation import check_parameters
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 def _checked_factor(name: str, value: Any) -> Any:

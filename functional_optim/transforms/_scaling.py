@@ -7,21 +7,21 @@ from typing import TYPE_CHECKING, ClassVar, final
 import torch
 from torch import Tensor
 
-from functional_optim._context import Context
-from functional_optim._factors import negated
 from functional_optim._hoisting import once
-from functional_optim._hyperparameters import (
+from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
+from functional_optim.algebra._arithmetic import over
+from functional_optim.algebra._scalars import negated
+from functional_optim.algebra._tensor_map import device_of
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import (
     Hyperparameter,
     hyperparameter,
     value_class,
 )
-from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
-from functional_optim._tensor_map import over
-from functional_optim._tensors import device_of
-from functional_optim._types import Role, Scope
+from functional_optim.core._transform import Role, Scope
 
 if TYPE_CHECKING:
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 @final

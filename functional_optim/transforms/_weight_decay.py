@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from functional_optim._context import Context
-from functional_optim._hyperparameters import (
-    Hyperparameter,
-    checked,
-    hyperparameter,
-    value_class,
-)
-from functional_optim._names import subset
+from functional_optim._messages import subset
 from functional_optim._resolving import resolved_number
 from functional_optim._scheduling import (
     ScheduleState,
@@ -20,21 +13,28 @@ from functional_optim._scheduling import (
     init_hyperparameters,
     is_schedule,
 )
-from functional_optim._selection import (
+from functional_optim.algebra._arithmetic import over
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import (
+    Hyperparameter,
+    checked,
+    hyperparameter,
+    value_class,
+)
+from functional_optim.core._selection import (
     Selection,
     check_selection,
     frozen_selection,
     picked,
     picks,
 )
-from functional_optim._tensor_map import over
-from functional_optim._types import Scope
-from functional_optim._value import shown_value
+from functional_optim.core._transform import Scope
+from functional_optim.core._value_class import shown_value
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from functional_optim._types import TensorMap
+    from functional_optim.core._transform import TensorMap
 
 
 def _checked_mask(name: str, mask: Any) -> Any:

@@ -1,0 +1,1 @@
+"""Arithmetic on tensor maps, and on the numbers of a step."""

@@ -1,0 +1,177 @@
+"""Arithmetic on what multiplies a map: numbers for all names, or one for each.
+
+Counts, and what is derived from them, are 0-dim float64 tensors by name. Names that
+have seen the same number of updates share one tensor, so that the arithmetic on counts
+is done once for all of them, on the device, without a look at the values. `Column` is
+that arithmetic: it stacks the distinct tensors of some names into one vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from functional_optim._hoisting import once
+from functional_optim._messages import lookup
+from functional_optim.algebra._arithmetic import Factor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from functional_optim.core._transform import TensorMap
+
+
+def zero_counts(params: TensorMap, dtype: torch.dtype = torch.float64) -> TensorMap:
+    """Return a 0-dim zero for every name, one tensor shared by all on a device.
+
+    Example:
+        >>> zero_counts({"w": torch.ones(2)})
+        {'w': tensor(0., dtype=torch.float64)}
+    """
+    zeros = {
+        device: torch.zeros((), dtype=dtype, device=device)
+        for device in {param.device for param in params.values()}
+    }
+    return {name: zeros[param.device] for name, param in params.items()}
+
+
+def incremented(counts: TensorMap, names: Iterable[str]) -> TensorMap:
+    """Return the counts of some names, one more each.
+
+    Example:
+        >>> incremented(zero_counts({"w": torch.ones(2)}), ["w"])
+        {'w': tensor(1., dtype=torch.float64)}
+    """
+    column = Column(counts, names)
+    return column.by_name(once(torch.add, column.values, 1))
+
+
+def raised(flags: TensorMap, names: Iterable[str]) -> TensorMap:
+    """Return the flags of some names, all true.
+
+    Example:
+        >>> raised(zero_counts({"w": torch.ones(2)}, torch.bool), ["w"])
+        {'w': tensor(True)}
+    """
+    column = Column(flags, names)
+    return column.by_name(once(torch.ones_like, column.values))
+
+
+class Column:
+    """0-dim numbers of some names, stacked: one row for each distinct tensor.
+
+    Args:
+        entries: 0-dim tensors by name.
+        names: Which names, in order; at least one.
+        apart: Give each name a row of its own, because a factor differs by name.
+
+    Raises:
+        ValueError: `entries` lacks a name.
+    """
+
+    __slots__ = ("_names", "_rows", "values")
+
+    def __init__(
+        self, entries: TensorMap, names: Iterable[str], *, apart: bool = False
+    ) -> None:
+        self._names = list(names)
+        found = lookup(entries, self._names)
+        self._rows, distinct = list(range(len(found))), found
+        if not apart:
+            self._rows, distinct = _shared_rows(found)
+        self.values: Tensor = once(_stacked, *distinct)
+        """The numbers, to compute with. Shape (rows,)."""
+
+    def computed(self, compute: Callable[..., Tensor], *factors: Factor) -> Tensor:
+        """Return a function of the numbers and of factors, both in float64.
+
+        Args:
+            compute: A pure function of tensors of shape (rows,) or (), always the same
+                object: where units share their numbers it is called once.
+            factors: What else it is given.
+        """
+        return once(compute, self.values, *map(self.along, factors))
+
+    def along(self, factor: Factor) -> Tensor:
+        """Return a factor in a shape that computes with `values`, in float64."""
+        if isinstance(factor, Mapping):  # Then the rows are apart.
+            numbers = lookup(factor, self._names)
+            return torch.stack([self._float64(number) for number in numbers])
+        return self._float64(factor)
+
+    def by_name(self, values: Tensor) -> TensorMap:
+        """Return the row of each name as a 0-dim tensor, shared like the entries."""
+        rows = once(Tensor.unbind, values)
+        return {
+            name: rows[row] for name, row in zip(self._names, self._rows, strict=True)
+        }
+
+    def factor(self, values: Tensor) -> Factor:
+        """Return the rows as a factor: one for all if all share it."""
+        if len(values) == 1:
+            return once(Tensor.unbind, values)[0]
+        return self.by_name(values)
+
+    def _float64(self, number: float | Tensor) -> Tensor:
+        return once(_float64, number, self.values.device)
+
+
+def _stacked(*tensors: Tensor) -> Tensor:
+    return torch.stack(tensors)
+
+
+def _float64(number: float | Tensor, device: torch.device) -> Tensor:
+    return torch.as_tensor(number, dtype=torch.float64, device=device)
+
+
+def _shared_rows(
+    tensors: list[Tensor], most: int = 8
+) -> tuple[list[int], list[Tensor]]:
+    """Return the row of each tensor among the distinct objects, and these.
+
+    By `is`, not by `id`: torch.compile guards an `id` on the object of this very call.
+    More than a few distinct ones are not worth the search: each gets its own row.
+    """
+    rows: list[int] = []
+    distinct: list[Tensor] = []
+    row = 0
+    for tensor in tensors:
+        if not distinct or tensor is not distinct[row]:  # Neighbours mostly share.
+            known = [r for r, other in enumerate(distinct) if tensor is other]
+            row = known[0] if known else len(distinct)
+            if not known:
+                distinct.append(tensor)
+                if len(distinct) > most:
+                    return list(range(len(tensors))), tensors
+        rows.append(row)
+    return rows, distinct
+
+
+def differs_by_name(*factors: Factor) -> bool:
+    """Whether one of the factors is a map."""
+    return any(isinstance(factor, Mapping) for factor in factors)
+
+
+def complement(factor: Factor) -> Factor:
+    """Return 1 - factor, for tensors in float64."""
+    if isinstance(factor, Mapping):
+        return {name: _complement(value) for name, value in factor.items()}
+    return _complement(factor)
+
+
+def _complement(number: float | Tensor) -> float | Tensor:
+    return once(_one_minus, number) if isinstance(number, Tensor) else 1 - number
+
+
+def _one_minus(number: Tensor) -> Tensor:
+    return 1 - number.double()
+
+
+def negated(factor: Factor) -> Factor:
+    """Return -factor."""
+    if isinstance(factor, Mapping):
+        return {name: -value for name, value in factor.items()}
+    return once(torch.neg, factor) if isinstance(factor, Tensor) else -factor

@@ -1,0 +1,76 @@
+"""Plain questions about tensors and maps of them, and plain copies."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from functional_optim.algebra._torch_modes import has_tangents
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+    from functional_optim.core._transform import TensorMap
+
+_PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+_SIXTEEN_BIT = {torch.float16, torch.bfloat16}
+
+
+def copied(tensors: TensorMap) -> TensorMap:
+    """Return a map of new tensors with the same numbers."""
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def zeros_like(params: TensorMap, dtype: torch.dtype | None = None) -> TensorMap:
+    """Return a map of zeros, strided like the parameters, without a graph."""
+    return {name: torch.zeros_like(p, dtype=dtype) for name, p in params.items()}
+
+
+def device_of(tensors: TensorMap) -> torch.device | None:
+    """Return the device of a map; None for an empty one means torch's default."""
+    for tensor in tensors.values():
+        return tensor.device
+    return None
+
+
+def is_sixteen_bit(tensor: Tensor) -> bool:
+    """Whether sums in this dtype lose more than the numbers carry."""
+    return tensor.dtype in _SIXTEEN_BIT
+
+
+def are_plain(tensors: Iterable[Tensor]) -> bool:
+    """Whether tensors are torch's own: what they hold lies in their memory."""
+    return set(map(type, tensors)) <= _PLAIN_TYPES
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Return whether a read on the host waits for no device and stops no trace."""
+    return (
+        tensor.is_cpu
+        and are_plain([tensor])
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not has_tangents()
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def foreach_applies(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether `torch._foreach_*` may run: plain tensors, nobody watching.
+
+    foreach has no vmap rule, fails inside `torch.func.grad`, and lacks DTensor rules,
+    out= has no forward mode;
+    the compiler fuses ordinary operations as well. In place is safe only where no
+    graph is recorded.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not has_tangents()
+        and are_plain(tensors)
+        and not (tensors and tensors[0].is_meta)  # There foreach reads a 0-dim operand.
+    )

@@ -1,0 +1,1 @@
+"""Build optimizers and wrappers from configs."""

@@ -1,0 +1,112 @@
+"""Configs: copies that are ours to change, and keys that stand in the wrong place."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from functional_optim._spelling import did_you_mean
+from functional_optim.config._registry import arguments_of
+
+_OF_BUILDING = ("constructor", "paramwise_cfg")
+
+
+def copied(config: Any) -> Any:
+    """Copy what holds a config together; what stands in it stays the same object.
+
+    A dict of a class of its own, such as MMEngine's ConfigDict, keeps that class.
+    Tensors are copied, too, as schedulers write into a learning rate that is one.
+
+    Example:
+        >>> config = {"optimizer": {"betas": [0.9, 0.99]}}
+        >>> copied(config)["optimizer"]["betas"].append(0.0)
+        >>> config
+        {'optimizer': {'betas': [0.9, 0.99]}}
+    """
+    if isinstance(config, Mapping):
+        new: Any = copy.copy(config) if isinstance(config, dict) else {}
+        for key, value in config.items():
+            new[key] = copied(value)
+        return new
+    if type(config) in {list, tuple}:
+        return type(config)(map(copied, config))
+    if isinstance(config, Tensor) and not config.requires_grad:
+        return config.clone()
+    return config
+
+
+def check_places(
+    wrapper_cfg: Mapping[str, Any],
+    wrapper: Callable[..., Any],
+    optimizer_cfg: Mapping[str, Any],
+    optimizer: Callable[..., Any],
+) -> None:
+    """Refuse what stands in the config of the wrapper, but is the optimizer's, et v. v.
+
+    What nobody knows is refused where it is built.
+
+    Args:
+        wrapper_cfg: The config of the wrapper, without that of the optimizer.
+        wrapper: What is built from it.
+        optimizer_cfg: The config of the optimizer.
+        optimizer: What is built from it.
+
+    Raises:
+        TypeError: naming the key, its value, and where it belongs.
+    """
+    outer = {*arguments_of(wrapper), *_OF_BUILDING}
+    inner = set(arguments_of(optimizer))
+    for key in set(optimizer_cfg) & outer - inner - {"type", "optimizer"}:
+        msg = (
+            f"optimizer has {key}={optimizer_cfg[key]!r}, which belongs beside it: "
+            f"dict(optimizer=dict(...), {key}=...)"
+        )
+        raise TypeError(msg)
+    for key in set(wrapper_cfg) - outer - {"type", "_scope_"}:
+        value = wrapper_cfg[key]
+        if key in inner:
+            msg = (
+                f"{key}={value!r} belongs into the optimizer: optimizer=dict({key}=...)"
+            )
+            raise TypeError(msg)
+        hint = did_you_mean(str(key), _OF_BUILDING, cutoff=0.75)
+        if hint.startswith("did"):
+            msg = f"an optimizer wrapper takes no {key}={value!r}; {hint}"
+            raise TypeError(msg)
+
+
+def first_argument_of(optimizer: Callable[..., Any]) -> str:
+    """Return what an optimizer calls its parameters: its first argument.
+
+    Example:
+        >>> first_argument_of(lambda model_params, lr=0.1: None)
+        'model_params'
+    """
+    try:
+        first = next(iter(inspect.signature(optimizer).parameters.values()), None)
+    except ValueError:  # Builtins do not tell.
+        first = None
+    if first is None or first.kind in {first.VAR_POSITIONAL, first.VAR_KEYWORD}:
+        return "params"
+    return first.name
+
+
+def check_number(key: str, value: Any, *, multiplied: bool) -> None:
+    """Refuse a setting of the optimizer that is no number, or that nobody can use."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    by_step_or_name = callable(value) or isinstance(value, Mapping)
+    fine = value is None or is_number or isinstance(value, Tensor)
+    if not fine and (multiplied or not by_step_or_name):
+        msg = f"{key} in optimizer must be a number, got {value!r}"
+        if by_step_or_name:
+            msg += "; multiply a schedule, or a map by name, by MultiplyParamwise"
+        raise TypeError(msg)
+    if is_number and not (math.isfinite(value) and value >= 0):
+        msg = f"{key} in optimizer must be finite and >= 0, got {value!r}"
+        raise ValueError(msg)

@@ -1,0 +1,1 @@
+"""Transforms, their states and their hyperparameters."""

@@ -1,0 +1,279 @@
+"""`chain`: transforms one after another, as one transform."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, final
+
+from functional_optim._all_parameters import knowing_all
+from functional_optim._messages import shown
+from functional_optim._order import check_order
+from functional_optim._resolving import resolve
+from functional_optim.algebra._buffers import Donated, current
+from functional_optim.algebra._tensor_map import copied
+from functional_optim.core._apply import recording
+from functional_optim.core._context import Context
+from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._transform import Scope, Transform, missing_members
+from functional_optim.core._traversal import Part
+from functional_optim.core._validation import (
+    check_parameters,
+    check_states,
+    check_updates,
+    shown_state,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from functional_optim.core._transform import TensorMap
+
+
+def _checked_members(name: str, members: Sequence[Any]) -> tuple[Transform, ...]:
+    flat: list[Transform] = []
+    for index, member in enumerate(members):
+        transform = checked_transform(f"{name}[{index}]", member)
+        flat.extend(transform.members if isinstance(transform, Chain) else [transform])
+    return tuple(flat)
+
+
+def _resolve_members(
+    members: tuple[Transform, ...], name: str, param: Tensor
+) -> tuple[Transform, ...]:
+    return tuple(resolve(member, name, param) for member in members)
+
+
+@final
+@value_class
+class Chain:
+    """Transforms one after another: each gets what the one before returned.
+
+    Made by `chain`. If a member returns an empty map, it holds: the chain stops there,
+    and everything downstream keeps its state.
+
+    Args:
+        members: The transforms, the one that sees the gradients first; chains among
+            them are flattened.
+
+    State:
+        A tuple: the members' states in order.
+
+    Raises:
+        TypeError, ValueError: see `chain` (at construction) and `update`.
+
+    Example:
+        >>> from functional_optim.transforms import ClipByValue, ScaleByLearningRate
+        >>> chain(ClipByValue(1.0), ScaleByLearningRate(0.1)).members[0]
+        ClipByValue(1.0)
+    """
+
+    members: tuple[Transform, ...] = checked(
+        check=_checked_members, resolve=_resolve_members
+    )
+
+    consumes_state: ClassVar[bool] = True
+
+    def _check(self) -> None:
+        """Refuse orders that cannot be right."""
+        check_order(self.members)
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.members))})"
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Transform:
+        return self.members[index]
+
+    @property
+    def stands_for(self) -> tuple[Transform, ...]:
+        """What the order of a chain around this one is judged on: the members."""
+        return self.members
+
+    @property
+    def scope(self) -> Scope:
+        """The widest scope of the members."""
+        # Not max(..., default=...), which torch.compile does not trace.
+        return max([Scope.ELEMENTWISE, *(member.scope for member in self.members)])
+
+    def init(self, params: TensorMap) -> tuple[Any, ...]:
+        """Return the members' states before the first update.
+
+        Args:
+            params: Parameters by name; `parameters(model)` makes such a map.
+
+        Raises:
+            TypeError: not a map from name to tensor; integer, complex, sparse tensors.
+            ValueError: parameters on several devices, or a rule that matches nothing.
+        """
+        check_parameters(params)
+        with recording(differentiable=False), knowing_all(params):
+            return tuple(member.init(params) for member in self.members)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: tuple[Any, ...],
+        params: TensorMap,
+        *,
+        context: Context | None = None,
+    ) -> tuple[TensorMap, tuple[Any, ...]]:
+        """Pass updates through the members in order.
+
+        Args:
+            updates: Gradients by name; a name that is missing keeps its state.
+            state: What `init` or the previous `update` returned.
+            params: Current parameters by name.
+            context: What the training loop knows; None is an empty one.
+
+        Returns:
+            The updates to add to the parameters, and the new state. An empty map means
+            hold.
+
+        Raises:
+            ValueError: updates, state and parameters do not fit each other.
+            TypeError: not maps from name to dense floating-point tensor.
+        """
+        check_updates(updates, params)
+        check_states(state, len(self.members), "member")
+        context = context or Context()
+        with recording(differentiable=context.differentiable):
+            if not self.members:
+                return copied(updates), ()
+            new_state = list(state)
+            for index, member in enumerate(self.members):
+                if not updates:
+                    break
+                if index and current.memory is not None:
+                    updates = _given_up(updates, self.members[index - 1], member)
+                result = member.update(
+                    updates, state[index], params, context=context.at(index)
+                )
+                updates, new_state[index] = _checked_result(member, result, params)
+        return updates, tuple(new_state)
+
+    def parts(self, state: Any, params: TensorMap) -> list[Part]:
+        """Return the members with their states."""
+        check_states(state, len(self.members), "member")
+        return [
+            Part(index, "", member, part, params)
+            for index, (member, part) in enumerate(
+                zip(self.members, state, strict=True)
+            )
+        ]
+
+
+def _given_up(updates: TensorMap, maker: Transform, taker: Transform) -> TensorMap:
+    """Return updates that the next member may overwrite, if they are nobody else's.
+
+    Only where an executor lends memory: results live no longer than the update there.
+    """
+    kind = type(maker)
+    new = getattr(kind, "consumes_updates", False) or (
+        # A combinator may hand on what it was given.
+        getattr(kind, "consumes_state", False) and not hasattr(kind, "parts")
+    )
+    if new and getattr(type(taker), "consumes_updates", False):
+        return Donated(updates)
+    return updates
+
+
+def chain(*transforms: Transform) -> Chain:
+    """Chain transforms: each gets what the one before returned.
+
+    Chains among the arguments are flattened, so that `chain(a, chain(b, c))` equals
+    `chain(a, b, c)`. Without arguments it is the identity. Some orders cannot be right
+    and are refused: `Unscale` after a clip or a guard, `Accumulate` after a learning
+    rate or a moment or inside a guard, two learning rates, anything after a guard.
+
+    Args:
+        transforms: Transforms, the one that sees the gradients first.
+
+    Returns:
+        One transform: immutable, printed as written, equal by value, picklable.
+
+    Raises:
+        TypeError: an argument is no transform.
+        ValueError: an order of the above.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(0.1, momentum=0.9))
+        chain(ClipByGlobalNorm(1.0), Trace(0.9), ScaleByLearningRate(0.1))
+    """
+    return Chain(transforms)
+
+
+def checked_transform(name: str, transform: Any) -> Transform:
+    """Refuse what is no transform, with a hint at what it might have been meant as.
+
+    Raises:
+        TypeError: it is not an instance with `init`, `update` and `scope`.
+    """
+    if isinstance(transform, type):
+        msg = (
+            f"{name} must be a transform, got the class {transform.__name__}; write "
+            f"{transform.__name__}(...)"
+        )
+        raise TypeError(msg)
+    if isinstance(transform, (list, tuple)):
+        kind = type(transform).__name__
+        msg = f"{name} must be a transform, got a {kind}; write chain(*transforms)"
+        raise TypeError(msg)
+    missing = missing_members(transform)
+    if missing and callable(transform):
+        called = getattr(transform, "__name__", type(transform).__name__)
+        msg = f"{name} must be a transform, got a function; write {called}(...)"
+        raise TypeError(msg)
+    if missing:
+        msg = (
+            f"{name} must be a transform with init, update and scope, got "
+            f"{_short(transform)} without {' and '.join(missing)}"
+        )
+        raise TypeError(msg)
+    if not isinstance(transform.scope, Scope):
+        msg = (
+            f"{name}.scope must be one of {', '.join(map(str, Scope))}, got "
+            f"{transform.scope!r}"
+        )
+        raise TypeError(msg)
+    checked: Transform = transform
+    return checked
+
+
+def _short(value: object) -> str:
+    """Return a value for an error message, or only its type if it prints long."""
+    text = repr(value)
+    return (
+        text if len(text) < 60 else f"a {type(value).__module__}.{type(value).__name__}"
+    )
+
+
+def _checked_result(
+    member: Transform, result: Any, params: TensorMap
+) -> tuple[TensorMap, Any]:
+    """Refuse what no `update` may return: users' transforms are members too.
+
+    Raises:
+        TypeError: it is no pair of a map and a state.
+        ValueError: the map has names that are no parameters.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        msg = (
+            f"{member!r}.update must return (updates, state), got {shown_state(result)}"
+        )
+        raise TypeError(msg)
+    updates = result[0]
+    if not isinstance(updates, dict):
+        kind = type(updates).__name__
+        msg = f"{member!r}.update must return updates as a dict by name, got {kind}"
+        raise TypeError(msg)
+    if not updates.keys() <= params.keys():
+        unknown = [name for name in updates if name not in params]
+        msg = (
+            f"{member!r}.update returned names that no parameter has: {shown(unknown)}"
+        )
+        raise ValueError(msg)
+    return updates, result[1]

@@ -1,0 +1,206 @@
+"""Looking into a state: what transforms have to tell, and where their states are.
+
+A transform tells by an optional method `readings(state)`, open to users' transforms: a
+map from a short name to a 0-dim tensor or a number. It reads nothing on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from functional_optim._messages import shown
+from functional_optim.core._traversal import walk
+
+if TYPE_CHECKING:
+    from functional_optim.core._transform import TensorMap, Transform
+
+
+def readings(tx: Transform, state: Any) -> TensorMap:
+    """Return the numbers that a pipeline has to tell, by name, without a look at them.
+
+    `Observe` tells its own name; `ClipByGlobalNorm` `"norm"`, before clipping;
+    `SkipNonfinite` `"skipped"` and `"consecutive"`; `ScaleByLearningRate` `"lr"`, the
+    rate of the *next* update, unless it differs by name. The names of `Named` and the
+    labels of `Partition` come before, joined by ".": `"matrix.lr"`. A transform of
+    your own tells by a method `readings(state)` that returns such a map.
+
+    Args:
+        tx: Any transform.
+        state: A state of it, as `init` or `update` returned it.
+
+    Returns:
+        0-dim tensors on the device of the state. `fetch` makes floats of them.
+
+    Raises:
+        ValueError: two readings have one name; the state is of another transform; a
+            transform tells a tensor that is not 0-dim.
+        TypeError: a transform tells something that is no tensor and no number.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> pipeline = fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(0.1))
+        >>> params = {"w": torch.tensor([3.0, 4.0])}
+        >>> _, state = pipeline.update(params, pipeline.init(params), params)
+        >>> list(readings(pipeline, state))
+        ['norm', 'lr']
+    """
+    device = _device_of(state)
+    found: TensorMap = {}
+    owners: dict[str, Transform] = {}
+    for stage in walk(tx, state, {}):
+        tell = getattr(stage.transform, "readings", None)
+        if tell is None:
+            continue
+        for name, value in _checked_readings(stage.transform, tell(stage.state)):
+            key = ".".join([*stage.labels, name])
+            if key in owners:
+                raise ValueError(_same_name(key, owners[key], stage.transform))
+            owners[key] = stage.transform
+            found[key] = _on(device, value)
+    return found
+
+
+def _same_name(key: str, first: Transform, second: Transform) -> str:
+    return (
+        f"two readings have the name {key!r}, of {first!r} and of {second!r}; give one "
+        f'another name, such as Named("...", {second!r})'
+    )
+
+
+def _checked_readings(
+    transform: Transform, told: Any
+) -> list[tuple[str, float | Tensor]]:
+    """Refuse readings that nobody could log: users' transforms tell too."""
+    if not isinstance(told, Mapping):
+        msg = f"{transform!r}.readings must return a dict by name, got {told!r}"
+        raise TypeError(msg)
+    for name, value in told.items():
+        if isinstance(value, Tensor):
+            if value.ndim:
+                msg = (
+                    f"reading {name!r} of {transform!r} must be a 0-dim tensor, got "
+                    f"shape {tuple(value.shape)}; for stacked states use "
+                    "torch.func.vmap(lambda state: readings(tx, state))"
+                )
+                raise ValueError(msg)
+        elif not isinstance(value, (int, float)):
+            msg = (
+                f"reading {name!r} of {transform!r} must be a 0-dim tensor or a "
+                f"number, got {value!r}"
+            )
+            raise TypeError(msg)
+    return list(told.items())
+
+
+def _device_of(state: Any) -> torch.device:
+    for leaf in _pytree.tree_leaves(state):
+        if isinstance(leaf, Tensor):
+            return leaf.device
+    return torch.device("cpu")
+
+
+def _on(device: torch.device, value: float | Tensor) -> Tensor:
+    """Return a reading on the device, without waiting for it."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
+
+
+def fetch(readings: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read numbers on the host, all of them in one transfer.
+
+    The only call here that waits for the device: make it when you log, not at every
+    step.
+
+    Args:
+        readings: 0-dim tensors by name, such as `readings` returns; your own may be
+            among them. Integers beyond 2**53 are rounded.
+
+    Returns:
+        Python floats under the same names.
+
+    Raises:
+        TypeError: not a map from name to real tensor.
+        ValueError: a tensor is not 0-dim.
+
+    Example:
+        >>> fetch({"loss": torch.tensor(0.5), "skipped": torch.tensor(2)})
+        {'loss': 0.5, 'skipped': 2.0}
+    """
+    if not isinstance(readings, Mapping):
+        msg = f"readings must be a map from name to tensor, got {readings!r}"
+        raise TypeError(msg)
+    for name, value in readings.items():
+        if not isinstance(value, Tensor) or value.is_complex():
+            got = value.dtype if isinstance(value, Tensor) else repr(value)
+            msg = f"readings[{name!r}] must be a real 0-dim tensor, got {got}"
+            raise TypeError(msg)
+        if value.ndim:
+            msg = (
+                f"readings[{name!r}] must be a 0-dim tensor, got shape "
+                f"{tuple(value.shape)}; reduce it first, such as by .mean()"
+            )
+            raise ValueError(msg)
+    if not readings:
+        return {}
+    # To the accelerator if there is one: from there everything comes back together.
+    devices = [value.device for value in readings.values()]
+    device = next((d for d in devices if d.type != "cpu"), devices[0])
+    column = [
+        v.to(device=device, dtype=torch.float64, non_blocking=True)
+        for v in readings.values()
+    ]
+    return dict(zip(readings, torch.stack(column).tolist(), strict=True))
+
+
+def state_of(tx: Transform, state: Any, name: str) -> Any:
+    """Return the state of the part of a pipeline that has a name.
+
+    Names are those of `Named` and the labels of `Partition`. Where one stands in
+    several places, write the names on the way, joined by ".": `"matrix.clip"`.
+
+    Args:
+        tx: Any transform.
+        state: A state of it.
+        name: The name of the part.
+
+    Returns:
+        The state of that part; it is not copied.
+
+    Raises:
+        ValueError: no part has this name, or several have; the state is of another
+            transform.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> params = {"w": torch.zeros(2)}
+        >>> pipeline = fo.chain(fo.Named("slow", fo.Trace(0.9)), fo.Scale(-0.1))
+        >>> state_of(pipeline, pipeline.init(params), "slow").momentum_buffer
+        {'w': tensor([0., 0.])}
+    """
+    named = [
+        (".".join([*stage.labels, part.label]), part.state)
+        for stage in walk(tx, state, {})
+        for part in stage.parts
+        if part.label
+    ]
+    found = [s for path, s in named if path == name or path.endswith(f".{name}")]
+    if len(found) == 1:
+        return found[0]
+    known = shown((path for path, _ in named), most=20)
+    if not found:
+        msg = (
+            f"no part has the name {name!r}; the names are {known}. Give one with "
+            f"Named({name!r}, ...)"
+        )
+        raise ValueError(msg)
+    msg = (
+        f"{len(found)} parts have the name {name!r}; the names are {known}. Write the "
+        "names on the way too, or give one of them another name"
+    )
+    raise ValueError(msg)

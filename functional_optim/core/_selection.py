@@ -1,0 +1,311 @@
+r"""Which parameters: one home for globs, regexes, predicates, masks and labels.
+
+A *selection* picks parameters. It is one of
+
+- a glob over the whole name, `"*.bias"` (an exact name is a glob too),
+- a compiled regex that is searched in the name, `re.compile(r"layers\.\d+\.")`,
+- a predicate on name and tensor, `lambda name, p: p.ndim >= 2`,
+- `exclude(...)`: everything that the selections in it do not pick,
+- a tuple or list of selections: whatever any of them picks,
+- a map from every name to bool, at least of the parameters at hand, or one bool.
+
+A predicate must depend on the name, shape and dtype alone: it is asked at every step.
+
+*Rules* give each parameter a value: a map from selection (or name) to value, or a list
+of (selection, value) pairs. The first rule that fits wins.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union, final
+
+import torch
+from torch import Tensor
+
+from functional_optim._all_parameters import all_params, check_by_name
+from functional_optim._compiling import constant_when_compiled
+from functional_optim._messages import lookup, shown
+from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._value_class import shown_value
+
+if TYPE_CHECKING:
+    from functional_optim.core._transform import TensorMap
+
+V = TypeVar("V")
+
+Predicate: TypeAlias = Callable[[str, Tensor], bool]
+
+Selection: TypeAlias = Union[
+    str,
+    "re.Pattern[str]",
+    Predicate,
+    "Exclude",
+    Sequence["Selection"],
+    Mapping[str, bool],
+    bool,
+]
+
+
+def frozen_selection(name: str, selection: Any) -> Any:
+    """Check a selection and copy what the caller could still change.
+
+    Args:
+        name: How to call it in an error.
+        selection: What the caller gave.
+
+    Raises:
+        TypeError: it is no selection.
+    """
+    if isinstance(selection, Mapping):
+        for key, value in selection.items():
+            if not isinstance(key, str) or not isinstance(value, bool):
+                msg = (
+                    f"{name} as a map must give a bool for every parameter name, got "
+                    f"{key!r}: {value!r}"
+                )
+                raise TypeError(msg)
+        return dict(selection)
+    if isinstance(selection, (str, re.Pattern, bool, Exclude)):
+        return selection
+    if isinstance(selection, Sequence):
+        return tuple(frozen_selection(name, part) for part in selection)
+    if callable(selection) and not isinstance(selection, type):
+        return selection
+    msg = (
+        f"{name} must be a glob, a compiled regex, a predicate on name and tensor, "
+        "exclude(...), a tuple of these, or a map from every name to bool, got "
+        f"{selection!r}"
+    )
+    raise TypeError(msg)
+
+
+def picks(selection: Any, name: str, param: Tensor) -> bool:
+    """Tell whether a selection picks a parameter.
+
+    Example:
+        >>> import torch
+        >>> picks(("*.bias", lambda name, p: p.ndim == 0), "head.bias", torch.ones(3))
+        True
+    """
+    if isinstance(selection, bool):
+        return selection
+    if isinstance(selection, str):
+        return _glob_matches(selection, name)
+    if isinstance(selection, re.Pattern):
+        return selection.search(name) is not None
+    if isinstance(selection, Exclude):
+        return not picks(selection.selections, name, param)
+    if isinstance(selection, Mapping):
+        return bool(lookup(selection, [name])[0])
+    if isinstance(selection, tuple):
+        return any(picks(part, name, param) for part in selection)
+    return bool(selection(name, param))
+
+
+@constant_when_compiled  # It cannot trace the building of a regex.
+def _glob_matches(pattern: str, name: str) -> bool:
+    # A name may have the characters of globs in it, and is still its own name.
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def substrings_of(name: str, keys: Iterable[str]) -> list[str]:
+    """Return the keys that a name contains, the longest first, ties by alphabet.
+
+    A name at the top of the model counts as ".name": elsewhere it has a dot, too.
+
+    Example:
+        >>> substrings_of("layer0.bias", ["layer", ".bias", "layer0.bias", "head"])
+        ['layer0.bias', '.bias', 'layer']
+    """
+    dotted = name if "." in name else f".{name}"
+    return sorted([k for k in keys if k in dotted], key=lambda key: (-len(key), key))
+
+
+@final
+@value_class
+class Exclude:
+    """The selection of everything that the given selections do not pick.
+
+    Made by `exclude`.
+
+    Args:
+        selections: The selections.
+
+    Raises:
+        TypeError: one is no selection.
+    """
+
+    selections: tuple[Selection, ...] = checked(check=frozen_selection)
+
+    def __repr__(self) -> str:
+        return f"exclude({', '.join(map(shown_value, self.selections))})"
+
+
+def exclude(*selections: Selection) -> Exclude:
+    """Return the selection of everything that none of the given selections picks.
+
+    Args:
+        selections: Globs, compiled regexes, predicates on name and tensor.
+
+    Raises:
+        TypeError: one is no selection.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> fo.adamw(1e-3, mask=fo.exclude("*.bias", "*norm*"))[1]
+        AddDecayedWeights(0.01, mask=exclude('*.bias', '*norm*'))
+    """
+    return Exclude(selections)
+
+
+def picked(selection: Any, params: TensorMap, names: Sequence[str]) -> list[str]:
+    """Return the names that a selection picks, in their order."""
+    if selection is True:
+        return list(names)
+    return [name for name in names if picks(selection, name, params[name])]
+
+
+def check_selection(selection: Any, params: TensorMap, name: str) -> None:
+    """Refuse a selection that picks no parameter of the model, as a whole or in a part.
+
+    Only an explicit False, or a map of them, may select nothing.
+
+    Args:
+        selection: A frozen selection.
+        params: The parameters at hand.
+        name: How to call it in an error.
+
+    Raises:
+        ValueError: a part picks nothing, or a map does not cover the parameters.
+    """
+    if isinstance(selection, Mapping):
+        check_by_name(name, selection, params)
+        return
+    if isinstance(selection, bool) or not params:
+        return
+    if callable(selection) and not isinstance(selection, Exclude):
+        _check_predicate(selection, name)
+    parts = selection.selections if isinstance(selection, Exclude) else selection
+    for part in parts if isinstance(parts, tuple) else ():
+        check_selection(part, params, name)
+    known = all_params(params)
+    if not picked(selection, known, list(known)):
+        msg = (
+            f"{name}: {shown_value(selection)} matches no parameter; the names are "
+            f"{shown(known)}"
+        )
+        raise ValueError(msg)
+
+
+Rules: TypeAlias = Mapping[Selection, V] | Sequence[tuple[Selection, V]]
+"""Values by selection, the first that fits wins."""
+
+
+def _check_predicate(predicate: Predicate, name: str) -> None:
+    """Refuse a predicate that does not take a name and a tensor.
+
+    Raises:
+        TypeError: saying what it must take.
+    """
+    if torch.compiler.is_compiling():
+        return  # It cannot trace a look at a signature; the call itself raises.
+    try:
+        inspect.signature(predicate).bind("name", "param")
+    except TypeError:
+        msg = (
+            f"{name}: {shown_value(predicate)} must take a name and a tensor, such as "
+            "lambda name, param: param.ndim >= 2"
+        )
+        raise TypeError(msg) from None
+    except ValueError:
+        return  # Builtins do not tell.
+
+
+def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any:
+    """Check rules and copy what the caller could still change.
+
+    Args:
+        name: How to call them in an error.
+        rules: A map or list of pairs from selection to value, or one value for all.
+        check: Function of (name of the value, value) that returns the checked value.
+
+    Returns:
+        A map, or a tuple of (selection, value) pairs, or one value: as given.
+    """
+    if isinstance(rules, Mapping):
+        pairs = list(rules.items())
+    elif isinstance(rules, Sequence) and not isinstance(rules, str):
+        pairs = list(rules)
+    else:
+        return check(name, rules)
+    checked = []
+    for pair in pairs:
+        if not isinstance(pair, Sequence) or len(pair) != 2 or isinstance(pair, str):
+            msg = f"{name} must be (selection, value) pairs, got {pair!r}"
+            raise TypeError(msg)
+        selection = frozen_selection(f"selection in {name}", pair[0])
+        value = check(f"{name}[{shown_value(selection)}]", pair[1])
+        checked.append((selection, value))
+    if not isinstance(rules, Mapping):
+        return tuple(checked)
+    plain = all(isinstance(s, str) and not set(s) & set("*?[") for s, _ in checked)
+    return ByName(checked) if plain else dict(checked)
+
+
+class ByName(dict[Any, Any]):
+    """Rules of which each is the name of one parameter: these are looked up."""
+
+
+def ruled(rules: Any, name: str, param: Tensor, default: Any) -> Any:
+    """Return what the first fitting rule gives a parameter, else the default."""
+    if isinstance(rules, ByName):
+        return rules.get(name, default)
+    if not isinstance(rules, (dict, tuple)):
+        return rules
+    for selection, value in _pairs(rules):
+        if picks(selection, name, param):
+            return value
+    return default
+
+
+def _pairs(rules: Any) -> Iterable[tuple[Any, Any]]:
+    return rules.items() if isinstance(rules, dict) else rules
+
+
+def check_rules(rules: Any, params: TensorMap, name: str) -> None:
+    """Refuse rules of which one matches no parameter.
+
+    Raises:
+        ValueError: a rule matches nothing.
+    """
+    if isinstance(rules, (dict, tuple)):
+        by_name, known = isinstance(rules, ByName), all_params(params)
+        for selection, _ in _pairs(rules):
+            if not by_name or selection not in known:
+                check_selection(selection, params, f"rule in {name}")
+
+
+def ruled_names(rules: Any, params: TensorMap) -> list[tuple[str, list[str]]]:
+    """Return the rules as one writes them, and the names that each decides.
+
+    A name belongs to the first rule that fits it.
+
+    Example:
+        >>> import torch
+        >>> params = {"a.bias": torch.ones(1), "b.bias": torch.ones(1)}
+        >>> ruled_names({"a.*": 2.0, "*": 3.0}, params)
+        [("'a.*': 2.0", ['a.bias']), ("'*': 3.0", ['b.bias'])]
+    """
+    if not isinstance(rules, (dict, tuple)):
+        return [(shown_value(rules), list(params))]
+    left, found = dict(params), []
+    for selection, value in _pairs(rules):
+        names = picked(selection, left, list(left))
+        found.append((f"{shown_value(selection)}: {shown_value(value)}", names))
+        for name in names:
+            del left[name]
+    return found

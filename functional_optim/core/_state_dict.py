@@ -1,0 +1,207 @@
+"""States as plain data, and back.
+
+Plain data is dicts, lists, tensors, numbers and strings: `torch.save` writes it and
+`torch.load(weights_only=True)` reads it. It carries the names of parameters, fields and
+state types, so that a checkpoint of another chain or model is refused with the place
+where it differs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from functional_optim._messages import check_same_names, shown
+from functional_optim.core._transform import Static, TensorMap
+
+S = TypeVar("S")
+
+_FORMAT = 1
+
+
+def state_dict(state: Any) -> dict[str, Any]:
+    """Return a state as plain data that shares no memory with it.
+
+    Args:
+        state: The state of a chain or of any transform.
+
+    Returns:
+        `{"format": 1, "state": ...}`, readable by `torch.load(weights_only=True)`.
+
+    Raises:
+        TypeError: the state holds something that is no tensor, dict, tuple or `Static`.
+
+    Example:
+        >>> from functional_optim.transforms import Trace
+        >>> state = Trace(0.9).init({"w": torch.zeros(1)})
+        >>> state_dict(state)["state"]["fields"]["momentum_buffer"]
+        {'w': tensor([0.])}
+    """
+    return {"format": _FORMAT, "state": _plain(state, "state")}
+
+
+def _plain(state: Any, place: str) -> Any:
+    if isinstance(state, Tensor):
+        return state.detach().clone()
+    if isinstance(state, Static):
+        return {"type": "Static", "value": _lists(state.value)}
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
+        fields = {
+            name: _plain(getattr(state, name), f"{place}.{name}")
+            for name in state._fields
+        }
+        return {"type": type(state).__name__, "fields": fields}
+    if isinstance(state, tuple):
+        return [_plain(part, f"{place}[{i}]") for i, part in enumerate(state)]
+    if isinstance(state, Mapping):
+        return {
+            name: _plain(part, f"{place}[{name!r}]") for name, part in state.items()
+        }
+    msg = (
+        f"{place} must be a tensor, dict, tuple, NamedTuple or Static, got {state!r}; "
+        "wrap what the host must know in Static(...)"
+    )
+    raise TypeError(msg)
+
+
+def _lists(value: Any) -> Any:
+    return [_lists(part) for part in value] if isinstance(value, tuple) else value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+def load_state_dict(state: S, data: Mapping[str, Any]) -> S:
+    """Return the state that plain data describes, in the structure of another.
+
+    Pure: neither argument changes, and the result shares no memory with them. Tensors
+    are moved to the devices of `state`.
+
+    Args:
+        state: A state of the same transform over the same parameters, as `init` makes.
+        data: What `state_dict` returned.
+
+    Returns:
+        The loaded state, of the type of `state`.
+
+    Raises:
+        ValueError: names, fields, shapes or dtypes differ; the message says where.
+        TypeError: `data` is not what `state_dict` returns.
+
+    Example:
+        >>> from functional_optim.transforms import Trace
+        >>> trace = Trace(0.9)
+        >>> old = trace.init({"w": torch.ones(1)})
+        >>> load_state_dict(trace.init({"w": torch.ones(1)}), state_dict(old)) == old
+        True
+    """
+    if not isinstance(data, Mapping) or "state" not in data:
+        msg = f"data must be what state_dict returns, got {type(data).__name__}"
+        raise TypeError(msg)
+    if data.get("format") != _FORMAT:
+        msg = (
+            f"data has format {data.get('format')!r}, this version reads {_FORMAT}; "
+            "load it with the version that wrote it"
+        )
+        raise ValueError(msg)
+    loaded: S = _loaded(state, data["state"], "state")
+    return loaded
+
+
+def _loaded(template: Any, data: Any, place: str) -> Any:
+    """Rebuild one part of a state; everything is checked on the way."""
+    if isinstance(template, Tensor):
+        return _loaded_tensor(template, data, place)
+    if isinstance(template, Static):
+        _check_type(data, "Static", place)
+        value = _tuples(data.get("value"))
+        if type(value) is not type(template.value):
+            wanted = type(template.value).__name__
+            msg = f"{place} must hold a {wanted}, got {value!r}; the data is damaged"
+            raise ValueError(msg)
+        return Static(value)
+    if isinstance(template, tuple) and hasattr(template, "_fields"):
+        kind = type(template)
+        _check_type(data, kind.__name__, place)
+        data = data.get("fields")
+        if not isinstance(data, Mapping):
+            msg = f"{place} must have fields, got {data!r}; the data is damaged"
+            raise ValueError(msg)
+        check_same_names(place, data, kind._fields, "field")
+        parts = [
+            _loaded(getattr(template, n), data[n], f"{place}.{n}") for n in kind._fields
+        ]
+        return kind(*parts)
+    if isinstance(template, tuple):
+        if not isinstance(data, (list, tuple)) or len(data) != len(template):
+            msg = (
+                f"{place} must be a list of {len(template)} states, got "
+                f"{_described(data)}; the checkpoint is of another chain"
+            )
+            raise ValueError(msg)
+        return tuple(
+            _loaded(part, value, f"{place}[{i}]")
+            for i, (part, value) in enumerate(zip(template, data, strict=True))
+        )
+    if not isinstance(data, Mapping):
+        msg = f"{place} must be a dict by parameter name, got {_described(data)}"
+        raise ValueError(msg)
+    check_same_names(place, data, template)
+    loaded = {
+        name: _loaded(part, data[name], f"{place}[{name!r}]")
+        for name, part in template.items()
+    }
+    return _shared(loaded)
+
+
+def _shared(column: TensorMap) -> TensorMap:
+    """Let names with the same count share one tensor again, as `init` does."""
+    tensors = list(column.values())
+    if not tensors or any(t.ndim or t.dtype != tensors[0].dtype for t in tensors):
+        return column
+    distinct: dict[tuple[float, float], Tensor] = {}
+    # The sign tells -0.0 from 0.0; NaN equals nothing and stays by itself.
+    keys = [
+        (value, math.copysign(1.0, value)) for value in torch.stack(tensors).tolist()
+    ]
+    return {
+        name: distinct.setdefault(key, tensor)
+        for (name, tensor), key in zip(column.items(), keys, strict=True)
+    }
+
+
+def _loaded_tensor(template: Tensor, data: Any, place: str) -> Tensor:
+    if not isinstance(data, Tensor):
+        msg = f"{place} must be a tensor, got {_described(data)}"
+        raise ValueError(msg)
+    if data.shape != template.shape or data.dtype != template.dtype:
+        msg = (
+            f"{place} must have shape {tuple(template.shape)} and dtype "
+            f"{template.dtype}, got {tuple(data.shape)} and {data.dtype}; the "
+            "checkpoint is of another model"
+        )
+        raise ValueError(msg)
+    return data.detach().to(template.device, copy=True)
+
+
+def _check_type(data: Any, kind: str, place: str) -> None:
+    if not isinstance(data, Mapping) or data.get("type") != kind:
+        msg = (
+            f"{place} must be a {kind}, got {_described(data)}; the checkpoint is of "
+            "another chain"
+        )
+        raise ValueError(msg)
+
+
+def _described(data: Any) -> str:
+    if isinstance(data, Mapping):
+        kind = data.get("type")
+        return f"a {kind}" if isinstance(kind, str) else f"a dict of {shown(data)}"
+    if isinstance(data, (list, tuple)):
+        return f"a list of {len(data)}"
+    return "a tensor" if isinstance(data, Tensor) else repr(data)

@@ -1,0 +1,209 @@
+"""What is checked on the host before an update: names, layout, dtype, shape, device.
+
+Values are never looked at: that would wait for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functional_optim._messages import shown
+
+if TYPE_CHECKING:
+    from functional_optim.core._transform import TensorMap
+
+
+def check_parameters(params: Any) -> None:
+    """Refuse what cannot be optimized as a map of parameters.
+
+    Raises:
+        TypeError: not a map from name to tensor; integer, complex or sparse tensors.
+        ValueError: parameters on several devices.
+    """
+    _check_map(params, "params", "parameters(model)")
+    devices: dict[torch.device, str] = {}
+    for name, param in params.items():
+        _check_tensor("parameter", name, param)
+        devices.setdefault(param.device, name)
+    if len(devices) > 1:
+        places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
+        msg = (
+            f"parameters lie on several devices: {places}; move them to one, or run "
+            "one chain for each device"
+        )
+        raise ValueError(msg)
+
+
+def check_updates(updates: Any, params: TensorMap) -> None:
+    """Refuse updates that do not fit the parameters.
+
+    Raises:
+        TypeError: not a map from name to tensor; integer, complex or sparse tensors.
+        ValueError: a name, shape or device that no parameter has.
+    """
+    if isinstance(updates, (list, tuple)) and any(map(torch.is_tensor, updates)):
+        kind = type(updates).__name__
+        msg = (
+            f"updates must be a dict from parameter name to tensor, got a {kind} of "
+            "tensors; write dict(zip(params, torch.autograd.grad(...))), if that is "
+            "where they come from"
+        )
+        raise TypeError(msg)
+    if isinstance(updates, tuple):
+        msg = (
+            "updates must be a dict, got a tuple; write updates, state = x.update(...)"
+        )
+        raise TypeError(msg)
+    _check_map(updates, "updates", "gradients(model)")
+    _check_map(params, "params", "parameters(model)")
+    for name, update in updates.items():
+        param = params.get(name)
+        # One cheap look at each; only what fails it is looked at closely.
+        if (
+            not isinstance(param, Tensor)
+            or not isinstance(update, Tensor)
+            or not param.is_floating_point()
+            or update.shape != param.shape
+            or not update.is_floating_point()
+            or update.layout != torch.strided
+            or update.device != param.device
+        ):
+            _refuse(name, update, updates, params)
+
+
+def check_names(updates: TensorMap, params: TensorMap) -> None:
+    """Refuse updates for names that no parameter has; `check_updates` checks the rest.
+
+    Raises:
+        ValueError: naming them.
+    """
+    if not updates.keys() <= params.keys():
+        check_updates(updates, params)
+
+
+def check_state(transform: object, state: object, kind: type) -> None:
+    """Refuse what is not the kind of state that a transform's `init` makes.
+
+    Raises:
+        ValueError: naming the transform and both kinds.
+    """
+    if not isinstance(state, kind):
+        msg = (
+            f"{transform!r} needs a {kind.__name__}, got {shown_state(state)}; make it "
+            "with this transform's init"
+        )
+        raise ValueError(msg)
+
+
+def check_states(state: object, count: int, part: str) -> None:
+    """Refuse what is not a tuple of the states of a combinator's parts.
+
+    Raises:
+        ValueError: naming both lengths.
+    """
+    if not isinstance(state, tuple) or len(state) != count:
+        msg = (
+            f"state must be a tuple of {count} states, one for each {part}, got "
+            f"{shown_state(state)}; make it with this transform's init"
+        )
+        raise ValueError(msg)
+
+
+def check_made_for(
+    transform: object, option: str, part: object, *, wanted: bool
+) -> None:
+    """Refuse a state made by the same kind of transform without (or with) an option.
+
+    Args:
+        transform: The transform.
+        option: Name of the option that the state depends on.
+        part: The part of the state that is `()` without it.
+        wanted: Whether the transform has the option on.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if wanted != isinstance(part, dict):
+        made = "without" if wanted else "with"
+        msg = (
+            f"{transform!r} got a state made {made} {option}; call init again after "
+            f"changing {option}"
+        )
+        raise ValueError(msg)
+
+
+def shown_state(state: object) -> str:
+    """Return what a state is, for an error message."""
+    if isinstance(state, tuple):
+        return f"{type(state).__name__} of length {len(state)}"
+    return type(state).__name__
+
+
+def _refuse(name: Any, update: Any, updates: TensorMap, params: TensorMap) -> None:
+    """Say what is wrong with an update."""
+    if name not in params:
+        unknown = [n for n in updates if n not in params]
+        msg = (
+            f"updates for names that no parameter has: {shown(unknown)}; the "
+            f"parameters are {shown(params)}"
+        )
+        raise ValueError(msg)
+    param = params[name]
+    _check_tensor("parameter", name, param)
+    _check_tensor("update", name, update)
+    if update.shape != param.shape:
+        msg = (
+            f"update of {name!r} has shape {tuple(update.shape)}, its parameter "
+            f"{tuple(param.shape)}; they must be equal"
+        )
+        raise ValueError(msg)
+    msg = (
+        f"update of {name!r} lies on {update.device}, its parameter on "
+        f"{param.device}; move one with .to(device)"
+    )
+    raise ValueError(msg)
+
+
+def _check_map(tensors: Any, name: str, remedy: str) -> None:
+    if not isinstance(tensors, Mapping):
+        msg = (
+            f"{name} must be a dict from parameter name to tensor, got "
+            f"{type(tensors).__name__}; make one with {remedy}"
+        )
+        raise TypeError(msg)
+
+
+def _kind(value: Any) -> str:
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return repr(value) if plain else f"a {type(value).__name__}"
+
+
+def _check_tensor(kind: str, name: Any, tensor: Any) -> None:
+    if not isinstance(tensor, Tensor):
+        remedy = "; omit names without a gradient" if tensor is None else ""
+        msg = f"{kind} of {name!r} must be a tensor, got {_kind(tensor)}{remedy}"
+        raise TypeError(msg)
+    if not isinstance(name, str):
+        msg = f"{kind} names must be strings, got {name!r}"
+        raise TypeError(msg)
+    if tensor.layout != torch.strided:
+        msg = (
+            f"{kind} of {name!r} is sparse ({tensor.layout}); only dense tensors are "
+            "optimized: use sparse=False in the embedding, or .to_dense()"
+        )
+        raise TypeError(msg)
+    if not tensor.is_floating_point():
+        remedy = (
+            "pass torch.view_as_real(tensor)"
+            if tensor.is_complex()
+            else "leave it out, or convert it with .float()"
+        )
+        msg = (
+            f"{kind} of {name!r} has dtype {tensor.dtype}; only real floating-point "
+            f"tensors are optimized: {remedy}"
+        )
+        raise TypeError(msg)

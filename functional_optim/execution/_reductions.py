@@ -1,0 +1,210 @@
+"""Passes: how units learn totals over all of them.
+
+A pass runs the update of every unit up to a call of `context.reduce` whose total is not
+known yet, and joins what the units bring there. When all totals are known, the last
+pass runs through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from functional_optim.core._context import ReduceOp, local_total
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from functional_optim.core._context import Reducer
+    from functional_optim.execution._compiled import CompiledRun
+    from functional_optim.execution._unit_update import Run
+
+Call: TypeAlias = tuple[tuple[int | str, ...], int]
+"""A call of `reduce`: the path of the context, and how many came before it there."""
+
+Totals: TypeAlias = dict[Call, Tensor]
+
+R = TypeVar("R")
+
+
+class Stop(NamedTuple):
+    """Where an update stops, and what its unit brings there.
+
+    Attributes:
+        call: The call whose total is not known.
+        partial: What the unit brings to it.
+        op: Its operation.
+    """
+
+    call: Call
+    partial: Tensor
+    op: ReduceOp
+
+
+class StopError(BaseException):
+    """Carries a stop out of an update, past any `except`.
+
+    Nothing may keep it: its traceback keeps the frames that it passed, and with them
+    the gradients of a step.
+    """
+
+    def __init__(self, at: Stop) -> None:
+        super().__init__(at.call)
+        self.at = at
+
+
+class _Numbered:
+    """A reducer for one update that tells its calls apart."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[int | str, ...], int] = {}
+
+    def next(self, path: tuple[int | str, ...]) -> Call:
+        """Return the call that comes next at a path."""
+        return path, self._seen.get(path, 0)
+
+    def count(self, call: Call) -> None:
+        """Go on to the call after this one."""
+        self._seen[call[0]] = call[1] + 1
+
+
+class Supplied(_Numbered):
+    """A reducer that knows some totals and stops at the first it does not.
+
+    Attributes:
+        totals: The totals.
+    """
+
+    def __init__(self, totals: Totals) -> None:
+        super().__init__()
+        self.totals = totals
+
+    def known(self, path: tuple[int | str, ...]) -> Tensor | None:
+        """Return the total of the next call if there is one; then it is made."""
+        call = self.next(path)
+        total = self.totals.get(call)
+        if total is not None:
+            self.count(call)
+        return total
+
+    def __call__(
+        self, path: tuple[int | str, ...], partial: Tensor, op: ReduceOp
+    ) -> Tensor:
+        total = self.known(path)
+        if total is None:
+            raise StopError(Stop(self.next(path), partial, op))
+        return total
+
+
+class Recorded(_Numbered):
+    """A reducer that writes down the calls, and answers with a harmless number.
+
+    The total of a part may be what nobody can go on from, such as a norm of 0.
+    """
+
+    def __init__(self, calls: list[Call]) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __call__(
+        self, path: tuple[int | str, ...], partial: Tensor, op: ReduceOp
+    ) -> Tensor:
+        call = self.next(path)
+        self.count(call)
+        self._calls.append(call)
+        return torch.ones_like(local_total(partial, op))
+
+
+def next_call(left: Sequence[Sequence[Call]]) -> Call:
+    """Return a call that all who make it make next.
+
+    Args:
+        left: The calls that are still to come, of each kind of unit; none is empty.
+
+    Raises:
+        ValueError: there is none.
+
+    Example:
+        >>> a, b = ((0,), 0), ((1,), 0)
+        >>> next_call([[b], [a, b]])
+        ((0,), 0)
+    """
+    for calls in left:
+        if all(calls[0] not in other[1:] for other in left):
+            return calls[0]
+    raise _disordered(left[0][0])
+
+
+def _disordered(call: Call) -> ValueError:
+    return ValueError(
+        f"parameters call context.reduce in different orders (at {call[0]}); calls "
+        "must not depend on names, shapes or values"
+    )
+
+
+def through(run: Callable[[Reducer], R], totals: Totals) -> R:
+    """Run an update to its end.
+
+    Args:
+        run: Function that runs it with a reducer.
+        totals: All totals that it asks for.
+
+    Raises:
+        ValueError: it asks for another one.
+    """
+    try:
+        return run(Supplied(totals))
+    except StopError as stop:
+        call = stop.at.call
+    raise _disordered(call)
+
+
+def collected(runs: Sequence[Run | CompiledRun], call: Call, totals: Totals) -> Tensor:
+    """Run updates up to a call, and return the total over them.
+
+    Args:
+        runs: The updates.
+        call: The call.
+        totals: The totals of the calls before it.
+
+    Raises:
+        ValueError: an update does not come to this call next.
+    """
+    partials: list[Tensor] = []
+    op: ReduceOp = "sum"
+    for run in runs:
+        stop = run.stop(totals)
+        if stop is None or stop.call != call:
+            raise _disordered(call)
+        partials.append(stop.partial)
+        op = stop.op
+    return local_total(torch.cat(partials), op)
+
+
+def totals_of(runs: Sequence[Run | CompiledRun]) -> Totals:
+    """Return the totals that updates ask for, with a pass for each.
+
+    Args:
+        runs: What runs in a step.
+    """
+    left: dict[tuple[int, Hashable], tuple[list[Call], list[Any]]] = {}
+    for run in runs:
+        kind = id(run.bucket), run.key
+        calls = run.calls()
+        left.setdefault(kind, (list(calls), []))[1].append(run)
+    totals: Totals = {}
+    while True:
+        waiting = [entry for entry in left.values() if entry[0]]
+        if not waiting:
+            return totals
+        call = next_call([calls for calls, _ in waiting])
+        taking = [entry for entry in waiting if entry[0][0] == call]
+        chosen = {id(run) for _, some in taking for run in some}
+        totals[call] = collected(
+            [run for run in runs if id(run) in chosen], call, totals
+        )
+        for calls, _ in taking:
+            del calls[0]

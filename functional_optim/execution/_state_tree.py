@@ -1,0 +1,188 @@
+"""A state as a list of nodes: what executors cut, keep and put together again.
+
+A state is tuples down to its nodes: maps by parameter name, tensors of the transform as
+a whole, and `Static` values. What kind a node is follows from its entries; whose it is
+from the transform it belongs to.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from functional_optim.core._transform import Static
+from functional_optim.core._traversal import walk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from functional_optim.core._transform import TensorMap, Transform
+
+Node: TypeAlias = "TensorMap | Tensor | Static[Any]"
+
+
+class Kind(enum.Enum):
+    """What a node holds."""
+
+    ELEMENTWISE = "a tensor like the parameter, for each"
+    EACH = "a tensor of its own shape for each parameter"
+    WHOLE = "one tensor for the transform"
+    STATIC = "a value on the host"
+
+
+class Field(NamedTuple):
+    """What is known about a node.
+
+    Attributes:
+        kind: What it holds.
+        owner: Name of the class of the transform that it belongs to.
+        name: Name of the field, "" if its tuple has no names.
+        names: The parameters that its transform sees.
+        donated: Whether the transform reads each entry once, so that an executor may
+            let it overwrite them.
+        scalars: Whether all its parameters are 0-dim: then a tensor like the parameter
+            and one number for it look the same, and only the whole is safe.
+    """
+
+    kind: Kind
+    owner: str
+    name: str
+    names: frozenset[str]
+    donated: bool
+    scalars: bool
+
+
+def nodes_of(state: Any) -> list[Node]:
+    """Return the nodes of a state, in order.
+
+    Example:
+        >>> import torch
+        >>> from functional_optim import Trace, chain, sgd
+        >>> tx = sgd(0.1, momentum=0.9)
+        >>> [sorted(node) for node in nodes_of(tx.init({"w": torch.ones(1)}))]
+        [['w']]
+    """
+    found: list[Node] = []
+    _collect(state, found)
+    return found
+
+
+def _collect(state: Any, found: list[Node]) -> None:
+    if isinstance(state, tuple):
+        for part in state:
+            _collect(part, found)
+    else:
+        found.append(state)
+
+
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a state, in order."""
+    for node in nodes_of(state):
+        if isinstance(node, dict):
+            yield from node.values()
+        elif isinstance(node, Tensor):
+            yield node
+
+
+def rebuilt(template: Any, nodes: Iterator[Node]) -> Any:
+    """Return a state of the structure of another with other nodes, in order."""
+    if isinstance(template, tuple):
+        parts = [rebuilt(part, nodes) for part in template]
+        return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)
+    return next(nodes)
+
+
+def mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a state with other tensors in the same places.
+
+    Args:
+        state: The state.
+        change: What to put in the place of a tensor.
+
+    Example:
+        >>> import torch
+        >>> mapped(({"w": torch.ones(1)}, Static(3)), torch.neg)
+        ({'w': tensor([-1.])}, Static(value=3))
+    """
+    return rebuilt(state, iter([_changed(node, change) for node in nodes_of(state)]))
+
+
+def _changed(node: Node, change: Callable[[Tensor], Tensor]) -> Node:
+    if isinstance(node, Static):
+        return node
+    if isinstance(node, Tensor):
+        return change(node)
+    return {name: change(entry) for name, entry in node.items()}
+
+
+def _named(state: Any, name: str = "") -> Iterator[tuple[Node, str]]:
+    """Yield the nodes with the names of their fields."""
+    if isinstance(state, tuple):
+        fields = getattr(state, "_fields", None) or [name] * len(state)
+        for part, field in zip(state, fields, strict=True):
+            yield from _named(part, field)
+    else:
+        yield state, name
+
+
+def fields_of(transform: Transform, state: Any, params: TensorMap) -> list[Field]:
+    """Return what is known about each node of a state.
+
+    Args:
+        transform: The transform.
+        state: A state of it, over all parameters.
+        params: All parameters.
+    """
+    owners: dict[int, tuple[str, frozenset[str], bool]] = {}
+    opaque: set[tuple[int | str, ...]] = set()
+    for stage in walk(transform, state, params):
+        # What looks back at an old state must find it as it was.
+        consumes = stage.path[:-1] not in opaque and getattr(
+            type(stage.transform), "consumes_state", False
+        )
+        if not consumes:
+            opaque.add(stage.path)
+        names = frozenset(stage.params)
+        owner = type(stage.transform).__name__
+        for node in nodes_of(stage.state):
+            owners[id(node)] = owner, names, consumes
+    fields = []
+    for node, name in _named(state):
+        owner, names, consumes = owners[id(node)]
+        _check_node(node, owner, name, params)
+        kind = _kind(node, params)
+        scalars = isinstance(node, dict) and all(params[n].ndim == 0 for n in node)
+        donated = consumes and kind is Kind.ELEMENTWISE
+        fields.append(Field(kind, owner, name, names, donated, scalars))
+    return fields
+
+
+def _check_node(node: Any, owner: str, name: str, params: TensorMap) -> None:
+    """Refuse what no state may hold: the transform may be a user's.
+
+    Raises:
+        TypeError: naming the transform and the field.
+    """
+    entries = node.values() if isinstance(node, dict) else [node]
+    fits = isinstance(node, (dict, Tensor, Static))
+    if fits and isinstance(node, dict):
+        fits = all(isinstance(entry, Tensor) for entry in entries)
+        fits = fits and node.keys() <= params.keys()
+    if not fits:
+        msg = (
+            f"the state of {owner} has {node!r} at {name or 'its top'!r}; it may hold "
+            "tensors, dicts of tensors by parameter name, tuples of these, and Static "
+            "for what the host must know"
+        )
+        raise TypeError(msg)
+
+
+def _kind(node: Node, params: TensorMap) -> Kind:
+    if isinstance(node, Static):
+        return Kind.STATIC
+    if isinstance(node, Tensor):
+        return Kind.WHOLE
+    alike = all(entry.shape == params[name].shape for name, entry in node.items())
+    return Kind.ELEMENTWISE if alike else Kind.EACH

@@ -1,0 +1,1 @@
+"""Compile the update of a unit into one loop."""

@@ -1,0 +1,177 @@
+"""The numbers of a transform, taken out and put in again.
+
+Compiled code is made once for a kind of transform. What may change from step to step
+goes in from outside: numbers in hyperparameters, and tensors wherever they stand. What
+is left, the kind, is compared by value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from functional_optim._resolving import is_zero
+from functional_optim.core._hyperparameters import after_init
+from functional_optim.core._value_class import with_fields
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+Number: TypeAlias = float | Tensor
+
+
+class _Place:
+    """Where a number was taken out."""
+
+    def __repr__(self) -> str:
+        return "_"
+
+
+PLACE = _Place()
+"""Stands in a kind where a number goes."""
+
+
+def lifted(value: Any) -> tuple[Any, list[Number]]:
+    """Return the kind of a transform, and the numbers in it.
+
+    Args:
+        value: The transform, resolved.
+
+    Returns:
+        Nested tuples without the numbers, to compare with `same_for_good`; and the
+        numbers in order.
+
+    Example:
+        >>> from functional_optim import ScaleByAdam, chain, sgd
+        >>> lifted(sgd(0.1))[1], lifted(ScaleByAdam())[1]
+        ([0.1], [0.9, 0.999, 1e-08])
+    """
+    numbers: list[Number] = []
+
+    def take(number: Number) -> Any:
+        numbers.append(number)
+        return number
+
+    with_places = _mapped(value, take, _as_kind)
+    return with_places, numbers
+
+
+def lowered(value: Any, put: Callable[[Number], Number]) -> Any:
+    """Return a transform with other numbers in the same places.
+
+    Args:
+        value: The transform.
+        put: Function of a number that is there, which returns what takes its place.
+            Called in the order of `lifted`.
+
+    Example:
+        >>> from functional_optim import sgd
+        >>> lowered(sgd(0.1), lambda number: 2 * number)
+        chain(ScaleByLearningRate(0.2))
+    """
+    return _mapped(value, put, _replaced)
+
+
+def as_tensors(numbers: Iterable[Number], like: Tensor) -> list[Tensor]:
+    """Return numbers as code takes them: in float64, where they are no tensors.
+
+    Args:
+        numbers: The numbers.
+        like: A tensor on the device where they go.
+    """
+    return [
+        number
+        if isinstance(number, Tensor)
+        else torch.tensor(number, dtype=torch.float64, device=like.device)
+        for number in numbers
+    ]
+
+
+def is_frozen(value: Any) -> bool:
+    """Whether nobody can write into a transform.
+
+    Frozen dataclasses and tuples of such are; so is what has no update, such as a
+    schedule: what that closes over is no part of the kind.
+
+    Example:
+        >>> from functional_optim import sgd
+        >>> is_frozen(sgd(0.1)), is_frozen({"a": sgd(0.1)})
+        (True, False)
+    """
+    if isinstance(value, tuple):
+        return all(map(is_frozen, value))
+    if isinstance(value, (dict, list, set)):
+        return False
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        # A subclass that is no dataclass itself may have an attribute of its own.
+        made = vars(type(value)).get("__dataclass_params__")
+        frozen = made is not None and bool(made.frozen)
+        parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
+        return frozen and all(map(is_frozen, parts))
+    return not (hasattr(value, "update") and hasattr(value, "__dict__"))
+
+
+def _as_kind(value: Any, /, **fields: Any) -> Any:
+    return type(value), *fields.items()
+
+
+def _replaced(value: Any, /, **fields: Any) -> Any:
+    """Return a value with other fields; the same one if none differs."""
+    same = all(getattr(value, name) is part for name, part in fields.items())
+    return value if same else with_fields(value, **fields)
+
+
+def _mapped(
+    value: Any,
+    change: Callable[[Number], Any],
+    build: Callable[..., Any],
+    *,
+    is_number: bool = False,
+) -> Any:
+    is_kind = build is _as_kind
+    if isinstance(value, Tensor):
+        changed = change(value)
+        return (PLACE, value.dtype, value.device, value.shape) if is_kind else changed
+    if is_number and isinstance(value, float):
+        changed = change(value)
+        return PLACE if is_kind else changed
+    if isinstance(value, tuple):
+        parts = [_mapped(part, change, build, is_number=is_number) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+    if isinstance(value, dict):
+        return {
+            key: _mapped(part, change, build, is_number=is_number)
+            for key, part in value.items()
+        }
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        if is_kind and hasattr(value, "update") and hasattr(value, "__dict__"):
+            return value, dict(vars(value))  # Somebody may write into it.
+        return value
+    changes = {
+        field.name: _mapped(
+            getattr(value, field.name),
+            change,
+            build,
+            is_number=_is_lifted(value, field),
+        )
+        for field in dataclasses.fields(value)
+    }
+    return build(value, **changes)
+
+
+def _is_lifted(value: Any, field: dataclasses.Field[Any]) -> bool:
+    """Whether a number in a field goes in from outside.
+
+    A plain 0 that switches something off makes another kind.
+    """
+    own = getattr(type(value), "__post_init__", None)
+    if own is not None and own is not after_init:
+        return False  # What it made of the number cannot be known.
+    declared = getattr(type(value), "hyperparameters", ())
+    if "hyperparameter" not in field.metadata and field.name not in declared:
+        return False
+    zero_differs = field.metadata.get("zero_differs", False)
+    return not (zero_differs and is_zero(getattr(value, field.name)))

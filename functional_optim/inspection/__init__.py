@@ -1,0 +1,1 @@
+"""Explain what a transform and an optimizer do."""

@@ -1,0 +1,99 @@
+"""Keep histories of numbers on their device until somebody looks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from functional_optim.core._readings import fetch
+
+_MOST = 1024
+"""How many numbers may wait for a reader; each holds a small piece of the device."""
+
+
+def _lies_here(value: Tensor) -> bool:
+    """Whether reading a tensor waits for nothing."""
+    return value.is_cpu
+
+
+class DeferredHistory:
+    """What a MMEngine `HistoryBuffer` does, with tensors that stay where they are.
+
+    MMEngine reads each number on the host when it is noted, so that every step waits
+    for the device. Here all that came since somebody last looked is read in one
+    transfer. A copy, and what is pickled, is a plain `HistoryBuffer`: checkpoints can
+    be loaded where this library is not installed.
+
+    To be derived from together with `HistoryBuffer`, this class first.
+    """
+
+    max_length: int
+    _waiting: list[tuple[float | Tensor, int]]
+    _statistics_methods: dict[str, Any]
+
+    def update(self, log_val: float | Tensor, count: int = 1) -> None:
+        """Note a number.
+
+        Args:
+            log_val: The number; a tensor of one element is not read yet.
+            count: How many numbers it is the sum of.
+
+        Raises:
+            TypeError: it is no number.
+        """
+        if isinstance(log_val, Tensor):
+            if _lies_here(log_val):
+                log_val = log_val.item()
+            else:  # Whoever noted it may write into it afterwards.
+                log_val = log_val.detach().reshape(()).clone()
+        elif not isinstance(log_val, (int, float)):
+            kind = type(log_val).__name__
+            msg = f"log_val must be a number or a tensor of one element, got a {kind}"
+            raise TypeError(msg)
+        self._waiting.append((log_val, count))
+        if len(self._waiting) >= _MOST:
+            self._read()
+
+    def _read(self) -> None:
+        """Bring to the host what waits."""
+        if not self._waiting:
+            return
+        values, counts = zip(*self._waiting, strict=True)
+        self._waiting = []
+        waiting = {str(i): v for i, v in enumerate(values) if isinstance(v, Tensor)}
+        read = fetch(waiting)
+        numbers: Any = (
+            [read.get(str(i), v) for i, v in enumerate(values)] if read else values
+        )
+        # Beyond max_length the oldest go.
+        start = -self.max_length
+        self._log_history = np.append(self._log_history, numbers)[start:]
+        self._count_history = np.append(self._count_history, counts)[start:]
+
+    # `HistoryBuffer` and statistics that users register read these two.
+
+    @property
+    def _log_history(self) -> Any:
+        self._read()
+        return self.__dict__["values"]
+
+    @_log_history.setter
+    def _log_history(self, values: Any) -> None:
+        self.__dict__["values"], self._waiting = values, []
+
+    @property
+    def _count_history(self) -> Any:
+        self._read()
+        return self.__dict__["counts"]
+
+    @_count_history.setter
+    def _count_history(self, counts: Any) -> None:
+        self.__dict__["counts"] = counts
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        plain = type(self).__mro__[2]
+        data = self._log_history, self._count_history
+        statistics = {"statistics_methods": self._statistics_methods}
+        return plain, (*data, self.max_length), statistics

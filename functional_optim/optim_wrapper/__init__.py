@@ -1,0 +1,1 @@
+"""OptimWrapper, AmpOptimWrapper and OptimWrapperDict: drop-ins for MMEngine."""

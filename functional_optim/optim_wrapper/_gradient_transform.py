@@ -1,0 +1,201 @@
+"""What a wrapper runs between backward and step: a transform, on the gradients."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functional_optim._compiling import untraced
+from functional_optim.core._chain import checked_transform
+from functional_optim.core._context import Context
+from functional_optim.core._readings import readings
+from functional_optim.core._state_dict import load_state_dict, state_dict
+from functional_optim.core._transform import Role, inner_transforms
+from functional_optim.execution._gradient_executor import GradientExecutor
+from functional_optim.execution._state_tree import nodes_of, rebuilt
+from functional_optim.optim_wrapper._errors import MistakenValueError
+from functional_optim.torch_optimizer._gradients import gradients_of
+from functional_optim.torch_optimizer._sharding import ShardCheck
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from functional_optim.core._transform import Transform
+
+_OWNED = {
+    Role.ACCUMULATE: "the wrapper accumulates in .grad: pass accumulative_counts",
+    Role.UNSCALE: "the wrapper unscales the loss: use AmpOptimWrapper",
+    Role.LEARNING_RATE: "the optimizer takes the step: pass what comes before it, or "
+    "OptimWrapper(TransformOptimizer(params, transform))",
+    Role.GUARD: "the optimizer would step with zeros: use AmpOptimWrapper, or put it "
+    "into a TransformOptimizer",
+}
+
+
+class GradientTransform:
+    """A transform on the gradients of an optimizer.
+
+    Args:
+        transform: The transform.
+
+    Attributes:
+        is_clip: Whether it is no more than a clip: it does not look at parameters, and
+            its state is not worth saving.
+
+    Raises:
+        MistakenValueError: it accumulates, unscales, steps or skips steps, which the
+            wrapper or the optimizer does.
+        TypeError: it is no transform.
+    """
+
+    def __init__(self, transform: Transform, *, is_clip: bool = False) -> None:
+        checked_transform("transform", transform)
+        check_not_owned(transform, _OWNED, "cannot stand between backward and step")
+        self.transform, self.is_clip = transform, is_clip
+        self._executor: GradientExecutor | None = None
+        self._names: dict[Tensor, str] = {}
+        self._context = Context()
+
+    @untraced
+    def run(
+        self,
+        params: Sequence[Tensor],
+        names: Mapping[Tensor, str],
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Run the transform on the gradients that there are.
+
+        Args:
+            params: The parameters of the optimizer.
+            names: Names of parameters, as far as they are known.
+            found_inf: Nonzero if the step will be skipped. Tensor, one element.
+        """
+        executor = self._ready(params, names)
+        wanted = {p: name for p, name in self._names.items() if p.requires_grad}
+        grads = {
+            name: grad.detach() if grad.requires_grad else grad
+            for name, grad in gradients_of(wanted).items()
+        }
+        if not grads:
+            return
+        shown = grads
+        if not self.is_clip:
+            shown = {name: param.detach() for param, name in self._names.items()}
+        with torch.no_grad():
+            executor.run(grads, shown, context=self._context, found_inf=found_inf)
+
+    def state(self, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> Any:
+        """Return the state of the transform."""
+        return self._ready(params, names).state
+
+    @property
+    def norm(self) -> Tensor | None:
+        """The joint norm of the last step, if the transform clips by one."""
+        if self._executor is None:
+            return None
+        state = self._executor.state
+        if self.is_clip:  # The value is that of an infinite limit.
+            found: Tensor | None = getattr(state, "norm", getattr(state, "value", None))
+            return found
+        return readings(self.transform, state).get("norm")
+
+    def can_run(self, params: Sequence[Tensor]) -> bool:
+        """Whether the parameters are real numbers of one dtype on one device."""
+        if self._executor is not None and self._knows(params):
+            return True
+        kinds = {(param.device, param.dtype) for param in params}
+        return len(kinds) == 1 and all(map(Tensor.is_floating_point, params))
+
+    def readings(self) -> dict[str, Any]:
+        """Return what the transform has to tell; nothing before the first step."""
+        if self._executor is None:
+            return {}
+        return dict(readings(self.transform, self._executor.state))
+
+    def saved(self, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> Any:
+        """Return the state as plain data."""
+        return state_dict(self.state(params, names))
+
+    def loaded(
+        self, data: Any, params: Sequence[Tensor], names: Mapping[Tensor, str]
+    ) -> Any:
+        """Return the state that plain data describes; nothing changes.
+
+        Raises:
+            ValueError, TypeError: it is of another transform or model.
+        """
+        return load_state_dict(self.state(params, names), data)
+
+    def take(self, state: Any) -> None:
+        """Go on from a state that `loaded` returned."""
+        assert self._executor is not None
+        self._executor.state = state
+
+    def forget_names(self) -> None:
+        """Ask for the names of the parameters again."""
+        self._names = {}
+
+    def _knows(self, params: Sequence[Tensor]) -> bool:
+        known = self._names
+        return len(params) == len(known) and all(map(operator.is_, params, known))
+
+    def _ready(
+        self, params: Sequence[Tensor], names: Mapping[Tensor, str]
+    ) -> GradientExecutor:
+        """Return the executor for these parameters, with the state that there was."""
+        executor = self._executor
+        if executor is None or not self._knows(params):
+            named = _named(params, names)
+            self._context = ShardCheck(named, self.transform).context()
+            self._names = named
+            shown = {name: param.detach() for param, name in self._names.items()}
+            old, executor = executor, GradientExecutor(self.transform, shown)
+            if old is not None:
+                executor.state = _grown(old.state, executor.state)
+            self._executor = executor
+        return executor
+
+
+def _named(params: Sequence[Tensor], names: Mapping[Tensor, str]) -> dict[Tensor, str]:
+    """Return a name for each parameter: its own, else its number."""
+    taken = {names[param] for param in params if param in names}
+    found = {}
+    for index, param in enumerate(params):
+        name = names.get(param, str(index))
+        while param not in names and name in taken:
+            name = f"_{name}"
+        found[param] = name
+    return found
+
+
+def _grown(old: Any, new: Any) -> Any:
+    """Return a new state with what an old one says about the same parameters."""
+    nodes = [
+        {**fresh, **{name: known[name] for name in known if name in fresh}}
+        if isinstance(fresh, dict) and isinstance(known, dict)
+        else known
+        for known, fresh in zip(nodes_of(old), nodes_of(new), strict=True)
+    ]
+    return rebuilt(new, iter(nodes))
+
+
+def check_not_owned(transform: Any, owned: Mapping[Role, str], why: str) -> None:
+    """Refuse a transform that does, at any depth, what somebody else does.
+
+    Args:
+        transform: The transform.
+        owned: What it may not do, and the remedy.
+        why: What is wrong with it.
+
+    Raises:
+        MistakenValueError: naming it and the remedy.
+    """
+    role = getattr(transform, "role", None)
+    if isinstance(role, Role) and role in owned:
+        msg = f"{transform!r} {why}; {owned[role]}"
+        raise MistakenValueError(msg)
+    for inner in inner_transforms(transform):
+        check_not_owned(inner, owned, why)

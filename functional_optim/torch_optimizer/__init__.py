@@ -1,0 +1,1 @@
+"""TransformOptimizer: a transform as a `torch.optim.Optimizer`."""

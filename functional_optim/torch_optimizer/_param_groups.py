@@ -1,0 +1,385 @@
+"""The groups of an optimizer: what they show, and the transforms that they mean."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from functional_optim.facade._scheduled import Scheduled
+from functional_optim.torch_optimizer._group_hyperparameters import (
+    Choices,
+    Option,
+    Path,
+    group_value,
+    options_of,
+    structure_of,
+    with_values,
+)
+from functional_optim.torch_optimizer._group_keys import (
+    OPTIONS,
+    OWN_KEYS,
+    TRANSFORM_STATE,
+    check_inert,
+    check_keys,
+    check_written,
+    fixed,
+    inert_value,
+    key_of,
+    lacking,
+    same,
+    two_owners,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from functional_optim.core._transform import TensorMap, Transform
+
+
+class Groups:
+    """What the groups of an optimizer show, and what was written into them.
+
+    Args:
+        transform: The transform as the user gave it.
+        notes: Keys of the user's own.
+    """
+
+    def __init__(self, transform: Transform, notes: Collection[str]) -> None:
+        self._transform, self._notes = transform, notes
+        self._options: list[list[Option]] = []
+        self._structure: list[dict[str, bool]] = []
+        self._choices: list[Choices] = []
+        self._seen: list[tuple[Any, ...]] = []
+        self._sizes: list[int] = []
+        self._own: list[set[str]] = []
+        self._params: list[list[Tensor]] = []
+        self._scheduled = Scheduled(transform)
+        self._cycled: list[Any] = []
+        self._known: list[Transform] = []
+
+    def defaults(self, choices: Sequence[Choices]) -> dict[str, Any]:
+        """Return what every group has, for parameters with these labels.
+
+        Args:
+            choices: The labels that there are.
+
+        Raises:
+            ValueError: two transforms have a field of one name with different values.
+        """
+        found: dict[str, Any] = {}
+        for labels in choices or [()]:
+            for option in options_of(self._transform, labels):
+                if option.key not in found:
+                    found[option.key] = self._first_value(option)
+            for key, value in structure_of(self._transform, labels).items():
+                found.setdefault(key, value)
+        return found
+
+    def _first_value(self, option: Option) -> Any:
+        """Return an option as a group shows it before the first step.
+
+        A tensor is the user's own, in every group, as with torch.
+        """
+        if option.scheduled:
+            return self._scheduled.first_value(option)
+        return option.value
+
+    def values_of_new(
+        self,
+        choices: list[Choices],
+        given: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        written: Mapping[str, Any],
+        place: str,
+    ) -> list[dict[str, Any]]:
+        """Return the values of new groups, those that the user gave included.
+
+        Args:
+            choices: The labels of the parameters of each.
+            given: What the user gave.
+            defaults: What every group has.
+            written: What the user wrote into the defaults.
+            place: How to call the groups in an error.
+
+        Raises:
+            ValueError, TypeError: an option that no group here has, or is not legal.
+        """
+        own = {option.key for c in choices for option in options_of(self._transform, c)}
+        own |= {key for c in choices for key in structure_of(self._transform, c)}
+        meant = {
+            key: value
+            for key, value in given.items()
+            if key not in defaults or not same(value, defaults[key])
+        }
+        check_keys(meant, own, self._notes, place, new=True)
+        return [
+            self._own_values(labels, given, defaults, written) for labels in choices
+        ]
+
+    def _own_values(
+        self,
+        choices: Choices,
+        given: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        written: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Return the values of a new group, those that the user gave included.
+
+        Args:
+            choices: The labels of its parameters.
+            given: What the user gave.
+            defaults: What every group has.
+            written: What the user wrote into the defaults.
+
+        Raises:
+            ValueError: a value for what a schedule or the structure decides, or that
+                is not legal.
+            TypeError: a value that is no hyperparameter.
+        """
+        values: dict[str, Any] = {}
+        changes: dict[Path, dict[str, Any]] = {}
+        chosen = {**written, **given}
+        for option in options_of(self._transform, choices):
+            if option.key not in chosen:
+                values[option.key] = self._first_value(option)
+                continue
+            if option.scheduled:
+                raise ValueError(two_owners(option.key))
+            values[option.key] = chosen[option.key]
+            for path in option.paths:
+                changes.setdefault(path, {})[option.field] = chosen[option.key]
+        with_values(self._transform, changes)  # Checks them.
+        for key, value in structure_of(self._transform, choices).items():
+            if chosen.get(key, value) != value:
+                raise ValueError(fixed(key, value))
+            values[key] = value
+        inert = defaults.keys() - values.keys() - OWN_KEYS - OPTIONS - given.keys()
+        shown = {key: group_value(inert_value(key, defaults[key])) for key in inert}
+        return {**values, **shown}
+
+    def add(self, group: dict[str, Any], choices: Choices) -> None:
+        """Watch one more group.
+
+        Args:
+            group: The group, with all its keys.
+            choices: The labels of its parameters.
+        """
+        index = len(self._options)
+        options = options_of(self._transform, choices)
+        self._choices.append(choices)
+        self._options.append(options)
+        self._structure.append(structure_of(self._transform, choices))
+        self._own.append({option.key for option in options} | {*self._structure[-1]})
+        self._seen.append((None,))  # Unlike any values, also unlike none.
+        self._sizes.append(-1)
+        self._params.append(list(group["params"]))
+        self._cycled.append(group.get("betas"))
+        self._scheduled.add(index, group, options)
+
+    def forget(self, count: int) -> None:
+        """Watch no groups after the first ones.
+
+        Args:
+            count: How many stay.
+        """
+        for own in (
+            self._options,
+            self._structure,
+            self._choices,
+            self._seen,
+            self._sizes,
+            self._own,
+            self._params,
+            self._cycled,
+            self._known,
+        ):
+            del own[count:]
+        self._scheduled.forget(count)
+
+    def have_moved(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether groups have other parameters than when they were added.
+
+        Args:
+            groups: The groups.
+        """
+        return len(groups) != len(self._params) or not all(
+            len(group["params"]) == len(known)
+            and all(map(operator.is_, group["params"], known))
+            for group, known in zip(groups, self._params, strict=True)
+        )
+
+    def connect(self, state: Any, params: TensorMap) -> None:
+        """Find the counts of the schedules in a state; see `Scheduled`."""
+        self._scheduled.connect(state, params)
+
+    def show_schedules(self) -> None:
+        """Write the values that schedules have at the next step into the groups."""
+        self._scheduled.show()
+
+    def changed(self, groups: list[dict[str, Any]]) -> list[Transform] | None:
+        """Return the transform of each group if somebody wrote into one, else None.
+
+        Groups that agree share one object.
+
+        Args:
+            groups: The groups.
+
+        Raises:
+            ValueError: an unknown or structural key, a value that is not legal, a
+                schedule and somebody else who writes the same key.
+        """
+        seen = []
+        for index, (group, options) in enumerate(
+            zip(groups, self._options, strict=True)
+        ):
+            own, place = self._own[index], f"param_groups[{index}]"
+            if len(group) != self._sizes[index]:
+                again = self._check_keys(index, group)
+                self._sizes[index] = -1 if again else len(group)
+            check_inert(group, own, place)
+            if "betas" not in own and group.get("betas") is not self._cycled[index]:
+                self._follow_cycle(index, group)
+            try:
+                for key, value in self._structure[index].items():
+                    if group[key] is not value:
+                        raise ValueError(fixed(key, value))
+                seen.append(tuple([_value(option, group) for option in options]))
+            except KeyError as error:
+                message = lacking(place, error.args)
+                raise ValueError(message) from None
+        self._scheduled.check(groups)
+        if all(map(_all_same, seen, self._seen)):
+            return None
+        transforms = self._built(seen)
+        self._seen, self._known = seen, transforms
+        return transforms
+
+    def _check_keys(self, index: int, group: Mapping[str, Any]) -> bool:
+        """Refuse keys of a group that mean nothing; see `check_keys`."""
+        elsewhere = {*self._notes, *set().union(*self._own)}
+        place = f"param_groups[{index}]"
+        return check_keys(group, self._own[index], elsewhere, place, new=False)
+
+    def _follow_cycle(self, index: int, group: dict[str, Any]) -> None:
+        """Copy the first beta that a scheduler cycled to momentum.
+
+        torch's OneCycleLR and CyclicLR write either of the two into all groups.
+        """
+        before, self._cycled[index] = self._cycled[index], group["betas"]
+        if "momentum" in self._own[index] and not same(before, group["betas"]):
+            group["momentum"] = group["betas"][0]
+
+    def settle(self, groups: list[dict[str, Any]]) -> None:
+        """Record the loaded betas, which no scheduler wrote.
+
+        Args:
+            groups: The groups.
+        """
+        self._cycled = [group.get("betas") for group in groups]
+
+    def transforms(self, groups: list[dict[str, Any]]) -> list[Transform]:
+        """Return the transform of each group, as `changed` does, in any case."""
+        changed = self.changed(groups)
+        return self._known if changed is None else changed
+
+    def _built(self, seen: list[tuple[Any, ...]]) -> list[Transform]:
+        known: dict[Any, Transform] = {}
+        found = []
+        for index, values in enumerate(seen):
+            key = self._choices[index], tuple(map(key_of, values))
+            if key not in known:
+                known[key] = self._with_values(index, values)
+            found.append(known[key])
+        return found
+
+    def _with_values(self, index: int, values: tuple[Any, ...]) -> Transform:
+        changes: dict[Path, dict[str, Any]] = {}
+        place = f"param_groups[{index}]"
+        for option, value in zip(self._options[index], values, strict=True):
+            if option.scheduled or same(value, option.value):
+                continue
+            check_written(option, value, place)
+            for path in option.paths:
+                changes.setdefault(path, {})[option.field] = value
+        try:
+            return with_values(self._transform, changes)
+        except (ValueError, TypeError) as error:
+            msg = f"{place}: {error}"
+            raise type(error)(msg) from None
+
+    @property
+    def choices(self) -> list[Choices]:
+        """The labels of the parameters of each group."""
+        return self._choices
+
+    @property
+    def keys(self) -> list[list[str]]:
+        """The keys of each group that a checkpoint sets."""
+        return [
+            [option.key for option in options if not option.scheduled]
+            for options in self._options
+        ]
+
+    def owned(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
+        """Return copies of what a step writes into a group.
+
+        Args:
+            index: Which group it is.
+            group: The group.
+        """
+        shown = [option.key for option in self._options[index] if option.scheduled]
+        found = {key: group_value(group[key]) for key in shown if key in group}
+        if TRANSFORM_STATE in group:
+            found[TRANSFORM_STATE] = copy.deepcopy(group[TRANSFORM_STATE])
+        return found
+
+    def fixed_keys(self, index: int) -> set[str]:
+        """Return the keys of a group that only the transform decides."""
+        keys = {option.key for option in self._options[index] if option.scheduled}
+        return keys | set(self._structure[index])
+
+    @property
+    def structure(self) -> list[dict[str, bool]]:
+        """The structural options of each group."""
+        return self._structure
+
+    def check_saved(self, index: int, saved: Mapping[str, Any]) -> None:
+        """Refuse a group of a checkpoint that the next step could not follow.
+
+        Args:
+            index: Which group it is.
+            saved: The saved group; it has all keys.
+
+        Raises:
+            ValueError, TypeError: a value that is not legal, a decay, say, that nothing
+                here has.
+        """
+        self._with_values(
+            index,
+            tuple(
+                option.value if option.scheduled else _value(option, saved)
+                for option in self._options[index]
+            ),
+        )
+        try:
+            self._check_keys(index, saved)
+            check_inert(saved, self._own[index], f"param_groups[{index}]")
+        except ValueError as error:
+            msg = (
+                f"{error}. It stands in the state dict: build the optimizer with the "
+                "transform that it was saved with"
+            )
+            raise ValueError(msg) from None
+
+
+def _value(option: Option, group: Mapping[str, Any]) -> Any:
+    """Return the value of an option; a list for a pair may be written into later."""
+    value = group[option.key]
+    pair = type(value) is list and isinstance(option.value, tuple)
+    return tuple(value) if pair else value
+
+
+def _all_same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    return len(now) == len(before) and all(map(same, now, before))

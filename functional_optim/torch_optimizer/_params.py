@@ -1,0 +1,289 @@
+"""The parameters of a group: their names, and which of them belong together."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from torch import Tensor
+
+from functional_optim.torch_optimizer._group_hyperparameters import Choices, choices_of
+
+if TYPE_CHECKING:
+    from functional_optim.core._transform import Transform
+
+Members: TypeAlias = Sequence[tuple[str | None, Tensor]]
+"""Parameters with their names, None where there is none."""
+
+_WRAPPERS = {"module", "_orig_mod"}
+"""What wrappers such as DistributedDataParallel and torch.compile put into names."""
+
+_UNKNOWN: Mapping[int, Sequence[str]] = MappingProxyType({})
+_REMEDY = (
+    "pass the parameters themselves, or (name, parameter) pairs as in "
+    "model.named_parameters()"
+)
+
+
+def bare(name: str) -> str:
+    """Return the name of a parameter without what wrappers of its model put there."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def by_choices(
+    transform: Transform, members: Members, start: int
+) -> dict[Choices, list[tuple[str, Tensor]]]:
+    """Return parameters by the labels that they have; one entry if there are none.
+
+    Args:
+        transform: The transform.
+        members: The parameters.
+        start: How many there are before them; those without a name are numbered.
+    """
+    found: dict[Choices, list[tuple[str, Tensor]]] = {} if members else {(): []}
+    for index, (given, param) in enumerate(members, start=start):
+        name = str(index) if given is None else given
+        found.setdefault(choices_of(transform, name, param), []).append((name, param))
+    return found
+
+
+def read_once(group: Any, index: int | None = None) -> dict[str, Any]:
+    """Return a copy of a group whose parameters may be looked at again.
+
+    Args:
+        group: The group; its parameters may be a generator.
+        index: Its number, for messages.
+
+    Raises:
+        TypeError: it is no dict.
+    """
+    if not isinstance(group, Mapping):
+        where = "" if index is None else f" as group {index}"
+        msg = f"param_group must be a dict, but got {_described(group)}{where}"
+        raise TypeError(msg)
+    params = group.get("params")
+    if isinstance(params, (Tensor, Collection)) or not isinstance(params, Iterable):
+        return dict(group)
+    return {**group, "params": list(params)}
+
+
+def pairs_of(
+    group: Mapping[str, Any],
+    index: int | None = None,
+    names: Mapping[int, Sequence[str]] = _UNKNOWN,
+) -> Members:
+    """Return the parameters of a group in pairs with their names, None without one.
+
+    Args:
+        group: The group.
+        index: Its number, for messages.
+        names: All names that a parameter has in the model, by `id`, likewise.
+
+    Raises:
+        TypeError: something that is no parameter, or a set.
+        ValueError: there is no `params`.
+    """
+    if "params" not in group:
+        what = "a group" if index is None else f"group {index}"
+        msg = f"{what} must have 'params', got the keys {sorted(group)}"
+        raise ValueError(msg)
+    params = group["params"]
+    if isinstance(params, Tensor):
+        params = [params]
+    place = "params" if index is None else f"params of group {index}"
+    _check_ordered(place, params)
+    given = group.get("param_names")
+    members: list[tuple[str | None, Tensor]] = []
+    for position, entry in enumerate(params):
+        is_pair = isinstance(entry, tuple) and len(entry) == 2
+        name, param = entry if is_pair and isinstance(entry[0], str) else (None, entry)
+        if not isinstance(param, Tensor):
+            raise TypeError(_no_parameter(place, position, param, names))
+        if name is None and given is not None:
+            name = given[position]
+        members.append((name, param))
+    return members
+
+
+def _check_ordered(place: str, params: Any) -> None:
+    if isinstance(params, (set, frozenset)):
+        msg = (
+            "optimizer parameters need to be organized in ordered collections, but "
+            f"{place} are a set; pass a list"
+        )
+        raise TypeError(msg)
+    if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
+        msg = (
+            f"optimizer can only optimize Tensors, but {place} are "
+            f"{_described(params)}; {_REMEDY}"
+        )
+        raise TypeError(msg)
+
+
+def _no_parameter(
+    place: str, position: int, entry: Any, names: Mapping[int, Sequence[str]]
+) -> str:
+    what, remedy = _described(entry), _REMEDY
+    if isinstance(entry, (list, tuple)):
+        inside = [repr(names[id(p)][0]) for p in entry if id(p) in names]
+        what += f" of {', '.join(inside)}" if inside else ""
+        remedy = "put its parameters there one by one: params=[*inner]"
+    return (
+        f"optimizer can only optimize Tensors, but {place} have {what} at position "
+        f"{position}; {remedy}"
+    )
+
+
+def _described(value: Any) -> str:
+    return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
+    """Return the parameters of a group, with names for all of them or for none.
+
+    Args:
+        group: The group.
+        differentiable: Whether results of operations are welcome.
+
+    Raises:
+        TypeError: something that is no parameter, or a set.
+        ValueError: some have a name and some have none; a tensor that is no leaf.
+    """
+    members = pairs_of(group)
+    if len({name is None for name, _ in members}) > 1:
+        msg = "some parameters have a name and some have none; give all of them one"
+        raise ValueError(msg)
+    for index, (name, param) in enumerate(members):
+        if not (differentiable or param.is_leaf or param.retains_grad):
+            msg = (
+                f"can't optimize a non-leaf Tensor: parameter {name or index!r} is the "
+                "result of an operation; pass param.detach().requires_grad_(), or "
+                "differentiable=True"
+            )
+            raise ValueError(msg)
+    return members
+
+
+def named_members(
+    group: Mapping[str, Any], place: str, known: Mapping[Tensor, str], count: int
+) -> list[tuple[str, Tensor]]:
+    """Return the parameters that stand in a group now, with their names.
+
+    Args:
+        group: The group.
+        place: How to call it in an error.
+        known: The names of the parameters that were there before.
+        count: How many parameters stand in the groups before it.
+
+    Raises:
+        ValueError: a new parameter has no name where the others have one.
+    """
+    params, given = list(group["params"]), group.get("param_names")
+    if given is not None and len(given) != len(params):
+        given = []
+    taken = set(known.values())
+    members = []
+    for index, param in enumerate(params):
+        name = known.get(param)
+        if name is None and given is not None:
+            name = next(iter(given[index : index + 1]), None)
+            if name is None or name in taken:
+                msg = (
+                    f"{place} has a new parameter at position {index}, and no name for "
+                    "it in param_names; add it with add_param_group"
+                )
+                raise ValueError(msg)
+        elif name is None:
+            name = _free_number(count + index, taken)
+        taken.add(name)
+        members.append((name, param))
+    return members
+
+
+def numbered(members: Members, taken: Collection[str]) -> list[tuple[str, Tensor]]:
+    """Return parameters with names; those that have none get the next free numbers.
+
+    Args:
+        members: The parameters.
+        taken: The names that there are.
+    """
+    names, found = set(taken), []
+    for index, (given, param) in enumerate(members, start=len(names)):
+        name = _free_number(index, names) if given is None else given
+        names.add(name)
+        found.append((name, param))
+    return found
+
+
+def _free_number(first: int, taken: Collection[str]) -> str:
+    """Return the first number from one on that is no name yet."""
+    return next(str(n) for n in itertools.count(first) if str(n) not in taken)
+
+
+def check_group_parameters(
+    groups: Sequence[Members], known: Sequence[tuple[Tensor, str]] = ()
+) -> None:
+    """Refuse parameters that come twice, and names that do.
+
+    Args:
+        groups: The parameters of each new group.
+        known: The parameters that there are, with their names.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    check_no_duplicates(groups, known)
+    names = {name for _, name in known}
+    everyone = (name for members in groups for name, _ in members)
+    for count, name in enumerate(everyone, start=len(known)):
+        own = str(count) if name is None else name
+        if own in names:
+            msg = (
+                f"two parameters have the name {own!r}; give each its own, such as "
+                'by named_parameters(prefix="encoder")'
+            )
+            raise ValueError(msg)
+        names.add(own)
+
+
+def check_no_duplicates(
+    groups: Sequence[Members],
+    known: Sequence[tuple[Tensor, str]] = (),
+    names: Mapping[int, Sequence[str]] = _UNKNOWN,
+    remedy: str = "model.named_parameters() has tied parameters once",
+) -> None:
+    """Refuse parameters that come twice.
+
+    Args:
+        groups: The parameters of each new group.
+        known: The parameters that there are, with their names.
+        names: All names that a parameter has in the model, by `id`.
+        remedy: What to do about it.
+
+    Raises:
+        ValueError: with all names of the parameter.
+    """
+    seen: dict[int, tuple[str, int | None]] = {id(p): (name, None) for p, name in known}
+    count = len(known)
+    for index, members in enumerate(groups):
+        for given, param in members:
+            called = names.get(id(param), ())
+            own = next(iter(called), str(count)) if given is None else given
+            count += 1
+            if id(param) not in seen:
+                seen[id(param)] = own, index
+                continue
+            first, there = seen[id(param)]
+            others = [repr(n) for n in dict.fromkeys([first, *called]) if n != own]
+            msg = (
+                "some parameters appear in more than one parameter group: parameter "
+                f"{own!r} comes twice"
+            )
+            if others:
+                msg += f", also as {' and '.join(others)}"
+            if there is not None and there != index:
+                msg += f", in groups {there} and {index}"
+            msg += f"; {remedy}"
+            raise ValueError(msg)

@@ -1,0 +1,279 @@
+"""State dicts for torch's own optimizers, and from them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from functional_optim._compiling import untraced
+from functional_optim._messages import shown
+from functional_optim.facade._counterparts import Counterpart, counterparts
+from functional_optim.torch_optimizer._group_hyperparameters import group_value
+from functional_optim.torch_optimizer._group_keys import OWN_KEYS
+from functional_optim.torch_optimizer._optimizer import TransformOptimizer
+from functional_optim.torch_optimizer._state_dict import saved_groups
+
+if TYPE_CHECKING:
+    from functional_optim.torch_optimizer._engine import Engine
+
+_STARTED = "Trace.started"
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
+_NUMBERS = {"lr", "betas", "eps", "weight_decay", "momentum", "dampening"}
+_FLAGS = {"amsgrad", "nesterov", "maximize"}
+
+
+@untraced
+def to_torch_state_dict(optimizer: TransformOptimizer) -> dict[str, Any]:
+    """Return the state of an optimizer for the class of torch that does the same.
+
+    For `sgd`, `adam` and `adamw`, alone or behind what a torch loop does before the
+    step, such as `ClipByGlobalNorm`; also one for each label of a `Partition`.
+    `torch.optim.AdamW` over the same parameters in the same groups, given
+
+        theirs.load_state_dict(to_torch_state_dict(optimizer))
+
+    goes on where the optimizer stands: in float64 with the same numbers up to rounding.
+    What the transforms before it keep, such as the last norm, has no place there.
+
+    Args:
+        optimizer: A `TransformOptimizer`.
+
+    Returns:
+        A state dict of its own memory: nothing is shared with the optimizer.
+
+    Raises:
+        ValueError: no class of torch does the same: another rule, a decay with a mask,
+            a schedule, an `Accumulate`. It names the group and the reason.
+        TypeError: `optimizer` is no `TransformOptimizer`.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> params = [torch.nn.Parameter(torch.ones(2))]
+        >>> ours = fo.TransformOptimizer(params, fo.adamw(1e-3, weight_decay=0.1))
+        >>> params[0].grad = torch.ones(2)
+        >>> ours.step()
+        >>> theirs = torch.optim.AdamW(params)
+        >>> theirs.load_state_dict(fo.to_torch_state_dict(ours))
+        >>> theirs.param_groups[0]["weight_decay"], theirs.state[params[0]]["step"]
+        (0.1, tensor(1.))
+
+    Source:
+        torch.optim.SGD, Adam, AdamW.
+    """
+    engine, kinds = _counterparts(optimizer)
+    _check_roots(optimizer.param_groups)
+    state: dict[int, dict[str, Any]] = {}
+    groups = []
+    index = 0
+    for group, kind in zip(optimizer.param_groups, kinds, strict=True):
+        indices = list(range(index, index + len(group["params"])))
+        index += len(indices)
+        groups.append({**_torch_options(group, kind), "params": indices})
+        for position, param in zip(indices, group["params"], strict=True):
+            found = _torch_entries(engine.entries(optimizer._names[param]))
+            if found:
+                state[position] = found
+    return {"state": state, "param_groups": groups}
+
+
+@untraced
+def from_torch_state_dict(
+    optimizer: TransformOptimizer, state_dict: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the state dict of one of torch's optimizers in the form of this one.
+
+        optimizer.load_state_dict(from_torch_state_dict(optimizer, theirs.state_dict()))
+
+    goes on where theirs stands: in float64 with the same numbers up to rounding. What
+    the transforms before it keep stays as it is in the optimizer.
+
+    Args:
+        optimizer: A `TransformOptimizer`; it is only read.
+        state_dict: Of `torch.optim.SGD`, `Adam` or `AdamW`, over the same parameters in
+            the same groups. It is not changed.
+
+    Returns:
+        What `optimizer.load_state_dict` takes.
+
+    Raises:
+        ValueError: no class of torch does the same as the optimizer; or the state dict
+            is of another class, of other groups, or differs in `amsgrad`, `nesterov`,
+            `maximize`, in whether momentum is dampened, or in where weights decay; or
+            it asks for a decay or a momentum that the transform does not have.
+        TypeError: `optimizer` is no `TransformOptimizer`.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> params = [torch.nn.Parameter(torch.ones(2))]
+        >>> theirs = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+        >>> params[0].grad = torch.ones(2)
+        >>> theirs.step()
+        >>> ours = fo.TransformOptimizer(params, fo.sgd(1e-3, momentum=0.5))
+        >>> ours.load_state_dict(fo.from_torch_state_dict(ours, theirs.state_dict()))
+        >>> ours.param_groups[0]["momentum"], ours.state[params[0]]["momentum_buffer"]
+        (0.9, tensor([1., 1.]))
+
+    Source:
+        torch.optim.SGD, Adam, AdamW.
+    """
+    engine, kinds = _counterparts(optimizer)
+    _check_roots(optimizer.param_groups)
+    theirs = saved_groups(state_dict, optimizer.param_groups)
+    result = optimizer.state_dict()
+    first = engine.first_entries()
+    for index, (group, kind) in enumerate(zip(theirs, kinds, strict=True)):
+        own = result["param_groups"][index]
+        _check_options(group, own, kind, f"param_groups[{index}]")
+        own.update(_own_options(group, kind))
+        for param, ours, saved in zip(
+            optimizer.param_groups[index]["params"],
+            own["params"],
+            group["params"],
+            strict=True,
+        ):
+            name = optimizer._names[param]
+            given = state_dict["state"].get(saved, {})
+            if given or param in engine.names:
+                result["state"][ours] = _own_entries(given, first[name])
+    return result
+
+
+def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpart]]:
+    """Return the engine of an optimizer, and what torch has for each of its groups."""
+    if not isinstance(optimizer, TransformOptimizer):
+        kind = type(optimizer).__name__
+        msg = f"optimizer must be a TransformOptimizer, got a {kind}"
+        raise TypeError(msg)
+    with torch.no_grad():
+        engine = optimizer._followed()
+    if engine.executor.holds:
+        msg = (
+            "torch.optim has no place for the open window of an Accumulate; leave it "
+            "out of the transform and accumulate in .grad"
+        )
+        raise ValueError(msg)
+    return engine, counterparts(optimizer._transform, optimizer._groups.choices)
+
+
+def _check_roots(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what torch has no place for in the formula."""
+    for index, group in enumerate(groups):
+        if group.get("eps_root", 0.0) != 0:
+            msg = (
+                f"param_groups[{index}] has no counterpart in torch.optim: it has "
+                f"eps_root={group['eps_root']}, and torch has none"
+            )
+            raise ValueError(msg)
+
+
+# -- to torch ----------------------------------------------------------------------
+
+
+def _torch_options(group: Mapping[str, Any], kind: Counterpart) -> dict[str, Any]:
+    """Return the options of one group as the class of torch has them."""
+    options = kind.defaults
+    off = dict.fromkeys({"weight_decay", "momentum"} & options.keys(), 0.0)
+    for key, value in group.items():
+        if key in OWN_KEYS:
+            continue
+        # What schedulers and users keep in a group goes along.
+        if key in options or key not in kind.keys:
+            options[key] = copy.deepcopy(group_value(value))
+    return options | {key: 0.0 for key in off if key not in kind.keys}
+
+
+def _torch_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state of one parameter as torch has it; none before its first step."""
+    started = entries.get("step", entries.get(_STARTED))
+    if started is not None and not started:
+        return {}
+    found = {key: entries[key].clone() for key in _MOMENTS if key in entries}
+    if "step" not in entries:
+        return found
+    # torch counts on the host, in the default dtype.
+    wide = torch.get_default_dtype() is torch.float64
+    dtype = torch.float64 if wide else torch.float32
+    return {"step": entries["step"].to("cpu", dtype, copy=True), **found}
+
+
+# -- from torch --------------------------------------------------------------------
+
+
+def _check_options(
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    kind: Counterpart,
+    place: str,
+) -> None:
+    """Refuse options of torch that mean something else than the transforms do."""
+    name = kind.optimizer.__name__
+    required = kind.defaults.keys() & (_NUMBERS | _FLAGS)
+    missing = sorted(required - theirs.keys() - {"maximize"})  # torch 1.10 had none.
+    if missing:
+        msg = (
+            f"{place} of the state dict lacks {shown(missing)}, which "
+            f"torch.optim.{name} has; it is of another class"
+        )
+        raise ValueError(msg)
+    for key in ("weight_decay", "momentum"):
+        if key in required - kind.keys and theirs[key] != 0:
+            msg = (
+                f"{place} has {key}={theirs[key]} in the state dict, and the transform "
+                f"here has none; build the optimizer with a preset with {key}"
+            )
+            raise ValueError(msg)
+    for key in _FLAGS & ours.keys():
+        if bool(theirs.get(key, False)) != ours[key]:
+            raise ValueError(_unlike(place, key, theirs.get(key, False), ours[key]))
+    decoupled = kind.optimizer is torch.optim.AdamW
+    theirs_decoupled = theirs.get("decoupled_weight_decay", decoupled)
+    if theirs_decoupled != decoupled and theirs["weight_decay"] != 0:
+        key = "decoupled_weight_decay"
+        raise ValueError(_unlike(place, key, theirs_decoupled, decoupled))
+    if "momentum" in kind.keys and (theirs["dampening"] != 0) != kind.dampens:
+        raise ValueError(
+            _unlike(place, "dampening", theirs["dampening"], ours["dampening"])
+        )
+
+
+def _unlike(place: str, key: str, theirs: object, ours: object) -> str:
+    return (
+        f"{place} has {key}={theirs} in the state dict, {ours} here; it decides what "
+        "is remembered: build the optimizer with the options of the one that was saved"
+    )
+
+
+def _own_options(theirs: Mapping[str, Any], kind: Counterpart) -> dict[str, Any]:
+    """Return what a group here takes over from one of torch."""
+    # What schedulers and users keep in a group goes along.
+    known = kind.defaults.keys() | OWN_KEYS | _FLAGS
+    found = {k: v for k, v in theirs.items() if k in kind.keys or k not in known}
+    if "param_names" in theirs:
+        found["param_names"] = theirs["param_names"]
+    if "betas" in found:  # JSON has no tuples.
+        found["betas"] = tuple(found["betas"])
+    return copy.deepcopy(found)
+
+
+def _own_entries(
+    theirs: Mapping[str, Any], first: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return the state of one parameter, from what torch has for it.
+
+    Args:
+        theirs: What torch has; empty before the first step.
+        first: What the parameter has here before the first step.
+    """
+    given = {key: value for key, value in theirs.items() if value is not None}
+    if not given:
+        return dict(first)
+    found = dict(given)
+    if _STARTED in first:
+        found[_STARTED] = torch.ones((), dtype=torch.bool)
+    if "step" in first and "step" in found:  # Once a Python number.
+        found["step"] = torch.as_tensor(found["step"]).to(first["step"])
+    return found
