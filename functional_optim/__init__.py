@@ -2,10 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from functional_optim import schedules, transforms
-from functional_optim._resolving import resolve
-from functional_optim._spelling import no_attribute
-from functional_optim.config._paramwise import Multipliers, paramwise_multipliers
+from functional_optim._messages import no_attribute
+from functional_optim.algebra._tensor_map import TensorMap
+from functional_optim.config._build import build_optim_wrapper
+from functional_optim.config._constructor import DefaultOptimWrapperConstructor
+from functional_optim.config._paramwise import paramwise_multipliers
+from functional_optim.config._registries import (
+    OPTIM_WRAPPER_CONSTRUCTORS,
+    OPTIM_WRAPPERS,
+    OPTIMIZERS,
+)
 from functional_optim.core._apply import (
     apply_updates,
     gradients,
@@ -14,27 +20,22 @@ from functional_optim.core._apply import (
 )
 from functional_optim.core._chain import Chain, chain
 from functional_optim.core._context import Context, Norm, ReduceOp, Reducer
-from functional_optim.core._hyperparameters import Hyperparameter, Schedule
+from functional_optim.core._hyperparameters import Hyperparameter, Schedule, resolve
 from functional_optim.core._readings import fetch, readings, state_of
 from functional_optim.core._selection import Rules, Selection, exclude
 from functional_optim.core._state_dict import load_state_dict, state_dict
-from functional_optim.core._transform import Role, Scope, Static, TensorMap, Transform
+from functional_optim.core._transform import Role, Scope, Static, Transform
 from functional_optim.core._traversal import Part
-from functional_optim.facade import (
-    OPTIM_WRAPPER_CONSTRUCTORS,
-    OPTIM_WRAPPERS,
-    OPTIMIZERS,
-    AmpOptimWrapper,
-    DefaultOptimWrapperConstructor,
-    OptimWrapper,
-    OptimWrapperDict,
-    TransformOptimizer,
-    build_optim_wrapper,
-    explain,
+from functional_optim.inspection._explain import explain
+from functional_optim.optim_wrapper._amp_wrapper import AmpOptimWrapper
+from functional_optim.optim_wrapper._wrapper import OptimWrapper
+from functional_optim.optim_wrapper._wrapper_dict import OptimWrapperDict
+from functional_optim.optimizers import adam, adamw, sgd
+from functional_optim.torch_optimizer._optimizer import TransformOptimizer
+from functional_optim.torch_optimizer._torch_state_dict import (
     from_torch_state_dict,
     to_torch_state_dict,
 )
-from functional_optim.optimizers import adam, adamw, sgd
 from functional_optim.transforms import (
     Accumulate,
     AddDecayedWeights,
@@ -57,6 +58,7 @@ from functional_optim.transforms import (
     Unscale,
     ZeroNans,
 )
+from functional_optim.transforms._scaling import Multipliers
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functional_optim as fo
-from functional_optim.execution._compiled import Compiling
+from functional_optim.execution.compiled._compiled_update import Compiling
 from functional_optim.testing import Example, strategies
 from functional_optim.testing.laws._execution import moves_alike
 

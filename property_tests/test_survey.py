@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from functional_optim.execution._copying import Gathered
-from functional_optim.execution._scanning import Gradients
-from functional_optim.facade._survey import Survey
+from functional_optim.execution._native import Gradients
+from functional_optim.execution._tensor_memory import Gathered
+from functional_optim.torch_optimizer._gradients import Survey
 
 SHAPES = [(3, 4), (5,), (), (0, 2), (2, 3, 4, 5), (70,)]
 

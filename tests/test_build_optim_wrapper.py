@@ -13,7 +13,7 @@ from torch import nn
 
 import functional_optim as fo
 from functional_optim.config._registries import OPTIM_WRAPPERS
-from functional_optim.facade._parallel import unwrapped
+from functional_optim.config._validation import unwrapped
 
 SGD = {"type": "SGD", "lr": 0.01, "weight_decay": 0.0001}
 

@@ -16,9 +16,10 @@ import torch
 from torch.nn import Parameter
 
 import functional_optim as fo
-from functional_optim.execution import _compiled, _copying
+from functional_optim.execution import _tensor_memory as _copying
+from functional_optim.execution.compiled import _compiled_update as _compiled
 from functional_optim.execution.compiled import _kernels as _codes
-from functional_optim.facade import _survey
+from functional_optim.torch_optimizer import _gradients as _survey
 
 _compiled.with_inductor()
 _inductor: Any = sys.modules["functional_optim.execution.compiled._inductor"]

@@ -19,7 +19,7 @@ import functional_optim as fo
 from functional_optim import schedules
 from functional_optim.testing import laws
 from functional_optim.testing._compare import tensors
-from functional_optim.testing._shared_totals import part_of
+from functional_optim.testing.laws._scope import part_of
 
 # The names that a repr is written with.
 WRITTEN = types.SimpleNamespace(

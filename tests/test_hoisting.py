@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import functional_optim as fo
 from functional_optim import schedules
-from functional_optim._hoisting import hoisting, once
+from functional_optim.algebra._scalars import hoisting, once
 from functional_optim.execution import _bucketing as _layout
 
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn import Parameter
 
 import functional_optim as fo
+from functional_optim.execution import _bucketing as _buckets
 from functional_optim.execution import _bucketing as _layout
-from functional_optim.execution import _buckets
 
 SIZES = [10, 100]
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import functional_optim as fo
-from functional_optim._layers import is_deformable, is_norm, seen_name
+from functional_optim.config._paramwise import is_deformable, is_norm, seen_name
 from functional_optim.core._selection import substrings_of
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import functional_optim as fo
-from functional_optim.facade._summary import summary_of
+from functional_optim.optim_wrapper._settings import summary_of
 
 
 def test_table_shows_settings_and_rules() -> None:

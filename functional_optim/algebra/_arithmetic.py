@@ -16,20 +16,44 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_optim._hoisting import once
-from functional_optim._messages import lookup
-from functional_optim._rounding import add, addcmul, lerp, widened
 from functional_optim.algebra._buffers import Donated, current
-from functional_optim.algebra._tensor_map import foreach_applies
+from functional_optim.algebra._scalars import Factor, once
+from functional_optim.algebra._tensor_map import foreach_applies, is_sixteen_bit, lookup
 from functional_optim.algebra._torch_modes import has_derivative
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
-Factor: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
-"""What a map can be multiplied by: one number for all, or one for each name."""
+
+def widened(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a tensor in the wider dtype of two."""
+    return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
+
+
+def add(x: Tensor, other: Tensor, alpha: float | Tensor) -> Tensor:
+    """Add a multiple of a tensor, with the rounding that the factor's kind has."""
+    if not isinstance(alpha, Tensor):
+        return torch.add(x, other, alpha=alpha)
+    # A 0-dim factor does not promote: round the product in the wider dtype.
+    return torch.add(x, widened(other, x) * alpha)
+
+
+def addcmul(x: Tensor, first: Tensor, second: Tensor, value: float | Tensor) -> Tensor:
+    """Add a multiple of a product, as `add`."""
+    if not isinstance(value, Tensor):
+        return torch.addcmul(x, first, second, value=value)
+    return torch.addcmul(x, widened(first, x) * value, second)
+
+
+def lerp(x: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
+    """Interpolate by a tensor weight with the rounding of a float one."""
+    if not isinstance(weight, Tensor):
+        return torch.lerp(x, end, weight)
+    # torch.lerp wants one dtype; a 16-bit weight would round 1 - beta to 3 digits.
+    wide = torch.float32 if is_sixteen_bit(x) else x.dtype
+    return torch.lerp(x.to(wide), end.to(wide), weight.to(wide)).to(x.dtype)
 
 
 def over(values: TensorMap, at: TensorMap | None = None) -> Expression:
@@ -283,6 +307,8 @@ class Expression:
 
 
 Operand: TypeAlias = Factor | Expression
+
+
 Operands: TypeAlias = float | Tensor | list[Any]
 
 

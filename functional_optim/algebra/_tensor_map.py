@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import (
+    TYPE_CHECKING,
+    TypeAlias,
+    TypeVar,
+)
 
 import torch
+from torch import Tensor
 
+from functional_optim._messages import shown
 from functional_optim.algebra._torch_modes import has_tangents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from torch import Tensor
 
-    from functional_optim.core._transform import TensorMap
+V = TypeVar("V")
+
+
+TensorMap: TypeAlias = dict[str, Tensor]
+"""Tensors by dotted parameter name, in the order of `named_parameters()`."""
+
 
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
+
+
 _SIXTEEN_BIT = {torch.float16, torch.bfloat16}
 
 
@@ -74,3 +87,24 @@ def foreach_applies(tensors: Sequence[Tensor]) -> bool:
         and are_plain(tensors)
         and not (tensors and tensors[0].is_meta)  # There foreach reads a 0-dim operand.
     )
+
+
+def lookup(values: Mapping[str, V], names: Iterable[str]) -> list[V]:
+    """Return the entries of a map at some names, in the order of the names.
+
+    Raises:
+        ValueError: a name is missing.
+    """
+    try:
+        return [values[name] for name in names]
+    except KeyError as error:
+        msg = (
+            f"no entry for {error.args[0]!r}, only for {shown(values)}; call init "
+            "again after adding parameters, and give a value for every name in a map"
+        )
+        raise ValueError(msg) from None
+
+
+def subset(tensors: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
+    """Return the entries at some names, as far as they are there, in their order."""
+    return {name: tensors[name] for name in names if name in tensors}

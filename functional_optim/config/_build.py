@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from functional_optim._compiling import untraced
+from functional_optim.algebra._torch_modes import untraced
 from functional_optim.config._constructor import DefaultOptimWrapperConstructor
 from functional_optim.config._registries import OPTIM_WRAPPER_CONSTRUCTORS
 from functional_optim.config._validation import copied

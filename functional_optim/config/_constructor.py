@@ -9,12 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from functional_optim._layers import Place, children_of, is_norm, seen_name
-from functional_optim.config._paramwise import ParamwiseRules, Verdict
+from functional_optim.config._paramwise import (
+    ParamwiseRules,
+    Place,
+    Verdict,
+    children_of,
+    is_norm,
+    seen_name,
+)
 from functional_optim.config._registries import (
     OPTIM_WRAPPER_CONSTRUCTORS,
     OPTIM_WRAPPERS,
     OPTIMIZERS,
+    PresetOptimizer,
 )
 from functional_optim.config._registry import RegistryError
 from functional_optim.config._validation import (
@@ -22,10 +29,8 @@ from functional_optim.config._validation import (
     check_places,
     copied,
     first_argument_of,
+    unwrapped,
 )
-from functional_optim.facade._added_groups import as_groups, with_names
-from functional_optim.facade._parallel import unwrapped
-from functional_optim.facade._presets import PresetOptimizer
 from functional_optim.optim_wrapper._errors import MistakenValueError
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
@@ -314,3 +319,36 @@ def _goes_by_names(kind: Any) -> bool:
     """Whether an optimizer is one of this library, or derived from it."""
     is_ours = isinstance(kind, type) and issubclass(kind, TransformOptimizer)
     return is_ours or isinstance(kind, PresetOptimizer)
+
+
+def as_groups(added: list[Any]) -> list[dict[str, Any]]:
+    """Return groups that may be read again; parameters alone are one group.
+
+    Raises:
+        TypeError: a group is no dict.
+    """
+    if not (added and isinstance(added[0], Mapping)):
+        return [{"params": added}]
+    return [read_once(group, index) for index, group in enumerate(added)]
+
+
+def with_names(
+    groups: list[dict[str, Any]], names: Mapping[int, str]
+) -> list[dict[str, Any]]:
+    """Return groups with a name for each parameter: given, the model's, or a number."""
+    found, count = [], 0
+    taken = set(names.values())
+    for index, group in enumerate(groups):
+        members = pairs_of(group, index)
+        own: list[str] = []
+        for given, param in members:
+            name = given or names.get(id(param))
+            if name is None:
+                name = str(count)
+                while name in taken:
+                    name = f"_{name}"
+            own.append(name)
+            count += 1
+        params = [param for _, param in members]
+        found.append({**group, "params": params, "param_names": own})
+    return found

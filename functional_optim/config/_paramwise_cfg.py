@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from functional_optim._spelling import did_you_mean
+from functional_optim._messages import did_you_mean
 
 LR_RULES = ("bias_lr_mult", "dcn_offset_lr_mult")
 DECAY_RULES = (

@@ -7,14 +7,11 @@ import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-from functional_optim._spelling import did_you_mean
+from functional_optim._messages import did_you_mean
 
 T = TypeVar("T", bound=Callable[..., Any])
-
-Switch: TypeAlias = bool
-_OFF: Switch = False
 
 
 class RegistryError(KeyError, ValueError):
@@ -159,7 +156,7 @@ class Registry:
     def register_module(
         self,
         name: str | Sequence[str] | None = None,
-        force: Switch = _OFF,
+        force: bool = False,
         module: Callable[..., Any] | None = None,
     ) -> Any:
         """Register a class or a function; as a decorator, or as a call with `module`.

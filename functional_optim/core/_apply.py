@@ -14,7 +14,7 @@ from functional_optim.core._validation import check_updates
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 def recording(*, differentiable: bool) -> torch.set_grad_enabled:

@@ -12,23 +12,32 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from functional_optim._resolving import resolved_never_0, resolved_number
-from functional_optim.algebra._tensor_map import is_readable
-from functional_optim.core._value_class import equal, hash_of, repr_of
+from functional_optim.algebra._scalars import once
+from functional_optim.algebra._tensor_map import device_of, is_readable, lookup
+from functional_optim.core._validation import check_by_name, check_parameters
+from functional_optim.core._value_class import equal, hash_of, repr_of, with_fields
+
+if TYPE_CHECKING:
+    from functional_optim.algebra._tensor_map import TensorMap
+
+C = TypeVar("C", bound=type)
+
+
+T = TypeVar("T")
+
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 """A pure function from a 0-dim float64 step count to a 0-dim value."""
 
+
 Hyperparameter: TypeAlias = float | Tensor | Schedule | Mapping[str, float | Tensor]
 """A number, a 0-dim tensor, a schedule, or a map from parameter name to one."""
-
-C = TypeVar("C", bound=type)
-T = TypeVar("T")
 
 
 def hyperparameter(
@@ -262,3 +271,197 @@ def check_factor(name: str, value: Any) -> Any:
         TypeError: it is neither.
     """
     return _normalized(name, value, _Kind(schedule=False))
+
+
+def resolve(transform: T, name: str, param: Tensor) -> T:
+    """Return what a transform is for one parameter: constants instead of rules.
+
+    Maps by name, masks, labels and rules are replaced by this parameter's value, also
+    inside combinators. Two parameters whose resolved transforms are equal can be
+    processed together.
+
+    Args:
+        transform: Any transform; one that is not ours is returned as it is.
+        name: Name of the parameter.
+        param: The parameter.
+
+    Returns:
+        A transform of the same type.
+
+    Raises:
+        ValueError: a map has no entry for this name.
+
+    Example:
+        >>> import torch
+        >>> from functional_optim.transforms import AddDecayedWeights
+        >>> decay = AddDecayedWeights({"w": 0.1, "b": 0.0})
+        >>> resolve(decay, "b", torch.zeros(3))
+        AddDecayedWeights(0.0)
+    """
+    if not dataclasses.is_dataclass(transform) or isinstance(transform, type):
+        return transform
+    own = getattr(transform, "resolved", None)
+    if own is not None:
+        chosen: T = own(name, param)
+        return chosen
+    changes = {
+        field.name: field.metadata["resolve"](
+            getattr(transform, field.name), name, param
+        )
+        for field in dataclasses.fields(transform)
+        if "resolve" in field.metadata
+    }
+    return dataclasses.replace(transform, **changes) if changes else transform
+
+
+def resolved_number(value: Any, name: str, param: Tensor) -> Any:
+    """Return a hyperparameter for one parameter: a map's entry, else the value.
+
+    Raises:
+        ValueError: a map has no entry for this name.
+    """
+    if isinstance(value, tuple):
+        return tuple(resolved_number(part, name, param) for part in value)
+    return lookup(value, [name])[0] if isinstance(value, Mapping) else value
+
+
+def resolved_never_0(value: Any, name: str, param: Tensor) -> Any:
+    """As `resolved_number`; a 0 out of a map is no plain 0, as the map is none."""
+    found = resolved_number(value, name, param)
+    if isinstance(value, Mapping) and is_zero(found):
+        return _zero(param.device)
+    return found
+
+
+@functools.cache
+def _zero(device: torch.device) -> Tensor:
+    """Return one 0 for all, so that parameters that have it can go together."""
+    return torch.zeros((), dtype=torch.float64, device=device)
+
+
+def is_zero(value: Any) -> bool:
+    """Whether a hyperparameter is a plain 0, so that what it scales can be left out.
+
+    A tensor, a schedule or a map is never a plain 0: its value is not looked at.
+    """
+    return isinstance(value, (int, float)) and value == 0
+
+
+class ScheduleState(NamedTuple):
+    """How often a transform with schedules has emitted: what they are evaluated at.
+
+    Attributes:
+        num_updates: Updates emitted so far. Tensor, shape (), float64.
+
+    Example:
+        >>> from functional_optim import Scale
+        >>> Scale(lambda step: 0.5**step).init({"w": torch.ones(2)})
+        ScheduleState(num_updates=tensor(0., dtype=torch.float64))
+    """
+
+    num_updates: Tensor
+
+
+def is_schedule(value: Any) -> bool:
+    """Whether a hyperparameter is a schedule."""
+    # The plain kinds first: torch.compile cannot ask a dict whether it is callable.
+    return not isinstance(value, (float, Tensor, dict)) and callable(value)
+
+
+def scheduled(transform: Any) -> bool:
+    """Whether a transform of ours holds a schedule."""
+    for name in transform._hyperparameters:
+        value = getattr(transform, name)
+        parts = value if isinstance(value, tuple) else (value,)
+        if any(is_schedule(part) for part in parts):
+            return True
+    return False
+
+
+def init_hyperparameters(
+    transform: Any, params: TensorMap
+) -> ScheduleState | tuple[()]:
+    """Check maps by name, and return the state of the schedules: `()` without any.
+
+    Args:
+        transform: A transform of ours.
+        params: All parameters that it will see.
+
+    Raises:
+        ValueError: a map lacks a parameter, or names one that does not exist;
+            parameters on several devices.
+        TypeError: `params` is no map from name to dense floating-point tensor.
+    """
+    check_parameters(params)
+    for name in transform._hyperparameters:
+        value = getattr(transform, name)
+        for part in value if isinstance(value, tuple) else (value,):
+            if isinstance(part, dict):
+                check_by_name(name, part, params)
+    if not scheduled(transform):
+        return ()
+    zero = torch.zeros((), dtype=torch.float64, device=device_of(params))
+    return ScheduleState(zero)
+
+
+def evaluate(
+    transform: Any, state: ScheduleState | tuple[()], updates: TensorMap
+) -> tuple[Any, ScheduleState | tuple[()]]:
+    """Return the transform with its schedules replaced by their values now.
+
+    Args:
+        transform: A transform of ours.
+        state: What `init_hyperparameters` or the last `evaluate` returned.
+        updates: This step's updates; the count stands still if there are none.
+
+    Returns:
+        The transform without schedules, and the state after this update.
+
+    Raises:
+        ValueError: the transform holds a schedule and the state was made without.
+    """
+    if not scheduled(transform):
+        return transform, state
+    if not isinstance(state, ScheduleState):
+        msg = (
+            f"{transform!r} holds a schedule, but its state was made without; call "
+            "init again after replacing a number by a schedule"
+        )
+        raise ValueError(msg)
+    now: dict[str, Any] = {}
+    for name in transform._hyperparameters:
+        value = getattr(transform, name)
+        if isinstance(value, tuple):
+            now[name] = tuple(value_at(part, state.num_updates) for part in value)
+        elif is_schedule(value):
+            now[name] = value_at(value, state.num_updates)
+    count = once(torch.add, state.num_updates, 1) if updates else state.num_updates
+    return with_fields(transform, **now), ScheduleState(count)
+
+
+def value_at(value: Any, count: Tensor) -> Any:
+    """Evaluate a schedule; what it returns is brought to float64.
+
+    Args:
+        value: Any hyperparameter; what is no schedule is returned as it is.
+        count: Where to evaluate it. Tensor, shape (), float64.
+
+    Raises:
+        TypeError: the schedule returned something else than a number or a tensor.
+        ValueError: it returned a tensor that is not 0-dim.
+    """
+    if not is_schedule(value):
+        return value
+    return once(_evaluated, value, count)
+
+
+def _evaluated(value: Schedule, count: Tensor) -> Tensor:
+    result = value(count)
+    if not isinstance(result, (int, float, Tensor)):
+        msg = f"schedule {value!r} must return a number or a 0-dim tensor, got {result}"
+        raise TypeError(msg)
+    if isinstance(result, Tensor) and result.ndim != 0:
+        shape = tuple(result.shape)
+        msg = f"schedule {value!r} must return a 0-dim tensor, got shape {shape}"
+        raise ValueError(msg)
+    return torch.as_tensor(result, dtype=torch.float64, device=count.device)

@@ -17,7 +17,8 @@ from functional_optim._messages import shown
 from functional_optim.core._traversal import walk
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap, Transform
+    from functional_optim.algebra._tensor_map import TensorMap
+    from functional_optim.core._transform import Transform
 
 
 def readings(tx: Transform, state: Any) -> TensorMap:

@@ -26,14 +26,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union, final
 import torch
 from torch import Tensor
 
-from functional_optim._all_parameters import all_params, check_by_name
-from functional_optim._compiling import constant_when_compiled
-from functional_optim._messages import lookup, shown
+from functional_optim._messages import shown
+from functional_optim.algebra._tensor_map import lookup
+from functional_optim.algebra._torch_modes import constant_when_compiled
 from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._validation import all_params, check_by_name
 from functional_optim.core._value_class import shown_value
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 V = TypeVar("V")
 

@@ -15,8 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functional_optim._messages import check_same_names, shown
-from functional_optim.core._transform import Static, TensorMap
+from functional_optim._messages import shown
+from functional_optim.algebra._tensor_map import TensorMap
+from functional_optim.core._transform import Static
+from functional_optim.core._validation import check_same_names
 
 S = TypeVar("S")
 

@@ -9,22 +9,17 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Callable, Mapping
-from typing import (
-    Any,
-    Generic,
-    Protocol,
-    TypeAlias,
-    TypeVar,
-    runtime_checkable,
-)
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from torch import Tensor
 from torch.utils import _pytree
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._context import Context
 
-TensorMap: TypeAlias = dict[str, Tensor]
-"""Tensors by dotted parameter name, in the order of `named_parameters()`."""
+T = TypeVar("T")
+
+
+T_co = TypeVar("T_co", covariant=True)
 
 
 class Scope(enum.IntEnum):
@@ -136,10 +131,6 @@ def is_transform(value: object) -> bool:
     combinator that is made inside the compiled function.
     """
     return not missing_members(value)
-
-
-T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)

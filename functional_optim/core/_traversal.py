@@ -13,7 +13,7 @@ from functional_optim.core._transform import Transform
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 class Part(NamedTuple):

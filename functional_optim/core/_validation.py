@@ -5,16 +5,23 @@ Values are never looked at: that would wait for the device.
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from functional_optim._messages import shown
+from functional_optim.algebra._tensor_map import subset
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from collections.abc import Iterable, Iterator
+
+    from functional_optim.algebra._tensor_map import TensorMap
+
+V = TypeVar("V")
 
 
 def check_parameters(params: Any) -> None:
@@ -207,3 +214,89 @@ def _check_tensor(kind: str, name: Any, tensor: Any) -> None:
             f"tensors are optimized: {remedy}"
         )
         raise TypeError(msg)
+
+
+def check_same_names(
+    what: str, given: Iterable[str], wanted: Iterable[str], kind: str = "parameter"
+) -> None:
+    """Refuse a map that does not have a value for every name, and for no other.
+
+    Args:
+        what: How to call the map in an error.
+        given: Its names.
+        wanted: The names it must have.
+        kind: What the names are names of.
+
+    Raises:
+        ValueError: naming what is missing and what does not exist.
+    """
+    given, wanted = dict.fromkeys(given), dict.fromkeys(wanted)
+    missing = [name for name in wanted if name not in given]
+    unknown = [name for name in given if name not in wanted]
+    if missing or unknown:
+        msg = (
+            f"{what} must have a value for every {kind} and no other: missing "
+            f"{shown(missing)}, unknown {shown(unknown)}"
+        )
+        raise ValueError(msg)
+
+
+def checked_name(what: str, name: Any) -> str:
+    """Refuse what cannot name a part of a pipeline.
+
+    Args:
+        what: How to call the name in an error.
+        name: What the caller gave.
+
+    Raises:
+        TypeError: it is no string.
+        ValueError: it is empty, or has the "." that joins names.
+    """
+    if not isinstance(name, str):
+        msg = f"{what} must be a string, got {name!r}"
+        raise TypeError(msg)
+    if not name or "." in name:
+        msg = (
+            f'{what} must not be empty and not contain ".", which joins names, got '
+            f"{name!r}"
+        )
+        raise ValueError(msg)
+    return name
+
+
+class _Current(threading.local):
+    params: Mapping[str, Any] | None = None
+
+
+_current = _Current()
+
+
+@contextlib.contextmanager
+def knowing_all(params: Mapping[str, Any]) -> Iterator[None]:
+    """Check maps by name against all parameters of the model inside the block.
+
+    So one map by name, or one mask, serves all parts of a pipeline.
+
+    Args:
+        params: All parameters; inside another block that has all, some of them.
+    """
+    before = _current.params
+    _current.params = params if before is None else before
+    try:
+        yield
+    finally:
+        _current.params = before
+
+
+def all_params(params: Mapping[str, V]) -> dict[str, V]:
+    """Return all parameters of the model, of which `params` may be a subset."""
+    return {**(_current.params or {}), **params}
+
+
+def check_by_name(what: str, given: Mapping[str, Any], params: Mapping[str, V]) -> None:
+    """Refuse a map that lacks one of `params`, or has a name that the model lacks.
+
+    Raises:
+        ValueError: naming what is missing and what does not exist.
+    """
+    check_same_names(what, given, {**params, **subset(all_params(params), given)})

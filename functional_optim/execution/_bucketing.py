@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from functional_optim._resolving import resolve
 from functional_optim.algebra._tensor_map import are_plain
+from functional_optim.core._hyperparameters import resolve
 from functional_optim.core._transform import Scope, Static
 from functional_optim.core._value_class import same_for_good
-from functional_optim.execution._buckets import Bucket
 from functional_optim.execution._group_transforms import joined
-from functional_optim.execution._pooling import Pooled
 from functional_optim.execution._state_tree import Kind
 from functional_optim.execution._tensor_memory import (
     Scratch,
@@ -28,30 +26,134 @@ from functional_optim.execution._tensor_memory import (
     is_dense,
     own_like,
 )
-from functional_optim.execution._units import Piece, Shaped, Source, Unit
+from functional_optim.execution._units import Piece, Pooled, Shaped, Source, Unit
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap, Transform
-    from functional_optim.execution._cohorts import Cohorts
-    from functional_optim.execution._compiled import Compiling
+    from functional_optim.algebra._tensor_map import TensorMap
+    from functional_optim.core._transform import Transform
+    from functional_optim.execution._reductions import Call
     from functional_optim.execution._state_tree import Field, Node
+    from functional_optim.execution.compiled._compiled_update import (
+        CompiledStep,
+        Compiling,
+    )
     from functional_optim.execution.compiled._kernels import Codes
+
+_CALM = 100
+"""After so many steps with the same gradients old differences are forgotten."""
+
+
+class Cohorts:
+    """Parameters that a plan may put together.
+
+    A plan is not for free, so those that part stay apart: by what their groups said for
+    good, by the steps that only some of them took until all is calm.
+    """
+
+    def __init__(self) -> None:
+        self._groups: dict[str, tuple[Hashable, ...]] = {}
+        self._steps: dict[str, tuple[Hashable, ...]] = {}
+        self._calm = 0
+
+    def key(self, name: str) -> Hashable:
+        """Return what must be equal for parameters that are put together."""
+        return self._groups.get(name), self._steps.get(name)
+
+    def part_groups(self, told: Mapping[str, Hashable]) -> None:
+        """Keep apart what groups tell differently.
+
+        Args:
+            told: What the group of each parameter says.
+        """
+        for name, value in told.items():
+            self._groups[name] = (*self._groups.get(name, ()), value)
+
+    def follow(
+        self, kinds: Mapping[str, Hashable], together: Iterable[list[str]]
+    ) -> bool:
+        """Keep apart what does not take the same step.
+
+        Args:
+            kinds: The step that each parameter takes.
+            together: The names that the plan has together.
+
+        Returns:
+            Whether the plan must change.
+        """
+        self._calm = 0
+        parted = any(len({kinds[name] for name in names}) > 1 for names in together)
+        if parted:
+            for name, kind in kinds.items():
+                self._steps[name] = (*self._steps.get(name, ()), kind)
+        return parted
+
+    def rest(self, kinds: Mapping[str, Hashable]) -> bool:
+        """Count a step like the one before; forget old differences after many.
+
+        Args:
+            kinds: The step that each parameter takes.
+
+        Returns:
+            Whether the plan may change.
+        """
+        self._calm += 1
+        if not self._steps or self._calm <= _CALM:
+            return False
+        left: dict[str, tuple[Hashable, ...]] = {}
+        if len(set(kinds.values())) > 1:
+            left = {name: (kind,) for name, kind in kinds.items()}
+        changed, self._steps = left != self._steps, left
+        return changed
+
+
+@dataclasses.dataclass
+class Bucket:
+    """Parameters that one transform, resolved, serves.
+
+    Args:
+        transform: The transform for these parameters, now.
+        params: Its parameters.
+        members: For each group of parameters one of its members here.
+        whole: Whether it has all parameters, under their names, because the transform
+            may not be cut.
+        units: Its units.
+        columns: Numbers that its parameters share; see `Source`.
+        calls: The calls of `reduce` in its update, by the `Static` values before it.
+        codes: Its compiled code; None if it runs without.
+        steps: What its units had in common in the last step of each kind.
+    """
+
+    transform: Transform
+    params: TensorMap
+    members: dict[int, str]
+    whole: bool = False
+    units: list[Unit] = dataclasses.field(default_factory=list)
+    columns: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    calls: dict[Hashable, list[Call]] = dataclasses.field(default_factory=dict)
+    codes: Codes | None = None
+    steps: dict[Hashable, CompiledStep] = dataclasses.field(default_factory=dict)
+
 
 UNIT_BYTES = {"cpu": 4 * 2**20}
 """Size of a unit by type of device: small enough for the last cache together with its
 temporaries, large enough that a call of `update` costs little beside its arithmetic."""
 
+
 _UNIT_BYTES_ELSEWHERE = 8 * 2**20
 """On an accelerator a kernel costs more to start, and memory is fast."""
+
 
 _POOLED_BELOW = 4
 """Tensors smaller than this part of a unit are pooled."""
 
+
 _COMPILED_ALONE = 32_768
 """Elements from which a call of compiled code costs less than gathering."""
 
+
 _LONGEST = 2**30
 """Elements that compiled code takes at once: it counts them in 32 bits."""
+
 
 SCRATCH_BYTES = 16 * 2**20
 """What gathering small tensors may keep for good."""

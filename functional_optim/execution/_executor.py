@@ -14,27 +14,29 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from functional_optim._hoisting import hoisting
 from functional_optim.algebra._buffers import Workspace
+from functional_optim.algebra._scalars import hoisting
 from functional_optim.core._context import Context
 from functional_optim.core._traversal import walk
 from functional_optim.execution._accumulation import Structure, Windows, statics_of
-from functional_optim.execution._grad_scaling import scaled
+from functional_optim.execution._grad_scaling import Scaling, scaled
 from functional_optim.execution._plan import Plan
 from functional_optim.execution._reductions import through, totals_of
-from functional_optim.execution._state_tree import Kind
-from functional_optim.execution._store import Store, free
+from functional_optim.execution._state_tree import Kind, Store, free
 from functional_optim.execution._tensor_memory import memory_of
-from functional_optim.execution._unit_update import Given, Run, Scaling
+from functional_optim.execution._unit_update import Given, Run
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap, Transform
-    from functional_optim.execution._bucketing import Mover
-    from functional_optim.execution._buckets import Bucket
-    from functional_optim.execution._compiled import CompiledRun, Compiling
+    from functional_optim.algebra._tensor_map import TensorMap
+    from functional_optim.core._transform import Transform
+    from functional_optim.execution._bucketing import Bucket, Mover
     from functional_optim.execution._state_tree import Node
     from functional_optim.execution._units import Later, Unit
-    from functional_optim.execution.compiled._compiled_update import CompiledStep
+    from functional_optim.execution.compiled._compiled_update import (
+        CompiledRun,
+        CompiledStep,
+        Compiling,
+    )
 
 
 class Executor:

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor
 
-from functional_optim._guarding import guarded
-from functional_optim._resolving import resolve
 from functional_optim.core._chain import chain, checked_transform
 from functional_optim.core._context import Context
-from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._hyperparameters import checked, resolve, value_class
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.core._validation import check_parameters
 from functional_optim.core._value_class import with_fields
 from functional_optim.transforms import Unscale
+from functional_optim.transforms._nonfinite import guarded
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 @final
@@ -84,3 +84,16 @@ def scaled(
 def wrapped_state(state: Any, grad_scale: Tensor | None) -> Any:
     """Return a state in the form that `scaled` wants."""
     return (state,) if grad_scale is None else ((), state)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """What a gradient scaler asks of a step.
+
+    Args:
+        grad_scale: What gradients are still to be divided by; None if they were.
+        found_inf: Nonzero if a gradient was not finite.
+    """
+
+    grad_scale: Tensor | None
+    found_inf: Tensor

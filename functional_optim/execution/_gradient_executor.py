@@ -21,8 +21,9 @@ from functional_optim.execution._state_tree import mapped, tensors_of
 from functional_optim.execution._tensor_memory import memory_of
 
 if TYPE_CHECKING:
+    from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._context import Context
-    from functional_optim.core._transform import TensorMap, Transform
+    from functional_optim.core._transform import Transform
 
 
 class GradientExecutor:

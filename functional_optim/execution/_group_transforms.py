@@ -12,7 +12,7 @@ from functional_optim.core._value_class import same_for_good
 from functional_optim.transforms import Masked, Partition
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 def joined(

@@ -15,7 +15,7 @@ from functional_optim.core._transform import (
 )
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 class Memory:

@@ -8,14 +8,17 @@ import importlib
 import pathlib
 import sys
 from array import array
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from functional_optim._messages import first_line
+
+if TYPE_CHECKING:
+    from functional_optim.algebra._tensor_map import TensorMap
 
 _WORD = ctypes.sizeof(ctypes.c_void_p)
 
@@ -105,3 +108,122 @@ def _offset_of_implementation() -> int:
 
 def _word(place: int) -> int | None:
     return ctypes.c_void_p.from_address(place).value
+
+
+# The same numbers stand in native.cpp.
+_MOVED, _CHANGED, _ODD, _FAILED = 1, 2, 4, 8
+
+
+_DTYPES = 128
+
+
+class Gradients(Mapping[str, Tensor]):
+    """The gradients of parameters by name, looked up when somebody asks.
+
+    Args:
+        params: The parameters by name.
+        dtypes: The dtype of the gradient of each, None where there is none. As long as
+            nothing changes it is the same object.
+        objects: The addresses of the parameters as objects of Python, in this order.
+        places: Where the gradients lay; 0 for what is not one piece of memory.
+    """
+
+    __slots__ = ("_count", "_params", "dtypes", "objects", "places")
+
+    def __init__(
+        self,
+        params: TensorMap,
+        dtypes: Mapping[str, torch.dtype | None],
+        objects: array[int],
+        places: array[int],
+    ) -> None:
+        self._params, self.dtypes = params, dtypes
+        self.objects, self.places = objects, places
+        self._count = len(dtypes) - list(dtypes.values()).count(None)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return a gradient.
+
+        Raises:
+            KeyError: there is none.
+            RuntimeError: somebody has taken it away.
+        """
+        grad = self._params[name].grad
+        if grad is not None:
+            return grad
+        if self.dtypes[name] is not None:
+            msg = f"the gradient of {name!r} was set to None during the step"
+            raise RuntimeError(msg)
+        raise KeyError(name)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.dtypes.get(name) is not None
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, dtype in self.dtypes.items() if dtype is not None)
+
+    def __len__(self) -> int:
+        return self._count
+
+
+def dtype_of(grads: Mapping[str, Tensor], name: str) -> torch.dtype:
+    """Return the dtype of a gradient, without a look at it where that is known."""
+    dtype = grads.dtypes[name] if isinstance(grads, Gradients) else None
+    return grads[name].dtype if dtype is None else dtype
+
+
+class Scan:
+    """Looks at parameters and gradients.
+
+    Args:
+        params: Parameters by name. They are kept alive.
+        native: Compiled code.
+
+    Raises:
+        RuntimeError: it sees something else than Python.
+
+    Attributes:
+        moved: Whether parameters lie elsewhere, or otherwise, than at the last look.
+    """
+
+    def __init__(self, params: TensorMap, native: Native) -> None:
+        self._native, self._params = native, params
+        tensors = list(params.values())
+        count = len(tensors)
+        self._objects = array("q", map(id, tensors))
+        self._places, self._shapes = array("q", [0] * count), array("q", [0] * count)
+        self._grads, self._given = array("q", [0] * count), array("b", [0] * count)
+        failed = self._told() & _FAILED
+        shapes = [2 * x.numel() + x.is_contiguous() for x in tensors]
+        if (
+            failed
+            or self._places.tolist() != list(map(Tensor.data_ptr, tensors))
+            or [shape // _DTYPES for shape in self._shapes] != shapes
+        ):
+            msg = "compiled code does not see the parameters"
+            raise RuntimeError(msg)
+        self._found: Gradients | None = None
+        self.moved = False
+
+    def _told(self) -> int:
+        arrays = self._places, self._shapes, self._grads, self._given
+        return self._native.scan(
+            address(self._objects),
+            self._native.offset,
+            len(self._objects),
+            torch.get_num_threads(),
+            *map(address, arrays),
+        )
+
+    def look(self) -> Gradients | None:
+        """Return the gradients; None if one is not as its parameter, or all failed."""
+        told = self._told()
+        self.moved = bool(told & (_MOVED | _FAILED))
+        if told & (_ODD | _FAILED):
+            self._found = None
+            return None
+        if self._found is None or told & _CHANGED:
+            pairs = zip(self._params.items(), self._given, strict=True)
+            dtypes = {name: p.dtype if given else None for (name, p), given in pairs}
+            self._found = Gradients(self._params, dtypes, self._objects, self._grads)
+        return self._found

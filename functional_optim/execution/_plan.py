@@ -9,20 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._resolving import resolve
+from functional_optim.core._hyperparameters import resolve
 from functional_optim.core._value_class import same_for_good
-from functional_optim.execution._bucketing import Layout
-from functional_optim.execution._buckets import Bucket
-from functional_optim.execution._cohorts import Cohorts
+from functional_optim.execution._bucketing import Bucket, Cohorts, Layout
 from functional_optim.execution._group_transforms import joined
-from functional_optim.execution._scanning import Gradients
+from functional_optim.execution._native import Gradients
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap, Transform
+    from functional_optim.algebra._tensor_map import TensorMap
+    from functional_optim.core._transform import Transform
     from functional_optim.execution._bucketing import Mover
-    from functional_optim.execution._compiled import Compiling
-    from functional_optim.execution._store import Store
+    from functional_optim.execution._state_tree import Store
     from functional_optim.execution._units import Unit
+    from functional_optim.execution.compiled._compiled_update import Compiling
 
 _dtype = operator.attrgetter("dtype")
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from functional_optim.core._context import Reducer
-    from functional_optim.execution._compiled import CompiledRun
     from functional_optim.execution._unit_update import Run
+    from functional_optim.execution.compiled._compiled_update import CompiledRun
 
 Call: TypeAlias = tuple[tuple[int | str, ...], int]
 """A call of `reduce`: the path of the context, and how many came before it there."""

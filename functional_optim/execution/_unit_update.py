@@ -9,7 +9,8 @@ from torch import Tensor
 
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Scope
-from functional_optim.execution._grad_scaling import wrapped_state
+from functional_optim.execution._accumulation import from_window
+from functional_optim.execution._grad_scaling import Scaling, wrapped_state
 from functional_optim.execution._memoized import Memory, remembered
 from functional_optim.execution._reductions import (
     Call,
@@ -20,36 +21,24 @@ from functional_optim.execution._reductions import (
     Totals,
     through,
 )
-from functional_optim.execution._resting import from_window
 from functional_optim.execution._state_tree import Kind, nodes_of, rebuilt
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping, Sequence
 
     from functional_optim.algebra._buffers import Workspace
+    from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._context import Reducer
-    from functional_optim.core._transform import TensorMap, Transform
-    from functional_optim.execution._buckets import Bucket
+    from functional_optim.core._transform import Transform
+    from functional_optim.execution._bucketing import Bucket
     from functional_optim.execution._state_tree import Node
     from functional_optim.execution._units import Later, Unit
 
 _MOST_KNOWN = 256
 """Where gradients are missing by chance, no answer is asked for twice."""
 
+
 _COMPANION = "\N{NULL}companion"
-
-
-@dataclasses.dataclass(frozen=True)
-class Scaling:
-    """What a gradient scaler asks of a step.
-
-    Args:
-        grad_scale: What gradients are still to be divided by; None if they were.
-        found_inf: Nonzero if a gradient was not finite.
-    """
-
-    grad_scale: Tensor | None
-    found_inf: Tensor
 
 
 @dataclasses.dataclass(frozen=True)

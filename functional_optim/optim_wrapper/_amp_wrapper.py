@@ -8,28 +8,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from functional_optim.config._registries import OPTIM_WRAPPERS
-from functional_optim.config._registry import Switch
-from functional_optim.facade._plain_data import plain
-from functional_optim.facade._shared_scaler import SharedScaler
 from functional_optim.optim_wrapper._errors import MistakenTypeError
 from functional_optim.optim_wrapper._grad_scaler import (
+    SharedScaler,
     check_scaler_state,
     checked_dtype,
     scaler_of,
 )
 from functional_optim.optim_wrapper._merged_groups import MergedGroups
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
+from functional_optim.torch_optimizer._state_dict import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from functional_optim.optim_wrapper._checkpoint import Take
 
-_OFF: Switch = False
 
-
-@OPTIM_WRAPPERS.register_module()
 class AmpOptimWrapper(OptimWrapper):
     """An `OptimWrapper` whose forward runs in autocast and whose loss is scaled.
 
@@ -73,7 +68,7 @@ class AmpOptimWrapper(OptimWrapper):
         self,
         loss_scale: str | float | dict[str, Any] = "dynamic",
         dtype: str | torch.dtype | None = None,
-        use_fsdp: Switch = _OFF,
+        use_fsdp: bool = False,
         *,
         autocast: bool = True,
         **kwargs: Any,

@@ -20,8 +20,8 @@ from torch.optim.optimizer import (
     _global_optimizer_pre_hooks,
 )
 
-from functional_optim._compiling import untraced
-from functional_optim.facade._fitting import is_of_torch
+from functional_optim.algebra._torch_modes import untraced
+from functional_optim.optim_wrapper._checkpoint import is_of_torch
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Hashable

@@ -6,7 +6,7 @@ import contextlib
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from functional_optim._compiling import untraced
+from functional_optim.algebra._torch_modes import untraced
 from functional_optim.optim_wrapper._errors import MistakenValueError
 
 if TYPE_CHECKING:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from functional_optim.config._registries import OPTIM_WRAPPERS
 from functional_optim.core._transform import Role, Transform
-from functional_optim.facade._clip_grad import ClipGrad, clip_grad_of
 from functional_optim.optim_wrapper._accumulation import check_counts
 from functional_optim.optim_wrapper._checkpoint import WrapperState
 from functional_optim.optim_wrapper._errors import MistakenTypeError, MistakenValueError
 from functional_optim.optim_wrapper._gradient_transform import (
+    ClipGrad,
     GradientTransform,
     check_not_owned,
+    clip_grad_of,
 )
 from functional_optim.optim_wrapper._merged_groups import MergedGroups
 from functional_optim.optim_wrapper._message_hub import MessageHub
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator
 
 
-@OPTIM_WRAPPERS.register_module()
 class OptimWrapper(WrapperState):
     """One interface for plain, mixed-precision and accumulated training.
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from functional_optim._compiling import untraced
-from functional_optim.facade._fitting import undo_of
+from functional_optim.algebra._torch_modes import untraced
+from functional_optim.optim_wrapper._checkpoint import undo_of
 from functional_optim.optim_wrapper._errors import (
     MissingError,
     MistakenTypeError,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from functional_optim._spelling import no_attribute
+from functional_optim._messages import no_attribute
 from functional_optim.optimizers._adam import adam, adamw
 from functional_optim.optimizers._sgd import sgd
 

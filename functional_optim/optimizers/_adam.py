@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from functional_optim._resolving import is_zero
 from functional_optim.core._chain import Chain, chain
-from functional_optim.core._hyperparameters import Hyperparameter
+from functional_optim.core._hyperparameters import Hyperparameter, is_zero
 from functional_optim.transforms import (
     AddDecayedWeights,
     Scale,
@@ -24,7 +23,7 @@ def adam(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
     eps: Hyperparameter = 1e-8,
     weight_decay: Hyperparameter = 0.0,
-    amsgrad: bool = False,  # noqa: FBT001, FBT002 - torch's position
+    amsgrad: bool = False,
     *,
     eps_root: Hyperparameter = 0.0,
     maximize: bool = False,
@@ -84,7 +83,7 @@ def adamw(
     betas: tuple[Hyperparameter, Hyperparameter] = (0.9, 0.999),
     eps: Hyperparameter = 1e-8,
     weight_decay: Hyperparameter = 1e-2,
-    amsgrad: bool = False,  # noqa: FBT001, FBT002 - torch's position
+    amsgrad: bool = False,
     *,
     eps_root: Hyperparameter = 0.0,
     maximize: bool = False,

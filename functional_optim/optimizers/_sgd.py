@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from functional_optim._resolving import is_zero
 from functional_optim.core._chain import Chain, chain
-from functional_optim.core._hyperparameters import Hyperparameter
+from functional_optim.core._hyperparameters import Hyperparameter, is_zero
 from functional_optim.transforms import (
     AddDecayedWeights,
     Scale,
@@ -24,7 +23,7 @@ def sgd(
     momentum: Hyperparameter = 0.0,
     dampening: Hyperparameter = 0.0,
     weight_decay: Hyperparameter = 0.0,
-    nesterov: bool = False,  # noqa: FBT001, FBT002 - torch's position
+    nesterov: bool = False,
     *,
     maximize: bool = False,
     mask: Selection | None = None,

@@ -9,7 +9,7 @@ is a schedule too; these are frozen, equal by value, printable and picklable.
 
 from typing import TYPE_CHECKING
 
-from functional_optim._spelling import no_attribute
+from functional_optim._messages import no_attribute
 from functional_optim.schedules._cosine import cosine_decay, one_cycle, warmup_cosine
 from functional_optim.schedules._decay import exponential, inverse_sqrt
 from functional_optim.schedules._join import join, piecewise

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from functional_optim.core._hyperparameters import value_class
-from functional_optim.schedules._arithmetic import between, count
 from functional_optim.schedules._validation import (
+    between,
     check_numbers,
     check_positive,
     check_steps,
+    count,
 )
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, final
 import torch
 
 from functional_optim.core._hyperparameters import flag, value_class
-from functional_optim.schedules._arithmetic import count
 from functional_optim.schedules._validation import (
     check_numbers,
     check_positive,
     check_steps,
+    count,
 )
 
 if TYPE_CHECKING:

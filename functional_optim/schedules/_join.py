@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from functional_optim._scheduling import value_at
-from functional_optim.core._hyperparameters import Schedule, checked, value_class
-from functional_optim.schedules._arithmetic import count
+from functional_optim.core._hyperparameters import (
+    Schedule,
+    checked,
+    value_at,
+    value_class,
+)
 from functional_optim.schedules._validation import (
     check_one_more,
     checked_boundaries,
     checked_values,
+    count,
     sequence,
 )
 

@@ -8,6 +8,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch
+from torch import Tensor
+
 
 def check_numbers(schedule: object, *names: str) -> None:
     """Refuse arguments that are not finite numbers.
@@ -108,3 +111,23 @@ def sequence(name: str, value: Any, of: str) -> Sequence[Any]:
         msg = f"{name} must be a tuple of {of}, got {value!r}"
         raise TypeError(msg)
     return value
+
+
+def count(step: float | Tensor) -> Tensor:
+    """Return the step as a 0-dim float64 tensor."""
+    if isinstance(step, Tensor):
+        return step.double()  # Stays on its device, whatever torch's default is.
+    return torch.tensor(step, dtype=torch.float64)
+
+
+def between(start: float, end: float, done: Tensor) -> Tensor:
+    """Return the value a part of the way from start to end.
+
+    Exact at both ends, which start + (end - start) * done is not: 1.0 + (1e-5 - 1.0)
+    misses 1e-5 by 5e-12 of it.
+
+    Example:
+        >>> between(1.0, 3.0, torch.tensor(0.25))
+        tensor(1.5000)
+    """
+    return start * (1 - done) + end * done

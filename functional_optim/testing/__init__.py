@@ -5,14 +5,15 @@ Needs hypothesis: `pip install 'functional_optim[testing]'`.
 
 from typing import TYPE_CHECKING
 
-from functional_optim._spelling import no_attribute
-from functional_optim.testing import laws, strategies
-from functional_optim.testing._broken import BrokenLawError
+from functional_optim._messages import no_attribute
 from functional_optim.testing._check import check_transform
-from functional_optim.testing._equivalent import backward, check_equivalent
+from functional_optim.testing._equivalent import (
+    NotEquivalentError,
+    backward,
+    check_equivalent,
+)
 from functional_optim.testing._examples import Example
-from functional_optim.testing._gap import NotEquivalentError
-from functional_optim.testing._law import Law
+from functional_optim.testing._law import BrokenLawError, Law
 
 __all__ = [
     "BrokenLawError",

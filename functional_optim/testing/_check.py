@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._context import Context
-from functional_optim.core._transform import TensorMap, Transform
+from functional_optim.core._transform import Transform
 from functional_optim.testing import laws, strategies
 from functional_optim.testing._examples import SHAPES, numbers_like
 from functional_optim.testing._hypothesis import st

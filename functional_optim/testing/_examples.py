@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._context import Context
-from functional_optim.core._transform import TensorMap
 
 
 @dataclasses.dataclass(frozen=True, repr=False)

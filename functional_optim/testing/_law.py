@@ -7,7 +7,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -15,13 +15,83 @@ from functional_optim.core._chain import checked_transform
 from functional_optim.core._context import Context
 from functional_optim.core._validation import check_parameters
 from functional_optim.testing import strategies
-from functional_optim.testing._broken import BrokenLawError, ViolationError
 from functional_optim.testing._examples import Example, fixed_examples
 from functional_optim.testing._hypothesis import hypothesis, st
+from functional_optim.testing._repro import program
 from functional_optim.testing._search import Search, drawn_examples, kinds_of
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap, Transform
+    from functional_optim.algebra._tensor_map import TensorMap
+    from functional_optim.core._transform import Transform
+
+
+class ViolationError(AssertionError):
+    """What is broken and where, and why that is likely; `Law` makes the report."""
+
+    def __init__(self, what: str, cause: str) -> None:
+        super().__init__(what)
+        self.what, self.cause = what, cause
+
+
+def require(condition: object, what: str, cause: str) -> None:
+    """Raise a `ViolationError` unless a condition holds."""
+    if not condition:
+        refuse(what, cause)
+
+
+def refuse(what: str, cause: str) -> NoReturn:
+    """Raise a `ViolationError`."""
+    raise ViolationError(what, cause)
+
+
+class BrokenLawError(AssertionError):
+    """A transform breaks a law.
+
+    Attributes:
+        law: Name of the law, such as "purity".
+        what: What is broken and where.
+        cause: What is likely the matter, and the remedy.
+        transform: The transform.
+        example: The smallest example found.
+
+    Example:
+        >>> import functional_optim as fo
+        >>> from functional_optim.testing import laws
+        >>> class Same:
+        ...     scope = fo.Scope.ELEMENTWISE
+        ...     init = staticmethod(lambda params: ())
+        ...
+        ...     def update(self, updates, state, params, *, context=None):
+        ...         return updates, state
+        >>> try:
+        ...     laws.purity(Same())
+        ... except BrokenLawError as broken:
+        ...     print(broken.what)
+        update returned a tensor that it was given: updates['a.weight']
+    """
+
+    def __init__(
+        self, law: Law, violation: ViolationError, transform: Any, example: Example
+    ) -> None:
+        self.law, self.statement = law.name, law.statement
+        self.what, self.cause = violation.what, violation.cause
+        self.transform, self.example = transform, example
+        super().__init__(self._report())
+
+    def _report(self) -> str:
+        code = program(self.law, self.transform, self.example)
+        return "\n".join(
+            [
+                f"{self.transform!r} breaks the law of {self.law}: {self.statement}",
+                "",
+                f"What: {self.what}",
+                f"Likely cause: {self.cause}",
+                "",
+                "The smallest case found, to paste and run:",
+                "",
+                *(f"    {line}".rstrip() for line in code.splitlines()),
+            ]
+        )
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -189,14 +259,17 @@ class Law:
 
 _LOCK = threading.RLock()
 
+
 HIDDEN = (
     "memory outside of the state (an attribute, a global, a cache), or unseeded "
     "randomness. Keep all memory in the state that update returns; random numbers are "
     "a function of a seed and a counter in the state (not a torch.Generator)"
 )
 
+
 LAWS: dict[str, Law] = {}
 """All laws by name."""
+
 
 _BASIC = ("purity", "determinism")
 """Laws without which a failure of another says nothing."""

@@ -15,7 +15,7 @@ from functional_optim.testing._examples import Example
 from functional_optim.testing._hypothesis import hypothesis, st
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 E = TypeVar("E", bound=Exception)
 

@@ -7,14 +7,117 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import functional_optim as fo
-from functional_optim.testing._chains import chains, transforms
+from functional_optim import schedules
 from functional_optim.testing._examples import Example
 from functional_optim.testing._hypothesis import st
+
+_numbers = st.floats(-4, 4, width=32)
+
+
+_fractions = st.floats(0, 0.9375, width=32)
+
+
+_positive = st.floats(0.125, 8, width=32)
+
+
+def _hyperparameters(
+    numbers: st.SearchStrategy[float], names: Sequence[str] = ()
+) -> st.SearchStrategy[Any]:
+    """A number, or a tensor, a schedule or a map by name of such numbers."""
+    kinds = [
+        numbers,
+        numbers.map(lambda x: torch.tensor(x, dtype=torch.float64)),
+        st.builds(schedules.linear, numbers, numbers, st.integers(1, 5)),
+    ]
+    if names:
+        kinds.append(st.fixed_dictionaries(dict.fromkeys(names, numbers)))
+    return st.one_of(kinds)
+
+
+def transforms(
+    names: Sequence[str] = (), *, smooth: bool = False
+) -> st.SearchStrategy[fo.Transform]:
+    """Transforms of the library; numbers, tensors, schedules and maps as arguments.
+
+    Args:
+        names: Names of the parameters; hyperparameters by name need them.
+        smooth: Whether to leave out those that have no derivative somewhere.
+
+    Example:
+        >>> from hypothesis import find
+        >>> find(transforms(), lambda transform: "Trace" in repr(transform)).scope.name
+        'ELEMENTWISE'
+    """
+    number = _hyperparameters(_numbers, names)
+    fraction = _hyperparameters(_fractions, names)
+    positive = _hyperparameters(_positive, names)
+    joint = _hyperparameters(_positive)
+    kinked = [] if smooth else [st.builds(fo.ClipByValue, positive)]
+    return st.one_of(
+        st.builds(fo.Scale, number),
+        st.builds(fo.ScaleByLearningRate, fraction),
+        st.builds(fo.Unscale, joint),
+        st.builds(fo.Accumulate, st.integers(1, 3), mean=st.booleans()),
+        st.builds(fo.ClipByGlobalNorm, joint, norm_type=st.sampled_from([1.0, 2.0])),
+        st.builds(fo.ClipByNorm, positive),
+        st.builds(fo.Trace, fraction),
+        st.builds(fo.Trace, st.floats(0.125, 0.9375), nesterov=st.sampled_from([True])),
+        st.builds(fo.ScaleByAdam, st.tuples(fraction, fraction), amsgrad=st.booleans()),
+        st.builds(fo.AddDecayedWeights, fraction),
+        st.builds(fo.MultiplyParamwise, st.just({"*": 0.5})),
+        st.builds(fo.Masked, st.just(fo.Trace(0.5)), st.just("*")),
+        st.builds(fo.SkipNonfinite, st.builds(fo.sgd, fraction, _fractions)),
+        st.builds(fo.Observe, st.just("norm")),
+        st.just(fo.Identity()),
+        st.just(fo.Centralize()),
+        st.just(fo.ZeroNans()),
+        st.just(fo.SetToZero()),
+        st.builds(fo.Named, st.just("inner"), st.builds(fo.Scale, number)),
+        st.builds(
+            fo.Partition,
+            st.builds(lambda scale: {"all": scale}, st.builds(fo.Trace, _fractions)),
+            st.just("all"),
+        ),
+        *kinked,
+    )
+
+
+@st.composite
+def chains(
+    draw: st.DrawFn,
+    names: Sequence[str] = (),
+    *,
+    max_size: int = 4,
+    smooth: bool = False,
+) -> fo.Chain:
+    """Chains of transforms of the library, in an order that `chain` accepts.
+
+    Args:
+        draw: Given by hypothesis.
+        names: Names of the parameters; hyperparameters by name need them.
+        max_size: Largest number of members.
+        smooth: Whether to leave out what has no derivative somewhere.
+
+    Example:
+        >>> from hypothesis import find
+        >>> len(find(chains(), lambda chained: len(chained) == 2))
+        2
+    """
+    members: list[fo.Transform] = []
+    for member in draw(st.lists(transforms(names, smooth=smooth), max_size=max_size)):
+        try:
+            fo.chain(*members, member)
+        except ValueError:  # An order that cannot be right: leave it out.
+            continue
+        members.append(member)
+    return fo.chain(*members)
+
 
 __all__ = [
     "away_from_zero",
@@ -29,12 +132,15 @@ __all__ = [
     "transforms",
 ]
 
+
 Shapes = Mapping[str, tuple[int, ...]]
+
 
 ordinary: st.SearchStrategy[float] = st.floats(-100, 100, width=32).map(
     lambda x: x if abs(x) > 1e-3 else 0.0
 )
 """Everyday numbers, zero included."""
+
 
 finite: st.SearchStrategy[float] = st.one_of(
     ordinary,
@@ -42,15 +148,18 @@ finite: st.SearchStrategy[float] = st.one_of(
 )
 """Also signed zeros, subnormals and huge ones whose squares stay finite in float32."""
 
+
 hostile: st.SearchStrategy[float] = st.one_of(
     finite, st.sampled_from([math.nan, math.inf, -math.inf])
 )
 """Also NaN and infinities."""
 
+
 away_from_zero: st.SearchStrategy[float] = st.builds(
     math.copysign, st.floats(0.125, 8.0, width=32), st.sampled_from([1.0, -1.0])
 )
 """Numbers where square roots and norms have derivatives."""
+
 
 _MOST_DRAWN = 16
 """A larger tensor repeats a run of numbers: hypothesis draws them one by one."""

@@ -10,29 +10,30 @@ from functional_optim.core._apply import apply_updates
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._state_tree import nodes_of
-from functional_optim.facade._resuming import (
-    Start,
-    check_entries,
-    entries_at,
-    fresh_state,
-)
-from functional_optim.facade._survey import Shown, Survey
 from functional_optim.torch_optimizer._flat_layout import Laying, check_may_be_flat
+from functional_optim.torch_optimizer._gradients import Shown, Survey
 from functional_optim.torch_optimizer._param_state import (
     entries_of,
     loaded_nodes,
     rest_of,
 )
 from functional_optim.torch_optimizer._sharding import ShardCheck
+from functional_optim.torch_optimizer._state_dict import (
+    Start,
+    check_entries,
+    entries_at,
+    fresh_state,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping
 
+    from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._context import Context
-    from functional_optim.core._transform import TensorMap, Transform
-    from functional_optim.execution._compiled import Compiling
+    from functional_optim.core._transform import Transform
+    from functional_optim.execution._grad_scaling import Scaling
     from functional_optim.execution._state_tree import Node
-    from functional_optim.execution._unit_update import Scaling
+    from functional_optim.execution.compiled._compiled_update import Compiling
 
 
 class Engine:

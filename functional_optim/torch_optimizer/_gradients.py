@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 import warnings
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._validation import check_updates
-from functional_optim.execution._unit_update import Scaling
+from functional_optim.execution._grad_scaling import Scaling
+from functional_optim.execution._native import Native, Scan, native
+from functional_optim.execution._tensor_memory import memory_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable
 
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
+    from functional_optim.execution._native import Gradients
 
 
 def gradients_of(names: Mapping[Tensor, str]) -> TensorMap:
@@ -62,3 +68,155 @@ def scaling_of(optimizer: object) -> Scaling | None:
             return None
         found_inf = torch.zeros_like(grad_scale)
     return Scaling(grad_scale, found_inf)
+
+
+_dtype_of = operator.attrgetter("dtype")
+
+
+class Survey:
+    """Looks at parameters, gradients and state.
+
+    All is asked by functions in C, and few of them, because it is asked at every step:
+    by those that Python has, or by our own where they can be compiled.
+
+    Args:
+        names: The names of the parameters.
+        compiles: Whether to compile.
+    """
+
+    def __init__(self, names: Mapping[Tensor, str], *, compiles: bool = False) -> None:
+        self._names = names
+        self._strided = [param for param in names if not param.is_contiguous()]
+        self._native: Native | None = None
+        self._scan: Scan | None = None
+        self.failure = ""
+        """Why nothing is compiled although it should be."""
+        if compiles and are_plain(names):
+            self._compile()
+        self._found: Gradients | None = None
+        self._moved = False
+        self.restart()
+
+    def _compile(self) -> None:
+        found = native()
+        if isinstance(found, str):
+            self.failure = found
+            return
+        self._native = found
+        try:
+            params = {name: param for param, name in self._names.items()}
+            self._scan = Scan(params, found)
+        except RuntimeError as error:  # As on the meta device.
+            self.failure = str(error)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether our own functions look."""
+        return self._scan is not None
+
+    def restart(self) -> None:
+        """Take the parameters to be where they should be now."""
+        self._geometry = self._found_geometry()
+        self._moved = False
+        if self._scan is not None:
+            self._scan.look()
+
+    def _found_geometry(self) -> list[Any]:
+        strides = [param.stride() for param in self._strided]
+        if self._scan is not None:
+            return strides
+        return [
+            list(map(Tensor.data_ptr, self._names)),
+            list(map(Tensor.numel, self._names)),
+            list(map(_dtype_of, self._names)),
+            list(map(Tensor.is_contiguous, self._names)),
+            strides,
+        ]
+
+    def look(self) -> bool:
+        """Look at everything.
+
+        Returns:
+            Whether parameters lie elsewhere, or otherwise, than at the last start.
+        """
+        if self._scan is not None:
+            self._found = self._scan.look()
+            # The next look compares with this one.
+            self._moved = self._moved or self._scan.moved
+        return self._moved or self._found_geometry() != self._geometry
+
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Return the gradients that there are, by name, as of the last look.
+
+        Raises:
+            TypeError: one is sparse.
+        """
+        return gradients_of(self._names) if self._found is None else self._found
+
+    def shows(self, state: Mapping[Tensor, Any], entries: list[Any]) -> bool:
+        """Whether a state by parameter has these entries, in this order.
+
+        Args:
+            state: The state.
+            entries: The entries.
+        """
+        if self._native is not None and self._native.has_values(state, entries):
+            return True
+        found = entries_in(state)
+        same = len(found) == len(entries)
+        return same and all(map(operator.is_, found, entries))
+
+
+class Shown:
+    """Record the entries that a state shows, and their memory.
+
+    Args:
+        state: The state by parameter, with what else the user keeps there.
+        entries: The entries that are ours.
+
+    Attributes:
+        everything: All that stands in the state, in order.
+    """
+
+    def __init__(self, state: Mapping[Tensor, Any], entries: list[Tensor]) -> None:
+        self.everything = entries_in(state)
+        self._entries = entries if are_plain(entries) else []
+        self._places = list(map(_place, self._entries))
+        # A look at each costs as much as the arithmetic on a small one: one of each
+        # memory is looked at, and how many tensors share the memory.
+        first = {memory_of(entry): entry for entry in reversed(self._entries)}
+        self._first = list(first.values())
+        self._memories = [entry.untyped_storage() for entry in self._first]
+        self._seen = self._look()
+
+    def _look(self) -> list[Any]:
+        return [
+            *map(Tensor.data_ptr, self._first),
+            *map(Tensor.stride, self._first),
+            *[torch._C._storage_Use_Count(memory._cdata) for memory in self._memories],
+        ]
+
+    def have_moved(self, *, each: bool) -> bool:
+        """Whether an entry has other memory than when it was shown, by `.data = ...`.
+
+        Args:
+            each: Whether to look at every entry.
+        """
+        seen = self._look()
+        if each or seen != self._seen:
+            if list(map(_place, self._entries)) != self._places:
+                return True
+            self._seen = seen
+        return False
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Return the memory of a tensor, the same if it moves as a whole to be shared."""
+    memory = tensor.untyped_storage()._cdata
+    return memory, tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def entries_in(state: Mapping[Tensor, Any]) -> list[Any]:
+    """Return the entries of a state by parameter, in order."""
+    shown = [own.values() for own in state.values() if isinstance(own, Mapping)]
+    return list(itertools.chain.from_iterable(shown))

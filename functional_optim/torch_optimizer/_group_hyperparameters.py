@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from functional_optim._scheduling import is_schedule
+from functional_optim.core._hyperparameters import is_schedule
 from functional_optim.core._selection import picks
 from functional_optim.core._transform import (
     Role,

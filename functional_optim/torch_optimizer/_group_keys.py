@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functional_optim._messages import shown
-from functional_optim._resolving import is_zero
-from functional_optim._scheduling import is_schedule
-from functional_optim._spelling import near
+from functional_optim._messages import near, shown
+from functional_optim.core._hyperparameters import is_schedule, is_zero
 
 if TYPE_CHECKING:
     from functional_optim.torch_optimizer._group_hyperparameters import Option

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from functional_optim._compiling import untraced
+from functional_optim.algebra._torch_modes import untraced
 from functional_optim.core._chain import Chain, chain, checked_transform
 from functional_optim.core._context import Context
 from functional_optim.core._readings import readings
 from functional_optim.core._value_class import same_value
-from functional_optim.facade._transform_text import text_of, transform_of
 from functional_optim.torch_optimizer._flat_layout import check_options
 from functional_optim.torch_optimizer._gradients import scaling_of, warn_of_no_gradient
 from functional_optim.torch_optimizer._group_keys import checked_notes
@@ -24,10 +23,12 @@ from functional_optim.torch_optimizer._params import (
     members_of,
     read_once,
 )
+from functional_optim.torch_optimizer._state_dict import text_of, transform_of
 from functional_optim.torch_optimizer._tracking import Tracking
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap, Transform
+    from functional_optim.algebra._tensor_map import TensorMap
+    from functional_optim.core._transform import Transform
 
 
 class TransformOptimizer(Tracking):

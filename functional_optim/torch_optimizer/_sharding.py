@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from functional_optim.core._transform import TensorMap, Transform
+    from functional_optim.algebra._tensor_map import TensorMap
+    from functional_optim.core._transform import Transform
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 _TOTAL = (

@@ -11,28 +11,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._compiling import untraced
-from functional_optim.facade._apart import check_apart
-from functional_optim.facade._plain_data import plain
-from functional_optim.facade._resuming import Start, entries_at, start_from
-from functional_optim.facade._transform_text import text_of
+from functional_optim.algebra._torch_modes import untraced
 from functional_optim.torch_optimizer._engine import Engine
 from functional_optim.torch_optimizer._group_keys import OPTIONS, TRANSFORM_STATE, same
 from functional_optim.torch_optimizer._param_groups import Groups
 from functional_optim.torch_optimizer._param_state import entries_of
 from functional_optim.torch_optimizer._params import (
     by_choices,
+    check_apart,
     check_group_parameters,
     members_of,
     named_members,
     numbered,
     read_once,
 )
-from functional_optim.torch_optimizer._state_dict import checked_groups, loaded_options
+from functional_optim.torch_optimizer._state_dict import (
+    Start,
+    checked_groups,
+    entries_at,
+    loaded_options,
+    plain,
+    start_from,
+    text_of,
+)
 
 if TYPE_CHECKING:
     from functional_optim.core._transform import Transform
-    from functional_optim.execution._compiled import Compiling
+    from functional_optim.execution.compiled._compiled_update import Compiling
 
 
 class Tracking(torch.optim.Optimizer):
@@ -387,6 +392,8 @@ def _copied(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _compiling() -> Compiling:
     # Imported when it is needed: the compiler takes seconds.
-    module = importlib.import_module("functional_optim.execution._compiled")
+    module = importlib.import_module(
+        "functional_optim.execution.compiled._compiled_update"
+    )
     compiling: Compiling = module.with_inductor()
     return compiling

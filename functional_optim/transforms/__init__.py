@@ -2,12 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-from functional_optim._scheduling import ScheduleState
-from functional_optim._spelling import no_attribute
+from functional_optim._messages import no_attribute
+from functional_optim.core._hyperparameters import ScheduleState
 from functional_optim.transforms._accumulation import Accumulate, AccumulateState
 from functional_optim.transforms._adam import ScaleByAdam, ScaleByAdamState
 from functional_optim.transforms._centralization import Centralize
-from functional_optim.transforms._cleaning import ZeroNans, ZeroNansState
 from functional_optim.transforms._clipping import (
     ClipByGlobalNorm,
     ClipByGlobalNormState,
@@ -15,14 +14,22 @@ from functional_optim.transforms._clipping import (
     ClipByValue,
 )
 from functional_optim.transforms._freezing import SetToZero
-from functional_optim.transforms._identity import Identity
+from functional_optim.transforms._identity import Identity, Named
 from functional_optim.transforms._masking import Masked, Partition
 from functional_optim.transforms._momentum import Trace, TraceState
 from functional_optim.transforms._monitoring import Observe, ObserveState
-from functional_optim.transforms._naming import Named
-from functional_optim.transforms._nonfinite import SkipNonfinite, SkipNonfiniteState
-from functional_optim.transforms._paramwise import MultiplyParamwise
-from functional_optim.transforms._scaling import Scale, ScaleByLearningRate, Unscale
+from functional_optim.transforms._nonfinite import (
+    SkipNonfinite,
+    SkipNonfiniteState,
+    ZeroNans,
+    ZeroNansState,
+)
+from functional_optim.transforms._scaling import (
+    MultiplyParamwise,
+    Scale,
+    ScaleByLearningRate,
+    Unscale,
+)
 from functional_optim.transforms._weight_decay import AddDecayedWeights
 
 __all__ = [

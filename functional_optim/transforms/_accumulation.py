@@ -8,13 +8,17 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._hoisting import once
-from functional_optim._messages import subset
 from functional_optim.algebra._arithmetic import over
-from functional_optim.algebra._tensor_map import device_of, is_sixteen_bit
+from functional_optim.algebra._scalars import once
+from functional_optim.algebra._tensor_map import (
+    TensorMap,
+    device_of,
+    is_sixteen_bit,
+    subset,
+)
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import flag, value_class
-from functional_optim.core._transform import Role, Scope, Static, TensorMap
+from functional_optim.core._transform import Role, Scope, Static
 from functional_optim.core._validation import check_parameters, check_state
 
 

@@ -12,7 +12,7 @@ from functional_optim.core._validation import check_parameters
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 @final

@@ -9,26 +9,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._hoisting import once
-from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._norms import norms
-from functional_optim.algebra._scalars import negated
+from functional_optim.algebra._scalars import negated, once
 from functional_optim.algebra._tensor_map import device_of, is_sixteen_bit
 from functional_optim.core._context import Context, Norm
 from functional_optim.core._hyperparameters import (
     Hyperparameter,
+    ScheduleState,
     checked,
+    evaluate,
     flag,
     hyperparameter,
+    init_hyperparameters,
     value_class,
 )
 from functional_optim.core._transform import Role, Scope
 from functional_optim.core._validation import check_state
 
 if TYPE_CHECKING:
-    from functional_optim.algebra._arithmetic import Factor
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._scalars import Factor
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 class ClipByGlobalNormState(NamedTuple):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from functional_optim.algebra._tensor_map import copied
+from functional_optim.core._chain import checked_transform
 from functional_optim.core._context import Context
-from functional_optim.core._hyperparameters import value_class
-from functional_optim.core._transform import Scope
-from functional_optim.core._validation import check_parameters
+from functional_optim.core._hyperparameters import checked, resolve, value_class
+from functional_optim.core._transform import Scope, Transform
+from functional_optim.core._traversal import Part
+from functional_optim.core._validation import check_parameters, checked_name
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 @final
@@ -50,3 +52,76 @@ class Identity:
     ) -> tuple[TensorMap, tuple[()]]:
         """Return a copy of the updates."""
         return copied(updates), state
+
+
+@final
+@value_class
+class Named:
+    """Give a transform a name, and change nothing: u <- inner(u).
+
+    By the name `state_of` finds its state, and `readings` prefixes what it has to tell:
+    the norm of `Named("outer", ClipByGlobalNorm(1.0))` is `"outer.norm"`. `chain` sees
+    through it: what must stand first or last must so with a name, too.
+
+    Args:
+        name: The name. Not empty, without ".".
+        inner: The transform.
+
+    State:
+        The state of `inner` itself: a checkpoint does not know the name.
+
+    Shapes:
+        As `inner`.
+
+    Raises:
+        ValueError: `name` is empty or contains ".".
+        TypeError: `name` is no string, `inner` is no transform.
+
+    Example:
+        >>> import torch
+        >>> from functional_optim import ClipByGlobalNorm, chain, state_of
+        >>> pipeline = chain(Named("outer", ClipByGlobalNorm(1.0)))
+        >>> params = {"w": torch.tensor([3.0, 4.0])}
+        >>> _, state = pipeline.update(params, pipeline.init(params), params)
+        >>> state_of(pipeline, state, "outer").norm
+        tensor(5., dtype=torch.float64)
+
+    Source:
+        optax.named_chain.
+    """
+
+    name: str = checked(check=checked_name)
+    inner: Transform = checked(check=checked_transform, resolve=resolve)
+
+    consumes_state: ClassVar[bool] = True
+
+    @property
+    def stands_for(self) -> tuple[Transform, ...]:
+        """What the order of a chain is judged on: the inner transform."""
+        return (self.inner,)
+
+    @property
+    def scope(self) -> Scope:
+        """The scope of the inner transform."""
+        return self.inner.scope
+
+    def init(self, params: TensorMap) -> Any:
+        """Return the inner state."""
+        check_parameters(params)
+        return self.inner.init(params)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: Any,
+        params: TensorMap,
+        *,
+        context: Context | None = None,
+    ) -> tuple[TensorMap, Any]:
+        """Return inner(u)."""
+        context = context or Context()
+        return self.inner.update(updates, state, params, context=context.at("inner"))
+
+    def parts(self, state: Any, params: TensorMap) -> list[Part]:
+        """Return the inner transform with the same state."""
+        return [Part("inner", self.name, self.inner, state, params)]

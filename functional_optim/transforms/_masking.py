@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
 
 from torch import Tensor
 
-from functional_optim._all_parameters import knowing_all
-from functional_optim._messages import shown, subset
-from functional_optim._resolving import resolve
+from functional_optim._messages import shown
+from functional_optim.algebra._tensor_map import subset
 from functional_optim.core._chain import checked_transform
 from functional_optim.core._context import Context
-from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._hyperparameters import checked, resolve, value_class
 from functional_optim.core._selection import (
     Rules,
     Selection,
@@ -30,11 +29,12 @@ from functional_optim.core._validation import (
     check_names,
     check_parameters,
     check_states,
+    knowing_all,
 )
 from functional_optim.core._value_class import shown_value
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 @final

@@ -8,8 +8,6 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim._resolving import is_zero
-from functional_optim._scheduling import ScheduleState, evaluate, init_hyperparameters
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._scalars import (
     Column,
@@ -18,15 +16,19 @@ from functional_optim.algebra._scalars import (
     raised,
     zero_counts,
 )
-from functional_optim.algebra._tensor_map import copied, zeros_like
+from functional_optim.algebra._tensor_map import TensorMap, copied, zeros_like
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import (
     Hyperparameter,
+    ScheduleState,
+    evaluate,
     flag,
     hyperparameter,
+    init_hyperparameters,
+    is_zero,
     value_class,
 )
-from functional_optim.core._transform import Role, Scope, TensorMap
+from functional_optim.core._transform import Role, Scope
 from functional_optim.core._validation import check_made_for, check_state
 
 

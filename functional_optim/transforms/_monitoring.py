@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, final
 import torch
 from torch import Tensor
 
-from functional_optim._messages import checked_name
 from functional_optim.algebra._norms import norms
 from functional_optim.algebra._tensor_map import copied, device_of
 from functional_optim.core._context import Context, Norm, ReduceOp
 from functional_optim.core._hyperparameters import checked, value_class
 from functional_optim.core._transform import Scope
-from functional_optim.core._validation import check_parameters, check_state
+from functional_optim.core._validation import (
+    check_parameters,
+    check_state,
+    checked_name,
+)
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 Elementwise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """A function of an update and its parameter, number by number."""

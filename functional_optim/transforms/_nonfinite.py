@@ -6,21 +6,21 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
-from functional_optim._guarding import guarded
-from functional_optim._hoisting import once
-from functional_optim._resolving import resolve
 from functional_optim.algebra._norms import all_finite
+from functional_optim.algebra._scalars import once
 from functional_optim.algebra._tensor_map import device_of
+from functional_optim.core._apply import is_recorded
 from functional_optim.core._chain import checked_transform
 from functional_optim.core._context import Context
-from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._hyperparameters import checked, resolve, value_class
 from functional_optim.core._transform import Role, Scope, Transform, inner_transforms
 from functional_optim.core._traversal import Part
 from functional_optim.core._validation import check_parameters, check_state
 
 if TYPE_CHECKING:
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 class SkipNonfiniteState(NamedTuple):
@@ -153,3 +153,135 @@ def _find(transform: Transform, role: Role) -> Transform | None:
         if found is not None:
             return found
     return None
+
+
+def guarded(
+    ok: Tensor,
+    inner: Transform,
+    updates: TensorMap,
+    state: Any,
+    params: TensorMap,
+    *,
+    context: Context,
+) -> tuple[TensorMap, Any]:
+    """Return what a transform returns if ok, else -0.0 and the old state.
+
+    Args:
+        ok: Whether to take the step. Tensor, shape (), bool.
+        inner: The transform.
+        updates: Its updates; it gets zeros or ones in their place if not ok.
+        state: Its state.
+        params: Its parameters.
+        context: Its context.
+    """
+    # Zeros: the norm of many ones is infinite in float16, and some clips raise then.
+    # Ones for a derivative: a user's rule in plain torch has sqrt(0), whose infinite
+    # derivative times the 0 of a skipped step is NaN.
+    other = 1.0 if is_recorded(differentiable=context.differentiable) else 0.0
+    safe = {name: torch.where(ok, u, other) for name, u in updates.items()}
+    moved, new = inner.update(safe, state, params, context=context)
+    # p + (-0.0) is p for every p; p + 0.0 would turn -0.0 into 0.0.
+    moved = {name: torch.where(ok, u, -0.0) for name, u in moved.items()}
+    return moved, _selected(ok, new, state)
+
+
+def _selected(ok: Tensor, new: Any, old: Any) -> Any:
+    """Return the new state where ok, else the old one."""
+    leaves, spec = _pytree.tree_flatten(new)
+    before = _pytree.tree_leaves(old)
+    chosen: list[Tensor] = []
+    last: tuple[Tensor, Tensor] | None = None
+    for n, o in zip(leaves, before, strict=True):
+        # Names that share a count go on sharing it; they stand side by side.
+        shared = last is not None and n is last[0] and o is last[1]
+        if n is o:  # It was not touched, and shall not look as if it was.
+            chosen.append(o)
+        else:
+            chosen.append(chosen[-1] if shared else _either(ok, n, o))
+        last = n, o
+    return _pytree.tree_unflatten(chosen, spec)
+
+
+def _either(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    if new.ndim == 0:
+        return once(_where, ok, new, old)
+    return _where(ok, new, old)
+
+
+def _where(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    return torch.where(ok, new, old)
+
+
+class ZeroNansState(NamedTuple):
+    """What `ZeroNans` remembers.
+
+    Attributes:
+        num_zeroed: How many numbers were NaN and became 0 so far, in all updates.
+            Tensor, shape (), float64.
+
+    Example:
+        >>> ZeroNans().init({"w": torch.ones(2)})
+        ZeroNansState(num_zeroed=tensor(0., dtype=torch.float64))
+    """
+
+    num_zeroed: Tensor
+
+
+@final
+@value_class
+class ZeroNans:
+    """Replace NaN by 0: u <- 0 where u is NaN, else u.
+
+    Infinities stay. This hides where the NaN came from, so look at the count; to leave
+    out the whole step instead use `SkipNonfinite`.
+
+    State:
+        num_zeroed: How many numbers were replaced so far, in all tensors. Tensor, shape
+            (), float64.
+
+    Shapes:
+        Every update keeps its shape, dtype, device and name.
+
+    Example:
+        >>> updates = {"w": torch.tensor([1.0, float("nan"), float("inf")])}
+        >>> zero_nans = ZeroNans()
+        >>> cleaned, state = zero_nans.update(
+        ...     updates, zero_nans.init(updates), updates
+        ... )
+        >>> cleaned["w"], int(state.num_zeroed)
+        (tensor([1., 0., inf]), 1)
+
+    Source:
+        optax.zero_nans, which keeps for each tensor whether it had one.
+    """
+
+    scope: ClassVar[Scope] = Scope.ELEMENTWISE
+
+    def init(self, params: TensorMap) -> ZeroNansState:
+        """Return a count of zero."""
+        check_parameters(params)
+        zero = torch.zeros((), dtype=torch.float64, device=device_of(params))
+        return ZeroNansState(zero)
+
+    def update(
+        self,
+        updates: TensorMap,
+        state: ZeroNansState,
+        params: TensorMap,
+        *,
+        context: Context | None = None,
+    ) -> tuple[TensorMap, ZeroNansState]:
+        """Return 0 where u is NaN, else u."""
+        check_state(self, state, ZeroNansState)
+        if not updates:
+            return {}, state
+        nans = {name: u.isnan() for name, u in updates.items()}
+        found = torch.stack([n.sum(dtype=torch.float64) for n in nans.values()])
+        cleaned = {n: torch.where(nans[n], 0.0, u) for n, u in updates.items()}
+        total = (context or Context()).reduce(found, "sum")
+        return cleaned, ZeroNansState(state.num_zeroed + total)
+
+    def readings(self, state: ZeroNansState) -> TensorMap:
+        """Return how many numbers were replaced in all."""
+        check_state(self, state, ZeroNansState)
+        return {"num_zeroed": state.num_zeroed}

@@ -5,20 +5,18 @@ from __future__ import annotations
 from dataclasses import KW_ONLY
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
-from functional_optim._messages import subset
-from functional_optim._resolving import resolved_number
-from functional_optim._scheduling import (
-    ScheduleState,
-    evaluate,
-    init_hyperparameters,
-    is_schedule,
-)
 from functional_optim.algebra._arithmetic import over
+from functional_optim.algebra._tensor_map import subset
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import (
     Hyperparameter,
+    ScheduleState,
     checked,
+    evaluate,
     hyperparameter,
+    init_hyperparameters,
+    is_schedule,
+    resolved_number,
     value_class,
 )
 from functional_optim.core._selection import (
@@ -34,7 +32,7 @@ from functional_optim.core._value_class import shown_value
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from functional_optim.core._transform import TensorMap
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 def _checked_mask(name: str, mask: Any) -> Any:

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_optim._resolving import is_zero
-from functional_optim.core._hyperparameters import after_init
+from functional_optim.core._hyperparameters import after_init, is_zero
 from functional_optim.core._value_class import with_fields
 
 if TYPE_CHECKING:

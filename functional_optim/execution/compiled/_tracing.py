@@ -16,7 +16,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_optim._hoisting import hoisting
+from functional_optim.algebra._scalars import hoisting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -4,12 +4,11 @@
 Only `init`, `update` and `scope` are used.
 """
 
-from functional_optim.testing._omission import hold, omitted_names
 from functional_optim.testing.laws._composition import chaining, plain_data
 from functional_optim.testing.laws._execution import in_place
 from functional_optim.testing.laws._purity import determinism, purity
 from functional_optim.testing.laws._scope import scope
-from functional_optim.testing.laws._structure import structure
+from functional_optim.testing.laws._structure import hold, omitted_names, structure
 from functional_optim.testing.laws._torch import (
     compiled,
     differentiable,

@@ -9,10 +9,9 @@ import torch
 from functional_optim.core._chain import Chain, chain
 from functional_optim.core._state_dict import load_state_dict, state_dict
 from functional_optim.core._transform import Transform
-from functional_optim.testing._broken import require
 from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
-from functional_optim.testing._law import law
+from functional_optim.testing._law import law, require
 from functional_optim.testing.laws._purity import run
 from functional_optim.transforms import Identity
 

@@ -6,20 +6,20 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._apply import apply_updates
 from functional_optim.core._chain import chain
 from functional_optim.core._context import Context
-from functional_optim.core._transform import Scope, TensorMap, Transform
+from functional_optim.core._transform import Scope, Transform
 from functional_optim.execution._executor import Executor
-from functional_optim.testing._broken import require
 from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
-from functional_optim.testing._law import law
+from functional_optim.testing._law import law, require
 from functional_optim.torch_optimizer._flat_layout import Laying
 from functional_optim.transforms import Scale
 
 if TYPE_CHECKING:
-    from functional_optim.execution._compiled import Compiling
+    from functional_optim.execution.compiled._compiled_update import Compiling
 
 _ROUNDING = 1e-12
 """Units change the order of sums: n * eps of float64, n < 4000."""

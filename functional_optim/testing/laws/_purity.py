@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from functional_optim.core._transform import Transform
-from functional_optim.testing._broken import require
 from functional_optim.testing._compare import (
     difference,
     same_bits,
@@ -16,7 +15,7 @@ from functional_optim.testing._compare import (
     tensors,
 )
 from functional_optim.testing._examples import Example
-from functional_optim.testing._law import HIDDEN, law
+from functional_optim.testing._law import HIDDEN, law, require
 
 _IN_PLACE = (
     "an operation in place (x.mul_, x += ..., out=, x[...] = ..., .data, .grad) on a "

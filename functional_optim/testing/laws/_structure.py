@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,34 +11,39 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from functional_optim.core._transform import (
-    Static,
-    TensorMap,
-    Transform,
-    inner_transforms,
-)
-from functional_optim.testing._broken import refuse, require
-from functional_optim.testing._compare import leaves
+from functional_optim.algebra._tensor_map import TensorMap
+from functional_optim.core._transform import Static, Transform, inner_transforms
+from functional_optim.testing._compare import difference, leaves, same_bits, tensors
 from functional_optim.testing._examples import Example
-from functional_optim.testing._law import law
+from functional_optim.testing._law import law, refuse, require
 from functional_optim.testing.laws._purity import run
 
 _KINDS = "a state is (), or a NamedTuple of tensors and dicts of tensors by name"
+
+
 _STABLE = (
     "the state is built from what this step had. Make all of it in init, with its "
     "final names, shapes and dtypes; torch.compile needs a graph for each form"
 )
+
+
 _DROPPED = (
     "the result was built only from some of the updates. Return every name that was "
     "given (x.clone() for what passes through), or an empty map to hold"
 )
+
+
 _DTYPE = (
     "a tensor of another dtype took part (torch.tensor(...), arange, torch.ones "
     "default to float32; float64 tensors widen). Make it with dtype=x.dtype, or cast "
     "the result with .to(u.dtype). A transform that widens on purpose says so with an "
     "attribute `dtype`"
 )
+
+
 _SHAPE = "broadcasting, or a reduction without keepdim=True"
+
+
 _DEVICE = "a tensor was made without device=x.device: torch.zeros_like(x) has it"
 
 
@@ -232,3 +238,51 @@ def _check_device(transform: Transform, example: Example) -> None:
         if "on cpu" in str(error) or "on device cpu" in str(error):
             what = f"on another device than the CPU: {str(error).splitlines()[0]}"
             refuse(what, _DEVICE)
+
+
+_AS_ZERO = (
+    "a missing update was taken for zero. Loop over the updates, not over the "
+    "parameters, and keep the entries of the other names: {**state.field, **new}"
+)
+
+
+_NOT_A_HOLD = (
+    "an empty map means hold: an accumulation window is open. Return {} and the state "
+    "as it was"
+)
+
+
+@law(hint="a lookup, such as updates[name], for every parameter; loop over the updates")
+def omitted_names(transform: Transform, example: Example) -> None:
+    """A name without an update keeps its state, and gets no update."""
+    start = transform.init(example.params)
+    used = [state for _, state in run(transform, example)][-1]
+    # An open window still holds what a name got before, and passes it on.
+    befores = (start,) if has_static(start) else (start, used)
+    for missing, before in itertools.product(example.params, befores):
+        now = before
+        for updates, context in example.steps:
+            rest = {name: u for name, u in updates.items() if name != missing}
+            if not rest:  # That is a hold.
+                continue
+            out, now = transform.update(rest, now, example.params, context=context)
+            what = f"{missing!r} got an update without a gradient"
+            require(missing not in out, what, _AS_ZERO)
+        new = dict(tensors(now))
+        for place, old in tensors(before):
+            if place.endswith(f"[{missing!r}]"):
+                kept = place in new and same_bits(old, new[place])
+                require(kept, f"state{place} changed without a gradient", _AS_ZERO)
+
+
+@law(
+    omit=False, hint="an operation that needs at least one tensor, such as torch.stack"
+)
+def hold(transform: Transform, example: Example) -> None:
+    """An empty map in is an empty map out, and the state stays."""
+    results = zip(run(transform, example), example.steps, strict=True)
+    for (_, state), (_, context) in results:
+        out, after = transform.update({}, state, example.params, context=context)
+        require(out == {}, f"an empty map gave updates for {list(out)}", _NOT_A_HOLD)
+        gap = difference(after, state)
+        require(not gap, f"an empty map changed state{gap}", _NOT_A_HOLD)

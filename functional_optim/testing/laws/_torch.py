@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 from torch.utils import _pytree
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._apply import apply_updates
 from functional_optim.core._chain import chain
 from functional_optim.core._context import Context
-from functional_optim.core._transform import TensorMap, Transform
-from functional_optim.testing._broken import refuse, require
+from functional_optim.core._transform import Transform
 from functional_optim.testing._compare import difference, tensors
 from functional_optim.testing._examples import Example, numbers_like
-from functional_optim.testing._law import law
+from functional_optim.testing._law import law, refuse, require
 
 _ROUNDING = 1e-12
 """Sums in another order, relative to the largest: n * eps of float64, n < 4000."""
