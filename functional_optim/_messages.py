@@ -76,11 +76,6 @@ def callers_level() -> int:
 def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
     """Return the names that are spelled nearly like a wrong one, the nearest first.
 
-    Args:
-        name: The wrong name.
-        known: The right ones; upper and lower case are the same.
-        cutoff: How similar they must be, from 0 to 1.
-
     Example:
         >>> near("AdamW", ["adam", "adamw", "sgd"])
         ['adamw', 'adam']
@@ -94,12 +89,6 @@ def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return the end of an error message: what a wrong name may have meant.
-
-    Args:
-        name: The wrong name.
-        known: The right ones.
-        cutoff: How similar, from 0 to 1, what is suggested must be; nothing that is
-            similar enough, and all names are listed.
 
     Example:
         >>> did_you_mean("norm_decay_mul", ["lr_mult", "norm_decay_mult"])
@@ -116,10 +105,6 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 def no_attribute(module: str, names: Iterable[str]) -> Callable[[str], NoReturn]:
     """Return the `__getattr__` of a module, whose error suggests the near name.
-
-    Args:
-        module: Name of the module.
-        names: Its public names.
 
     Example:
         >>> no_attribute("fo", ["adamw", "sgd"])("AdamW")

@@ -59,17 +59,6 @@ def lerp(x: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
 def over(values: TensorMap, at: TensorMap | None = None) -> Expression:
     """Start an expression over a map.
 
-    Args:
-        values: The map to start from; it is only read.
-        at: Start from the entries of `values` at the names of this map only, and
-            compute in the wider dtype of the two.
-
-    Returns:
-        An expression; `.to_map()` ends it.
-
-    Raises:
-        ValueError: `values` has no entry for a name of `at`.
-
     Example:
         >>> over({"w": torch.tensor([1.0, 2.0])}).mul(3.0).add(1.0).to_map()
         {'w': tensor([4., 7.])}
@@ -114,11 +103,7 @@ class Expression:
         self._own = self._foreach and type(values) is Donated
 
     def to_map(self, like: TensorMap | None = None) -> TensorMap:
-        """End the expression: a new map, in the dtype it started with.
-
-        Args:
-            like: Take the dtypes from the entries of this map instead.
-        """
+        """End the expression: a new map, in the dtype it started with."""
         if not self._own:
             self._values = [_cloned(v) for v in self._values]
         dtypes = self._dtypes

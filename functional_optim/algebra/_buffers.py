@@ -22,9 +22,6 @@ class Workspace:
     Fresh memory of some MiB costs as much as the arithmetic in it: the system clears
     every page. An executor that runs one unit after the other knows when all results of
     a unit are no longer needed.
-
-    Args:
-        most: Bytes of the largest tensor that is kept.
     """
 
     def __init__(self, most: int = 16 * 2**20) -> None:

@@ -22,13 +22,6 @@ _BLOCK = 65_536
 def norms(tensors: TensorMap, p: float, *, wide: bool = False) -> Tensor:
     """Return the p-norm of every tensor, stacked. Shape (n,).
 
-    Args:
-        tensors: The tensors.
-        p: Order of the norm.
-        wide: Whether to measure as executors may: large tensors in blocks, because a
-            sum of millions of float32 squares is wrong in the third digit; and 16-bit
-            ones in float32, because a norm of several joined may exceed float16.
-
     Example:
         >>> norms({"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([])}, 2.0)
         tensor([5., 0.])

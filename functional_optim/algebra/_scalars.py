@@ -39,12 +39,6 @@ _current = _Current()
 def once(compute: Callable[..., T], *inputs: Any) -> T:
     """Return `compute(*inputs)`; inside `hoisting` the result of the same call before.
 
-    Args:
-        compute: A pure function, always the same object. Nobody may write into what it
-            returns.
-        inputs: Numbers and devices, which are the same if they are equal; tensors and
-            all else, which are if they are the same object.
-
     Example:
         >>> import torch
         >>> count = torch.tensor(1.0)
@@ -123,16 +117,7 @@ def raised(flags: TensorMap, names: Iterable[str]) -> TensorMap:
 
 
 class Column:
-    """0-dim numbers of some names, stacked: one row for each distinct tensor.
-
-    Args:
-        entries: 0-dim tensors by name.
-        names: Which names, in order; at least one.
-        apart: Give each name a row of its own, because a factor differs by name.
-
-    Raises:
-        ValueError: `entries` lacks a name.
-    """
+    """0-dim numbers of some names, stacked: one row for each distinct tensor."""
 
     __slots__ = ("_names", "_rows", "values")
 
@@ -148,13 +133,7 @@ class Column:
         """The numbers, to compute with. Shape (rows,)."""
 
     def computed(self, compute: Callable[..., Tensor], *factors: Factor) -> Tensor:
-        """Return a function of the numbers and of factors, both in float64.
-
-        Args:
-            compute: A pure function of tensors of shape (rows,) or (), always the same
-                object: where units share their numbers it is called once.
-            factors: What else it is given.
-        """
+        """Return a function of the numbers and of factors, both in float64."""
         return once(compute, self.values, *map(self.along, factors))
 
     def along(self, factor: Factor) -> Tensor:

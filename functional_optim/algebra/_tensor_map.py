@@ -90,19 +90,14 @@ def foreach_applies(tensors: Sequence[Tensor]) -> bool:
 
 
 def lookup(values: Mapping[str, V], names: Iterable[str]) -> list[V]:
-    """Return the entries of a map at some names, in the order of the names.
-
-    Raises:
-        ValueError: a name is missing.
-    """
+    """Return the entries of a map at some names, in the order of the names."""
     try:
         return [values[name] for name in names]
     except KeyError as error:
-        msg = (
+        raise ValueError(
             f"no entry for {error.args[0]!r}, only for {shown(values)}; call init "
             "again after adding parameters, and give a value for every name in a map"
-        )
-        raise ValueError(msg) from None
+        ) from None
 
 
 def subset(tensors: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:

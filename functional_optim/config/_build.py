@@ -57,11 +57,10 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrappe
     if not isinstance(cfg, Mapping) and hasattr(cfg, "keys"):
         cfg = {key: cfg[key] for key in cfg}  # MMEngine's Config is no Mapping.
     if not isinstance(cfg, Mapping):
-        msg = (
+        raise TypeError(
             "cfg must be a dict such as dict(optimizer=dict(type='SGD', lr=0.01)), got "
             f"{cfg!r}"
         )
-        raise TypeError(msg)
     wrapper_cfg = copied(cfg)
     # By name, so that another one registered under it is taken.
     default = DefaultOptimWrapperConstructor.__name__

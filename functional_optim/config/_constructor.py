@@ -109,23 +109,22 @@ class DefaultOptimWrapperConstructor:
         paramwise_cfg: Mapping[str, Any] | None = None,
     ) -> None:
         if not isinstance(optim_wrapper_cfg, Mapping):
-            msg = f"optim_wrapper_cfg should be a dict, but got {optim_wrapper_cfg!r}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"optim_wrapper_cfg should be a dict, but got {optim_wrapper_cfg!r}"
+            )
         if "optimizer" not in optim_wrapper_cfg:
-            msg = (
+            raise MistakenValueError(
                 '`optim_wrapper_cfg` must contain "optimizer" config, such as '
                 f"optimizer=dict(type='SGD', lr=0.01), got {dict(optim_wrapper_cfg)!r}"
             )
-            raise MistakenValueError(msg)
         self.optim_wrapper_cfg: dict[str, Any] = copied(optim_wrapper_cfg)
         self.optimizer_cfg: dict[str, Any] = self.optim_wrapper_cfg.pop("optimizer")
         if not isinstance(self.optimizer_cfg, Mapping):
-            msg = (
+            raise TypeError(
                 "optimizer must be a config such as dict(type='SGD', lr=0.01), got "
                 f"{self.optimizer_cfg!r}; give an optimizer that is built already to "
                 "OptimWrapper"
             )
-            raise TypeError(msg)
         self.paramwise_cfg: dict[str, Any] = (
             {} if paramwise_cfg is None else copied(paramwise_cfg)
         )
@@ -142,12 +141,11 @@ class DefaultOptimWrapperConstructor:
         for kind, key, base in needed:
             multiplying = rules.of(kind)
             if base is None and multiplying:
-                msg = (
+                raise ValueError(
                     f"base_{'lr' if kind == 'lr' else 'wd'} should not be None: "
                     f"{multiplying[0]} in paramwise_cfg multiplies {key}, which the "
                     f"config of the optimizer lacks; write {key}=... into it"
                 )
-                raise ValueError(msg)
             check_number(key, base, multiplied=bool(self.paramwise_cfg))
 
     def _rules(self) -> ParamwiseRules:
@@ -222,8 +220,9 @@ class DefaultOptimWrapperConstructor:
                 continue
             settings[key] = base * multiplier
             if isinstance(settings[key], float) and not math.isfinite(settings[key]):
-                msg = f"{key} of {name} would be {base} * {multiplier}, not finite"
-                raise ValueError(msg)
+                raise ValueError(
+                    f"{key} of {name} would be {base} * {multiplier}, not finite"
+                )
         return settings | verdict.options
 
     def _log(self, place: Place, settings: dict[str, Any]) -> None:
@@ -270,22 +269,21 @@ class DefaultOptimWrapperConstructor:
             ValueError: a parameter would get into the optimizer twice.
         """
         if not isinstance(model, nn.Module):
-            msg = f"model must be a torch.nn.Module, got a {type(model).__name__}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"model must be a torch.nn.Module, got a {type(model).__name__}"
+            )
         model = unwrapped(model)
         wrapper_cfg = {"type": OptimWrapper.__name__, **self.optim_wrapper_cfg}
         if "type" not in self.optimizer_cfg:
-            msg = (
+            raise RegistryError(
                 f'optimizer must have a "type", such as "SGD", got {self.optimizer_cfg}'
             )
-            raise RegistryError(msg)
         kind = OPTIMIZERS.resolve(self.optimizer_cfg["type"])
         first = first_argument_of(kind)
         if first in self.optimizer_cfg:
-            msg = (
+            raise ValueError(
                 f"leave {first} out of optimizer: the parameters are those of the model"
             )
-            raise ValueError(msg)
         check_places(
             wrapper_cfg,
             OPTIM_WRAPPERS.resolve(wrapper_cfg["type"]),
@@ -322,11 +320,7 @@ def _goes_by_names(kind: Any) -> bool:
 
 
 def as_groups(added: list[Any]) -> list[dict[str, Any]]:
-    """Return groups that may be read again; parameters alone are one group.
-
-    Raises:
-        TypeError: a group is no dict.
-    """
+    """Return groups that may be read again; parameters alone are one group."""
     if not (added and isinstance(added[0], Mapping)):
         return [{"params": added}]
     return [read_once(group, index) for index, group in enumerate(added)]

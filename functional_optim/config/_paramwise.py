@@ -59,14 +59,7 @@ _TRANSPARENT = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module
 
 
 class Place(NamedTuple):
-    """Where a parameter stands in a model.
-
-    Attributes:
-        module: The module that owns it.
-        name: Its name in that module.
-        prefix: The name of that module, "" for the model itself.
-        in_deformable: Whether that module is a child of a deformable convolution.
-    """
+    """Where a parameter stands in a model."""
 
     module: nn.Module
     name: str
@@ -102,11 +95,6 @@ def children_of(
 
     What `torch.compile`, FSDP and activation checkpointing put between a module and its
     own name does not show.
-
-    Args:
-        module: The module.
-        prefix: Its name.
-        in_deformable: Whether it is a child of a deformable convolution.
     """
     for name, child in module.named_children():
         if name in _TRANSPARENT:
@@ -153,15 +141,7 @@ logger = logging.getLogger("functional_optim")
 
 
 class Verdict(NamedTuple):
-    """What the rules say about one parameter.
-
-    Attributes:
-        lr: Multiplier of the learning rate; None if no rule speaks of it.
-        weight_decay: Multiplier of the weight decay, likewise.
-        options: What `custom_keys` put into the group as it is.
-        rules: The rules that decided.
-        fitting: The rules that fit the parameter, whether or not another one won.
-    """
+    """What the rules say about one parameter."""
 
     lr: float | None
     weight_decay: float | None
@@ -171,17 +151,7 @@ class Verdict(NamedTuple):
 
 
 class ParamwiseRules:
-    """The rules of a `paramwise_cfg`, checked.
-
-    Args:
-        config: The `paramwise_cfg`.
-        strict: Whether all keys that are no rules are refused, not only those that
-            nearly are: others may have their own.
-
-    Raises:
-        TypeError: a part of it is of a type that means nothing there.
-        ValueError: a rule is misspelt, a multiplier is negative or not finite.
-    """
+    """The rules of a `paramwise_cfg`, checked."""
 
     def __init__(self, config: Mapping[str, Any], *, strict: bool = True) -> None:
         check_paramwise_cfg(config, strict=strict)
@@ -309,8 +279,9 @@ def paramwise_multipliers(
         MMEngine's DefaultOptimWrapperConstructor.
     """
     if not isinstance(model, nn.Module):
-        msg = f"model must be a torch.nn.Module, got a {type(model).__name__}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"model must be a torch.nn.Module, got a {type(model).__name__}"
+        )
     rules = ParamwiseRules(paramwise_cfg)
     rules.warn_of_unread()
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}

@@ -28,43 +28,28 @@ _LEFT_OVER = ("_delete_", "_delete")
 
 
 def check_paramwise_cfg(config: Any, *, strict: bool) -> None:
-    """Refuse a `paramwise_cfg` that is no dict, and rules and switches that are none.
-
-    Args:
-        config: The `paramwise_cfg`.
-        strict: Whether all keys that are no rules are refused, not only those that
-            nearly are: others may have their own.
-
-    Raises:
-        TypeError: it is no dict, or a switch is no bool.
-        ValueError: a rule is misspelt.
-    """
+    """Refuse a `paramwise_cfg` that is no dict, and unknown rules and switches."""
     if not isinstance(config, Mapping):
-        msg = (
+        raise TypeError(
             "paramwise_cfg should be None or a dict, "
             f"but got {type(config).__name__} {config!r}"
         )
-        raise TypeError(msg)
     for key in config:
         if key in RULE_NAMES or key in _LEFT_OVER:
             continue
         near = difflib.get_close_matches(str(key), RULE_NAMES, cutoff=0.9)
         if strict or near:
             hint = did_you_mean(str(key), RULE_NAMES)
-            msg = f"paramwise_cfg has no rule {key!r}; {hint}"
-            raise ValueError(msg)
+            raise ValueError(f"paramwise_cfg has no rule {key!r}; {hint}")
     for key in _SWITCHES:
         if not isinstance(config.get(key, False), bool):
-            msg = f"paramwise_cfg[{key!r}] must be a bool, got {config[key]!r}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"paramwise_cfg[{key!r}] must be a bool, got {config[key]!r}"
+            )
 
 
 def unread_in(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield warnings of keys that MMEngine takes, and does not read.
-
-    Args:
-        config: A `paramwise_cfg` that was checked.
-    """
+    """Yield warnings of keys that MMEngine takes, and does not read."""
     custom_keys = config.get("custom_keys", {})
     for place, keys in (("paramwise_cfg", config), ("custom_keys", custom_keys)):
         for key in filter(_LEFT_OVER.__contains__, keys):
@@ -89,22 +74,19 @@ def label(key: str) -> str:
 def checked_multiplier(name: str, value: Any) -> Any:
     """Return a multiplier as it was given, if it is a finite number >= 0."""
     if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
-        msg = f"{name} must be a number, got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or value < 0:
-        msg = f"{name} must be finite and >= 0, got {value!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
     return value  # As given: an int stays one.
 
 
 def checked_custom_keys(custom_keys: Any) -> dict[str, dict[str, Any]]:
     """Return a copy of `custom_keys`, if they mean something."""
     if not isinstance(custom_keys, Mapping):
-        msg = (
+        raise TypeError(
             "If specified, custom_keys must be a dict from a piece of a name to its "
             f"options, but got {type(custom_keys).__name__} {custom_keys!r}"
         )
-        raise TypeError(msg)
     return {
         key: _checked_options(key, custom_keys[key])
         for key in custom_keys
@@ -114,16 +96,19 @@ def checked_custom_keys(custom_keys: Any) -> dict[str, dict[str, Any]]:
 
 def _checked_options(key: Any, options: Any) -> dict[str, Any]:
     if not isinstance(key, str):
-        msg = f"custom_keys must have pieces of parameter names as keys, got {key!r}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"custom_keys must have pieces of parameter names as keys, got {key!r}"
+        )
     if not isinstance(options, Mapping):
-        msg = f"{label(key)} must be a dict such as dict(lr_mult=0.1), got {options!r}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"{label(key)} must be a dict such as dict(lr_mult=0.1), got {options!r}"
+        )
     for name, value in options.items():
         where = f"{label(key)}[{name!r}]"
         if name in FOR_ALL:
             checked_multiplier(where, value)
         elif name in RULE_NAMES or name in {"params", "param_names"}:
-            msg = f"{where} cannot stand in a custom key, only lr_mult and decay_mult"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{where} cannot stand in a custom key, only lr_mult and decay_mult"
+            )
     return dict(options)

@@ -26,9 +26,6 @@ _OF_OPTIMIZER = ("compile", "layout", "notes")
 class PresetOptimizer:
     """A preset that takes parameters first, and makes a `TransformOptimizer` of them.
 
-    Args:
-        preset: A function from hyperparameters to a transform.
-
     Example:
         >>> import functional_optim as fo
         >>> import torch
@@ -53,15 +50,7 @@ class PresetOptimizer:
     def __call__(
         self, params: Iterable[Any], *args: Any, **options: Any
     ) -> TransformOptimizer:
-        """Build the optimizer.
-
-        Args:
-            params: As `TransformOptimizer` takes them: also groups with an `lr`, a
-                `weight_decay` and so on of their own.
-            args: Arguments of the preset.
-            options: Arguments of the preset; `compile`, `layout` and `notes` of the
-                optimizer.
-        """
+        """Build the optimizer."""
         given = list(params)
         own_options = {k: options.pop(k) for k in _OF_OPTIMIZER if k in options}
         bound = inspect.signature(self.preset).bind(*args, **options)

@@ -89,8 +89,9 @@ class Registry:
             TypeError: the name is no string.
         """
         if not isinstance(key, str):
-            msg = f"a name in the {self._name} registry is a string, got {key!r}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"a name in the {self._name} registry is a string, got {key!r}"
+            )
         found = self._found(key)
         if found is None:
             imported = _imported(key)
@@ -120,18 +121,16 @@ class Registry:
         if isinstance(kind, str):
             found: Callable[..., Any] | None = self.get(kind)
             if found is None:
-                msg = (
+                raise RegistryError(
                     f"{kind!r} is not in the {self._name} registry; "
                     f"{did_you_mean(kind, self._module_dict)}"
                 )
-                raise RegistryError(msg)
             return found
         if not callable(kind):
-            msg = (
+            raise TypeError(
                 f"type must be a name in the {self._name} registry, a class or a "
                 f"function, got {kind!r}"
             )
-            raise TypeError(msg)
         return self._in_place_of(kind)
 
     @contextlib.contextmanager
@@ -171,30 +170,26 @@ class Registry:
             TypeError: a name is no string, `module` cannot be called.
         """
         if not isinstance(force, bool):
-            msg = f"force must be True or False, got {force!r}"
-            raise TypeError(msg)
+            raise TypeError(f"force must be True or False, got {force!r}")
         names = [name] if isinstance(name, str) else name
         if names is not None and not (
             isinstance(names, Sequence) and all(isinstance(n, str) for n in names)
         ):
-            msg = (
+            raise TypeError(
                 "name must be None, a string or a sequence of strings, got "
                 f"{name!r}; write register_module() with parentheses"
             )
-            raise TypeError(msg)
 
         def register(module: T) -> T:
             if not callable(module):
-                msg = f"module must be a class or a function, got {module!r}"
-                raise TypeError(msg)
+                raise TypeError(f"module must be a class or a function, got {module!r}")
             chosen = [module.__name__] if names is None else list(names)
             for key in chosen:
                 if key in self._module_dict and not force:
-                    msg = (
+                    raise RegistryError(
                         f"{key} is already registered in the {self._name} registry, as "
                         f"{self._module_dict[key]!r}; force=True replaces it"
                     )
-                    raise RegistryError(msg)
             self._module_dict.update(dict.fromkeys(chosen, module))
             return module
 
@@ -216,15 +211,13 @@ class Registry:
         """
         for what, given in (("cfg", cfg), ("default_args", default_args or {})):
             if not isinstance(given, Mapping):
-                msg = f"{what} should be a dict, but got {given!r}"
-                raise TypeError(msg)
+                raise TypeError(f"{what} should be a dict, but got {given!r}")
         args = {**(default_args or {}), **cfg}
         if "type" not in args:
-            msg = (
+            raise RegistryError(
                 f'`cfg` or `default_args` must contain the key "type", a name in the '
                 f"{self._name} registry or a class, but got {dict(cfg)!r}"
             )
-            raise RegistryError(msg)
         # Where a name is to be looked for, as MMEngine's runner writes into configs.
         args.pop("_scope_", None)
         kind = self.resolve(args.pop("type"))
@@ -236,8 +229,9 @@ class Registry:
                 raise
             hint = did_you_mean(unknown[1], arguments_of(kind))
             label = getattr(kind, "__name__", repr(kind))
-            msg = f"{label} takes no {unknown[1]}={args[unknown[1]]!r}; {hint}"
-            raise TypeError(msg) from error
+            raise TypeError(
+                f"{label} takes no {unknown[1]}={args[unknown[1]]!r}; {hint}"
+            ) from error
 
     def _in_place_of(self, kind: Callable[..., Any]) -> Callable[..., Any]:
         """Return what is built instead of a class or function, most often itself."""

@@ -94,35 +94,23 @@ def check_places(
     """Refuse what stands in the config of the wrapper, but is the optimizer's, et v. v.
 
     What nobody knows is refused where it is built.
-
-    Args:
-        wrapper_cfg: The config of the wrapper, without that of the optimizer.
-        wrapper: What is built from it.
-        optimizer_cfg: The config of the optimizer.
-        optimizer: What is built from it.
-
-    Raises:
-        TypeError: naming the key, its value, and where it belongs.
     """
     outer = {*arguments_of(wrapper), *_OF_BUILDING}
     inner = set(arguments_of(optimizer))
     for key in set(optimizer_cfg) & outer - inner - {"type", "optimizer"}:
-        msg = (
+        raise TypeError(
             f"optimizer has {key}={optimizer_cfg[key]!r}, which belongs beside it: "
             f"dict(optimizer=dict(...), {key}=...)"
         )
-        raise TypeError(msg)
     for key in set(wrapper_cfg) - outer - {"type", "_scope_"}:
         value = wrapper_cfg[key]
         if key in inner:
-            msg = (
+            raise TypeError(
                 f"{key}={value!r} belongs into the optimizer: optimizer=dict({key}=...)"
             )
-            raise TypeError(msg)
         hint = did_you_mean(str(key), _OF_BUILDING, cutoff=0.75)
         if hint.startswith("did"):
-            msg = f"an optimizer wrapper takes no {key}={value!r}; {hint}"
-            raise TypeError(msg)
+            raise TypeError(f"an optimizer wrapper takes no {key}={value!r}; {hint}")
 
 
 def first_argument_of(optimizer: Callable[..., Any]) -> str:
@@ -152,5 +140,4 @@ def check_number(key: str, value: Any, *, multiplied: bool) -> None:
             msg += "; multiply a schedule, or a map by name, by MultiplyParamwise"
         raise TypeError(msg)
     if is_number and not (math.isfinite(value) and value >= 0):
-        msg = f"{key} in optimizer must be finite and >= 0, got {value!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{key} in optimizer must be finite and >= 0, got {value!r}")

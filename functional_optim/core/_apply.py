@@ -35,8 +35,9 @@ def is_recorded(*, differentiable: bool) -> bool:
 
 def _named_parameters(model: Any) -> Iterator[tuple[str, torch.nn.Parameter]]:
     if not isinstance(model, torch.nn.Module):
-        msg = f"model must be a torch.nn.Module, got a {type(model).__name__}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"model must be a torch.nn.Module, got a {type(model).__name__}"
+        )
     return model.named_parameters()
 
 
@@ -106,17 +107,15 @@ def load_parameters(model: torch.nn.Module, params: TensorMap) -> None:
     own = dict(_named_parameters(model))
     for name, param in params.items():
         if name not in own:
-            msg = (
+            raise ValueError(
                 f"the model has no parameter {name!r}, only {shown(own)}; make the map "
                 "with parameters(model)"
             )
-            raise ValueError(msg)
         if param.shape != own[name].shape:
-            msg = (
+            raise ValueError(
                 f"{name!r} has shape {tuple(param.shape)}, the model's has "
                 f"{tuple(own[name].shape)}; make the map with parameters(model)"
             )
-            raise ValueError(msg)
     model.load_state_dict(params, strict=False)
 
 

@@ -205,38 +205,33 @@ def chain(*transforms: Transform) -> Chain:
 
 
 def checked_transform(name: str, transform: Any) -> Transform:
-    """Refuse what is no transform, with a hint at what it might have been meant as.
-
-    Raises:
-        TypeError: it is not an instance with `init`, `update` and `scope`.
-    """
+    """Refuse what is no transform, with a hint at what it might have been meant as."""
     if isinstance(transform, type):
-        msg = (
+        raise TypeError(
             f"{name} must be a transform, got the class {transform.__name__}; write "
             f"{transform.__name__}(...)"
         )
-        raise TypeError(msg)
     if isinstance(transform, (list, tuple)):
         kind = type(transform).__name__
-        msg = f"{name} must be a transform, got a {kind}; write chain(*transforms)"
-        raise TypeError(msg)
+        raise TypeError(
+            f"{name} must be a transform, got a {kind}; write chain(*transforms)"
+        )
     missing = missing_members(transform)
     if missing and callable(transform):
         called = getattr(transform, "__name__", type(transform).__name__)
-        msg = f"{name} must be a transform, got a function; write {called}(...)"
-        raise TypeError(msg)
+        raise TypeError(
+            f"{name} must be a transform, got a function; write {called}(...)"
+        )
     if missing:
-        msg = (
+        raise TypeError(
             f"{name} must be a transform with init, update and scope, got "
             f"{_short(transform)} without {' and '.join(missing)}"
         )
-        raise TypeError(msg)
     if not isinstance(transform.scope, Scope):
-        msg = (
+        raise TypeError(
             f"{name}.scope must be one of {', '.join(map(str, Scope))}, got "
             f"{transform.scope!r}"
         )
-        raise TypeError(msg)
     checked: Transform = transform
     return checked
 
@@ -252,28 +247,22 @@ def _short(value: object) -> str:
 def _checked_result(
     member: Transform, result: Any, params: TensorMap
 ) -> tuple[TensorMap, Any]:
-    """Refuse what no `update` may return: users' transforms are members too.
-
-    Raises:
-        TypeError: it is no pair of a map and a state.
-        ValueError: the map has names that are no parameters.
-    """
+    """Refuse what no `update` may return: users' transforms are members too."""
     if not isinstance(result, tuple) or len(result) != 2:
-        msg = (
+        raise TypeError(
             f"{member!r}.update must return (updates, state), got {shown_state(result)}"
         )
-        raise TypeError(msg)
     updates = result[0]
     if not isinstance(updates, dict):
         kind = type(updates).__name__
-        msg = f"{member!r}.update must return updates as a dict by name, got {kind}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"{member!r}.update must return updates as a dict by name, got {kind}"
+        )
     if not updates.keys() <= params.keys():
         unknown = [name for name in updates if name not in params]
-        msg = (
+        raise ValueError(
             f"{member!r}.update returned names that no parameter has: {shown(unknown)}"
         )
-        raise ValueError(msg)
     return updates, result[1]
 
 
@@ -289,12 +278,6 @@ def check_order(members: Sequence[Transform]) -> None:
 
     A member with the attribute `stands_for`, a tuple of transforms, is judged as these
     one after another: so the order is seen through names and the chains in them.
-
-    Args:
-        members: The members of a chain.
-
-    Raises:
-        ValueError: naming both transforms and the right order.
     """
     before: dict[Role, _Judged] = {}
     for judged in _seen_through(members):
@@ -322,12 +305,11 @@ def check_order(members: Sequence[Transform]) -> None:
                 if earlier in before:
                     raise ValueError(_moved(late, before[earlier].member, why))
         if role is Role.LEARNING_RATE and role in before:
-            msg = (
+            raise ValueError(
                 f"two learning rates in one chain, {before[role].member!r} and "
                 f"{late!r}, would multiply; keep one, or write Scale(factor) for a "
                 "plain factor"
             )
-            raise ValueError(msg)
         if role is not None:
             before.setdefault(role, judged)
 

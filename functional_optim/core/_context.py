@@ -32,8 +32,7 @@ class Norm:
 
     def __post_init__(self) -> None:
         if not self.p > 0:
-            msg = f"p must be > 0 (math.inf is allowed), got {self.p}"
-            raise ValueError(msg)
+            raise ValueError(f"p must be > 0 (math.inf is allowed), got {self.p}")
 
 
 ReduceOp: TypeAlias = Literal["sum", "max", "all"] | Norm
@@ -58,13 +57,6 @@ class Reducer(Protocol):
 def local_total(partial: Tensor, op: ReduceOp) -> Tensor:
     """Reduce per-tensor values to one: what `Context.reduce` does on the whole.
 
-    Args:
-        partial: One value per tensor, in parameter order. Shape (n,), n >= 0.
-        op: `"sum"`, `"max"`, `"all"` or `Norm(p)`.
-
-    Returns:
-        Shape (). Nothing at all has sum 0, norm 0, max -inf, and is all true.
-
     Example:
         >>> local_total(torch.tensor([1.0, 2.0]), "sum")
         tensor(3.)
@@ -82,8 +74,7 @@ def local_total(partial: Tensor, op: ReduceOp) -> Tensor:
         if partial.numel() == 0:
             return partial.new_full((), -math.inf)
         return partial.max()
-    msg = f"op must be 'sum', 'max', 'all' or Norm(p), got {op!r}"
-    raise ValueError(msg)
+    raise ValueError(f"op must be 'sum', 'max', 'all' or Norm(p), got {op!r}")
 
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False)
@@ -172,11 +163,10 @@ class Context:
                 return total
             partial = partial()
         if partial.ndim != 1:
-            msg = (
+            raise ValueError(
                 "partial must hold one value per tensor, shape (n,), got shape "
                 f"{tuple(partial.shape)}"
             )
-            raise ValueError(msg)
         if self.reducer is None:
             return local_total(partial, op)
         return self.reducer(self.path, partial, op)
@@ -229,14 +219,12 @@ class Context:
 def _checked_weight(weight: Any) -> Any:
     """Refuse a number that is no weight, and a tensor of several."""
     if isinstance(weight, Tensor) and weight.ndim != 0:
-        msg = (
+        raise ValueError(
             "weight must be a number or a 0-dim tensor, got shape "
             f"{tuple(weight.shape)}; pass weight.sum()"
         )
-        raise ValueError(msg)
     if isinstance(weight, (int, float)) and not 0 <= weight < math.inf:
-        msg = f"weight must be finite and >= 0, got {weight}"
-        raise ValueError(msg)
+        raise ValueError(f"weight must be finite and >= 0, got {weight}")
     return weight
 
 
@@ -245,7 +233,6 @@ def _as_tensor(name: str, value: Any) -> Tensor | None:
     if value is None or isinstance(value, Tensor):
         return value
     if not isinstance(value, (int, float)):
-        msg = f"{name} must be a number or a 0-dim tensor, got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a number or a 0-dim tensor, got {value!r}")
     # Not torch.tensor(value): to it each value is a constant of a graph.
     return torch.ones((), dtype=torch.float64, device="cpu") * value

@@ -50,17 +50,7 @@ def hyperparameter(
     pair: bool = False,
     zero_differs: bool = False,
 ) -> Any:
-    """Declare a field of a transform as a hyperparameter.
-
-    Args:
-        default: Its default; none if left out.
-        ge: Smallest legal number.
-        gt: Number it must exceed.
-        lt: Number it must stay below.
-        per_parameter: Whether a map from parameter name to value is allowed.
-        pair: Whether it is a tuple of two hyperparameters, like `betas`.
-        zero_differs: Whether `update` does something else for a plain 0.
-    """
+    """Declare a field of a transform as a hyperparameter."""
     kind = _Kind(ge=ge, gt=gt, lt=lt, per_parameter=per_parameter, pair=pair)
     return dataclasses.field(
         default=default,
@@ -82,8 +72,7 @@ def flag(*, default: bool) -> Any:
 
 def _checked_flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        msg = f"{name} must be True or False, got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
 
 
@@ -94,17 +83,7 @@ def checked(
     default: Any = dataclasses.MISSING,
     default_factory: Any = dataclasses.MISSING,
 ) -> Any:
-    """Declare a field that is checked at construction: a mask, rules, a transform.
-
-    Args:
-        check: Function of (name of the field, value) that returns the checked value,
-            safe from later changes by the caller.
-        resolve: Function of (value, name, param) that returns the constant to use for
-            one parameter; None leaves the value to the class's own `resolved`.
-        default: Its default; none if left out.
-        default_factory: Makes the default, if that is an object: torch.compile takes
-            none that was made outside.
-    """
+    """Declare a field that is checked at construction: a mask, rules, a transform."""
     metadata: dict[str, Any] = {"check": check}
     if resolve is not None:
         metadata["resolve"] = resolve
@@ -154,27 +133,25 @@ def _normalized(name: str, value: Any, kind: _Kind) -> Any:
     """Check one hyperparameter and bring it into its canonical form."""
     if kind.pair:
         if isinstance(value, (str, Tensor)) or not hasattr(value, "__len__"):
-            msg = f"{name} must be a pair of hyperparameters, got {value!r}"
-            raise TypeError(msg)
+            raise TypeError(f"{name} must be a pair of hyperparameters, got {value!r}")
         if len(value) != 2 or isinstance(value, Mapping):
-            msg = f"{name} must be a pair of hyperparameters, got {value!r}"
-            raise ValueError(msg)
+            raise ValueError(f"{name} must be a pair of hyperparameters, got {value!r}")
         single = dataclasses.replace(kind, pair=False)
         return tuple(
             _normalized(f"{name}[{i}]", part, single) for i, part in enumerate(value)
         )
     if isinstance(value, Mapping):
         if not kind.per_parameter:
-            msg = (
+            raise TypeError(
                 f"{name} applies to all parameters together and cannot be a map by "
                 f"name, got {value!r}; use Masked or Partition for separate ones"
             )
-            raise TypeError(msg)
         single = dataclasses.replace(kind, per_parameter=False, schedule=False)
         for key, part in value.items():
             if not isinstance(key, str):
-                msg = f"{name} must map parameter names to values, got {key!r}: {part}"
-                raise TypeError(msg)
+                raise TypeError(
+                    f"{name} must map parameter names to values, got {key!r}: {part}"
+                )
         return {
             key: _normalized(f"{name}[{key!r}]", part, single)
             for key, part in value.items()
@@ -182,8 +159,9 @@ def _normalized(name: str, value: Any, kind: _Kind) -> Any:
     if isinstance(value, Tensor):
         return _checked_tensor(name, value, kind)
     if isinstance(value, type):
-        msg = f"{name} must be {kind.kinds}, got a class; write {value.__name__}(...)"
-        raise TypeError(msg)
+        raise TypeError(
+            f"{name} must be {kind.kinds}, got a class; write {value.__name__}(...)"
+        )
     if kind.schedule and callable(value):
         return value
     return _checked_number(name, value, kind)
@@ -192,26 +170,23 @@ def _normalized(name: str, value: Any, kind: _Kind) -> Any:
 def _checked_tensor(name: str, value: Tensor, kind: _Kind) -> Tensor:
     if value.ndim != 0:
         if value.numel() != 1:
-            msg = f"{name} must be a 0-dim tensor, got shape {tuple(value.shape)}"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{name} must be a 0-dim tensor, got shape {tuple(value.shape)}"
+            )
         value = value.reshape(())  # torch takes one element in any shape.
     if not value.is_floating_point():
-        msg = f"{name} must be a floating-point tensor, got {value.dtype}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a floating-point tensor, got {value.dtype}")
     if is_readable(value) and value.item() not in kind:
-        msg = f"{name} must be {kind.legal}, got {value.item()} in a tensor"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be {kind.legal}, got {value.item()} in a tensor")
     return value
 
 
 def _checked_number(name: str, value: Any, kind: _Kind) -> float:
     if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
-        msg = f"{name} must be {kind.kinds}, got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be {kind.kinds}, got {value!r}")
     number = float(value)
     if number not in kind:
-        msg = f"{name} must be {kind.legal}, got {value}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be {kind.legal}, got {value}")
     return number
 
 
@@ -221,12 +196,7 @@ def _checked_number(name: str, value: Any, kind: _Kind) -> float:
     field_specifiers=(hyperparameter, checked, flag),
 )
 def value_class(cls: C) -> C:
-    """Make a class a value: frozen, checked, printed as written, equal by value.
-
-    Args:
-        cls: A class whose annotations are its fields. At construction declared fields
-            are checked one by one; then the class's own `_check` runs, if it has one.
-    """
+    """Make a class a value: frozen, checked, printed as written, equal by value."""
     _define(
         cls,
         __post_init__=after_init,
@@ -264,12 +234,7 @@ def after_init(self: Any) -> None:
 
 
 def check_factor(name: str, value: Any) -> Any:
-    """Check one factor: a finite number or a 0-dim tensor.
-
-    Raises:
-        ValueError: it is not finite, or not 0-dim.
-        TypeError: it is neither.
-    """
+    """Check one factor: a finite number or a 0-dim tensor."""
     return _normalized(name, value, _Kind(schedule=False))
 
 
@@ -315,11 +280,7 @@ def resolve(transform: T, name: str, param: Tensor) -> T:
 
 
 def resolved_number(value: Any, name: str, param: Tensor) -> Any:
-    """Return a hyperparameter for one parameter: a map's entry, else the value.
-
-    Raises:
-        ValueError: a map has no entry for this name.
-    """
+    """Return a hyperparameter for one parameter: a map's entry, else the value."""
     if isinstance(value, tuple):
         return tuple(resolved_number(part, name, param) for part in value)
     return lookup(value, [name])[0] if isinstance(value, Mapping) else value
@@ -381,17 +342,7 @@ def scheduled(transform: Any) -> bool:
 def init_hyperparameters(
     transform: Any, params: TensorMap
 ) -> ScheduleState | tuple[()]:
-    """Check maps by name, and return the state of the schedules: `()` without any.
-
-    Args:
-        transform: A transform of ours.
-        params: All parameters that it will see.
-
-    Raises:
-        ValueError: a map lacks a parameter, or names one that does not exist;
-            parameters on several devices.
-        TypeError: `params` is no map from name to dense floating-point tensor.
-    """
+    """Check maps by name, and return the state of the schedules: `()` without any."""
     check_parameters(params)
     for name in transform._hyperparameters:
         value = getattr(transform, name)
@@ -407,27 +358,14 @@ def init_hyperparameters(
 def evaluate(
     transform: Any, state: ScheduleState | tuple[()], updates: TensorMap
 ) -> tuple[Any, ScheduleState | tuple[()]]:
-    """Return the transform with its schedules replaced by their values now.
-
-    Args:
-        transform: A transform of ours.
-        state: What `init_hyperparameters` or the last `evaluate` returned.
-        updates: This step's updates; the count stands still if there are none.
-
-    Returns:
-        The transform without schedules, and the state after this update.
-
-    Raises:
-        ValueError: the transform holds a schedule and the state was made without.
-    """
+    """Return the transform with its schedules replaced by their values now."""
     if not scheduled(transform):
         return transform, state
     if not isinstance(state, ScheduleState):
-        msg = (
+        raise ValueError(
             f"{transform!r} holds a schedule, but its state was made without; call "
             "init again after replacing a number by a schedule"
         )
-        raise ValueError(msg)
     now: dict[str, Any] = {}
     for name in transform._hyperparameters:
         value = getattr(transform, name)
@@ -440,16 +378,7 @@ def evaluate(
 
 
 def value_at(value: Any, count: Tensor) -> Any:
-    """Evaluate a schedule; what it returns is brought to float64.
-
-    Args:
-        value: Any hyperparameter; what is no schedule is returned as it is.
-        count: Where to evaluate it. Tensor, shape (), float64.
-
-    Raises:
-        TypeError: the schedule returned something else than a number or a tensor.
-        ValueError: it returned a tensor that is not 0-dim.
-    """
+    """Evaluate a schedule; what it returns is brought to float64."""
     if not is_schedule(value):
         return value
     return once(_evaluated, value, count)
@@ -458,10 +387,12 @@ def value_at(value: Any, count: Tensor) -> Any:
 def _evaluated(value: Schedule, count: Tensor) -> Tensor:
     result = value(count)
     if not isinstance(result, (int, float, Tensor)):
-        msg = f"schedule {value!r} must return a number or a 0-dim tensor, got {result}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"schedule {value!r} must return a number or a 0-dim tensor, got {result}"
+        )
     if isinstance(result, Tensor) and result.ndim != 0:
         shape = tuple(result.shape)
-        msg = f"schedule {value!r} must return a 0-dim tensor, got shape {shape}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"schedule {value!r} must return a 0-dim tensor, got shape {shape}"
+        )
     return torch.as_tensor(result, dtype=torch.float64, device=count.device)

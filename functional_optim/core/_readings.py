@@ -78,23 +78,22 @@ def _checked_readings(
 ) -> list[tuple[str, float | Tensor]]:
     """Refuse readings that nobody could log: users' transforms tell too."""
     if not isinstance(told, Mapping):
-        msg = f"{transform!r}.readings must return a dict by name, got {told!r}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"{transform!r}.readings must return a dict by name, got {told!r}"
+        )
     for name, value in told.items():
         if isinstance(value, Tensor):
             if value.ndim:
-                msg = (
+                raise ValueError(
                     f"reading {name!r} of {transform!r} must be a 0-dim tensor, got "
                     f"shape {tuple(value.shape)}; for stacked states use "
                     "torch.func.vmap(lambda state: readings(tx, state))"
                 )
-                raise ValueError(msg)
         elif not isinstance(value, (int, float)):
-            msg = (
+            raise TypeError(
                 f"reading {name!r} of {transform!r} must be a 0-dim tensor or a "
                 f"number, got {value!r}"
             )
-            raise TypeError(msg)
     return list(told.items())
 
 
@@ -134,19 +133,18 @@ def fetch(readings: Mapping[str, Tensor]) -> dict[str, float]:
         {'loss': 0.5, 'skipped': 2.0}
     """
     if not isinstance(readings, Mapping):
-        msg = f"readings must be a map from name to tensor, got {readings!r}"
-        raise TypeError(msg)
+        raise TypeError(f"readings must be a map from name to tensor, got {readings!r}")
     for name, value in readings.items():
         if not isinstance(value, Tensor) or value.is_complex():
             got = value.dtype if isinstance(value, Tensor) else repr(value)
-            msg = f"readings[{name!r}] must be a real 0-dim tensor, got {got}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"readings[{name!r}] must be a real 0-dim tensor, got {got}"
+            )
         if value.ndim:
-            msg = (
+            raise ValueError(
                 f"readings[{name!r}] must be a 0-dim tensor, got shape "
                 f"{tuple(value.shape)}; reduce it first, such as by .mean()"
             )
-            raise ValueError(msg)
     if not readings:
         return {}
     # To the accelerator if there is one: from there everything comes back together.
@@ -195,13 +193,11 @@ def state_of(tx: Transform, state: Any, name: str) -> Any:
         return found[0]
     known = shown((path for path, _ in named), most=20)
     if not found:
-        msg = (
+        raise ValueError(
             f"no part has the name {name!r}; the names are {known}. Give one with "
             f"Named({name!r}, ...)"
         )
-        raise ValueError(msg)
-    msg = (
+    raise ValueError(
         f"{len(found)} parts have the name {name!r}; the names are {known}. Write the "
         "names on the way too, or give one of them another name"
     )
-    raise ValueError(msg)

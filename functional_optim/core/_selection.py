@@ -52,23 +52,14 @@ Selection: TypeAlias = Union[
 
 
 def frozen_selection(name: str, selection: Any) -> Any:
-    """Check a selection and copy what the caller could still change.
-
-    Args:
-        name: How to call it in an error.
-        selection: What the caller gave.
-
-    Raises:
-        TypeError: it is no selection.
-    """
+    """Check a selection and copy what the caller could still change."""
     if isinstance(selection, Mapping):
         for key, value in selection.items():
             if not isinstance(key, str) or not isinstance(value, bool):
-                msg = (
+                raise TypeError(
                     f"{name} as a map must give a bool for every parameter name, got "
                     f"{key!r}: {value!r}"
                 )
-                raise TypeError(msg)
         return dict(selection)
     if isinstance(selection, (str, re.Pattern, bool, Exclude)):
         return selection
@@ -76,12 +67,11 @@ def frozen_selection(name: str, selection: Any) -> Any:
         return tuple(frozen_selection(name, part) for part in selection)
     if callable(selection) and not isinstance(selection, type):
         return selection
-    msg = (
+    raise TypeError(
         f"{name} must be a glob, a compiled regex, a predicate on name and tensor, "
         "exclude(...), a tuple of these, or a map from every name to bool, got "
         f"{selection!r}"
     )
-    raise TypeError(msg)
 
 
 def picks(selection: Any, name: str, param: Tensor) -> bool:
@@ -132,12 +122,6 @@ class Exclude:
     """The selection of everything that the given selections do not pick.
 
     Made by `exclude`.
-
-    Args:
-        selections: The selections.
-
-    Raises:
-        TypeError: one is no selection.
     """
 
     selections: tuple[Selection, ...] = checked(check=frozen_selection)
@@ -174,14 +158,6 @@ def check_selection(selection: Any, params: TensorMap, name: str) -> None:
     """Refuse a selection that picks no parameter of the model, as a whole or in a part.
 
     Only an explicit False, or a map of them, may select nothing.
-
-    Args:
-        selection: A frozen selection.
-        params: The parameters at hand.
-        name: How to call it in an error.
-
-    Raises:
-        ValueError: a part picks nothing, or a map does not cover the parameters.
     """
     if isinstance(selection, Mapping):
         check_by_name(name, selection, params)
@@ -195,11 +171,10 @@ def check_selection(selection: Any, params: TensorMap, name: str) -> None:
         check_selection(part, params, name)
     known = all_params(params)
     if not picked(selection, known, list(known)):
-        msg = (
+        raise ValueError(
             f"{name}: {shown_value(selection)} matches no parameter; the names are "
             f"{shown(known)}"
         )
-        raise ValueError(msg)
 
 
 Rules: TypeAlias = Mapping[Selection, V] | Sequence[tuple[Selection, V]]
@@ -207,36 +182,22 @@ Rules: TypeAlias = Mapping[Selection, V] | Sequence[tuple[Selection, V]]
 
 
 def _check_predicate(predicate: Predicate, name: str) -> None:
-    """Refuse a predicate that does not take a name and a tensor.
-
-    Raises:
-        TypeError: saying what it must take.
-    """
+    """Refuse a predicate that does not take a name and a tensor."""
     if torch.compiler.is_compiling():
         return  # It cannot trace a look at a signature; the call itself raises.
     try:
         inspect.signature(predicate).bind("name", "param")
     except TypeError:
-        msg = (
+        raise TypeError(
             f"{name}: {shown_value(predicate)} must take a name and a tensor, such as "
             "lambda name, param: param.ndim >= 2"
-        )
-        raise TypeError(msg) from None
+        ) from None
     except ValueError:
         return  # Builtins do not tell.
 
 
 def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any:
-    """Check rules and copy what the caller could still change.
-
-    Args:
-        name: How to call them in an error.
-        rules: A map or list of pairs from selection to value, or one value for all.
-        check: Function of (name of the value, value) that returns the checked value.
-
-    Returns:
-        A map, or a tuple of (selection, value) pairs, or one value: as given.
-    """
+    """Check rules and copy what the caller could still change."""
     if isinstance(rules, Mapping):
         pairs = list(rules.items())
     elif isinstance(rules, Sequence) and not isinstance(rules, str):
@@ -246,8 +207,7 @@ def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any
     checked = []
     for pair in pairs:
         if not isinstance(pair, Sequence) or len(pair) != 2 or isinstance(pair, str):
-            msg = f"{name} must be (selection, value) pairs, got {pair!r}"
-            raise TypeError(msg)
+            raise TypeError(f"{name} must be (selection, value) pairs, got {pair!r}")
         selection = frozen_selection(f"selection in {name}", pair[0])
         value = check(f"{name}[{shown_value(selection)}]", pair[1])
         checked.append((selection, value))
@@ -278,11 +238,7 @@ def _pairs(rules: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def check_rules(rules: Any, params: TensorMap, name: str) -> None:
-    """Refuse rules of which one matches no parameter.
-
-    Raises:
-        ValueError: a rule matches nothing.
-    """
+    """Refuse rules of which one matches no parameter."""
     if isinstance(rules, (dict, tuple)):
         by_name, known = isinstance(rules, ByName), all_params(params)
         for selection, _ in _pairs(rules):

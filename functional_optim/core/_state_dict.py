@@ -63,11 +63,10 @@ def _plain(state: Any, place: str) -> Any:
         return {
             name: _plain(part, f"{place}[{name!r}]") for name, part in state.items()
         }
-    msg = (
+    raise TypeError(
         f"{place} must be a tensor, dict, tuple, NamedTuple or Static, got {state!r}; "
         "wrap what the host must know in Static(...)"
     )
-    raise TypeError(msg)
 
 
 def _lists(value: Any) -> Any:
@@ -103,14 +102,14 @@ def load_state_dict(state: S, data: Mapping[str, Any]) -> S:
         True
     """
     if not isinstance(data, Mapping) or "state" not in data:
-        msg = f"data must be what state_dict returns, got {type(data).__name__}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"data must be what state_dict returns, got {type(data).__name__}"
+        )
     if data.get("format") != _FORMAT:
-        msg = (
+        raise ValueError(
             f"data has format {data.get('format')!r}, this version reads {_FORMAT}; "
             "load it with the version that wrote it"
         )
-        raise ValueError(msg)
     loaded: S = _loaded(state, data["state"], "state")
     return loaded
 
@@ -124,16 +123,18 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
         value = _tuples(data.get("value"))
         if type(value) is not type(template.value):
             wanted = type(template.value).__name__
-            msg = f"{place} must hold a {wanted}, got {value!r}; the data is damaged"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{place} must hold a {wanted}, got {value!r}; the data is damaged"
+            )
         return Static(value)
     if isinstance(template, tuple) and hasattr(template, "_fields"):
         kind = type(template)
         _check_type(data, kind.__name__, place)
         data = data.get("fields")
         if not isinstance(data, Mapping):
-            msg = f"{place} must have fields, got {data!r}; the data is damaged"
-            raise ValueError(msg)
+            raise ValueError(
+                f"{place} must have fields, got {data!r}; the data is damaged"
+            )
         check_same_names(place, data, kind._fields, "field")
         parts = [
             _loaded(getattr(template, n), data[n], f"{place}.{n}") for n in kind._fields
@@ -141,18 +142,18 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
         return kind(*parts)
     if isinstance(template, tuple):
         if not isinstance(data, (list, tuple)) or len(data) != len(template):
-            msg = (
+            raise ValueError(
                 f"{place} must be a list of {len(template)} states, got "
                 f"{_described(data)}; the checkpoint is of another chain"
             )
-            raise ValueError(msg)
         return tuple(
             _loaded(part, value, f"{place}[{i}]")
             for i, (part, value) in enumerate(zip(template, data, strict=True))
         )
     if not isinstance(data, Mapping):
-        msg = f"{place} must be a dict by parameter name, got {_described(data)}"
-        raise ValueError(msg)
+        raise ValueError(
+            f"{place} must be a dict by parameter name, got {_described(data)}"
+        )
     check_same_names(place, data, template)
     loaded = {
         name: _loaded(part, data[name], f"{place}[{name!r}]")
@@ -179,25 +180,22 @@ def _shared(column: TensorMap) -> TensorMap:
 
 def _loaded_tensor(template: Tensor, data: Any, place: str) -> Tensor:
     if not isinstance(data, Tensor):
-        msg = f"{place} must be a tensor, got {_described(data)}"
-        raise ValueError(msg)
+        raise ValueError(f"{place} must be a tensor, got {_described(data)}")
     if data.shape != template.shape or data.dtype != template.dtype:
-        msg = (
+        raise ValueError(
             f"{place} must have shape {tuple(template.shape)} and dtype "
             f"{template.dtype}, got {tuple(data.shape)} and {data.dtype}; the "
             "checkpoint is of another model"
         )
-        raise ValueError(msg)
     return data.detach().to(template.device, copy=True)
 
 
 def _check_type(data: Any, kind: str, place: str) -> None:
     if not isinstance(data, Mapping) or data.get("type") != kind:
-        msg = (
+        raise ValueError(
             f"{place} must be a {kind}, got {_described(data)}; the checkpoint is of "
             "another chain"
         )
-        raise ValueError(msg)
 
 
 def _described(data: Any) -> str:

@@ -164,9 +164,6 @@ _pytree.register_pytree_node(
 def inner_transforms(transform: object) -> tuple[Transform, ...]:
     """Return the transforms that a combinator was built from, in field order.
 
-    Args:
-        transform: Any transform; one that is no dataclass has no visible members.
-
     Example:
         >>> from functional_optim.transforms import Masked, Scale
         >>> inner_transforms(Masked(Scale(2.0), mask="*.bias"))
@@ -188,10 +185,6 @@ def inner_transforms(transform: object) -> tuple[Transform, ...]:
 
 def with_inner(transform: T, change: Callable[[Transform], Transform]) -> T:
     """Return a combinator with other transforms inside; the same one if none differs.
-
-    Args:
-        transform: Any transform; one that is no dataclass is returned as it is.
-        change: What to put in the place of a transform that it was built from.
 
     Example:
         >>> from functional_optim.transforms import Masked, Scale

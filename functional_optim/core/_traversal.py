@@ -43,18 +43,7 @@ class Part(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A transform at some depth.
-
-    Attributes:
-        path: Where: the path of its context.
-        place: The same by numbers: which part, at each depth.
-        labels: The users' names on the way, its own included, outermost first.
-        label: Its own name among the parts it stands with, "" if there is none.
-        transform: The transform.
-        state: Its state.
-        params: The parameters that it sees.
-        parts: What it is made of.
-    """
+    """A transform at some depth."""
 
     path: tuple[int | str, ...]
     place: tuple[int, ...]
@@ -77,18 +66,6 @@ def walk(
     label: str = "",
 ) -> Iterator[Stage]:
     """Yield a transform and all that it is made of, in the order in which they run.
-
-    Args:
-        transform: Any transform.
-        state: A state of it.
-        params: Its parameters; an empty map if only states are asked for.
-        path: Where it stands.
-        labels: The users' names on the way to it.
-        place: Where it stands, by numbers.
-        label: Its own name among them.
-
-    Raises:
-        ValueError: the state is of another transform.
 
     Example:
         >>> import functional_optim as fo

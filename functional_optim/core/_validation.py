@@ -25,12 +25,7 @@ V = TypeVar("V")
 
 
 def check_parameters(params: Any) -> None:
-    """Refuse what cannot be optimized as a map of parameters.
-
-    Raises:
-        TypeError: not a map from name to tensor; integer, complex or sparse tensors.
-        ValueError: parameters on several devices.
-    """
+    """Refuse what cannot be optimized as a map of parameters."""
     _check_map(params, "params", "parameters(model)")
     devices: dict[torch.device, str] = {}
     for name, param in params.items():
@@ -38,33 +33,25 @@ def check_parameters(params: Any) -> None:
         devices.setdefault(param.device, name)
     if len(devices) > 1:
         places = ", ".join(f"{name!r} on {device}" for device, name in devices.items())
-        msg = (
+        raise ValueError(
             f"parameters lie on several devices: {places}; move them to one, or run "
             "one chain for each device"
         )
-        raise ValueError(msg)
 
 
 def check_updates(updates: Any, params: TensorMap) -> None:
-    """Refuse updates that do not fit the parameters.
-
-    Raises:
-        TypeError: not a map from name to tensor; integer, complex or sparse tensors.
-        ValueError: a name, shape or device that no parameter has.
-    """
+    """Refuse updates that do not fit the parameters."""
     if isinstance(updates, (list, tuple)) and any(map(torch.is_tensor, updates)):
         kind = type(updates).__name__
-        msg = (
+        raise TypeError(
             f"updates must be a dict from parameter name to tensor, got a {kind} of "
             "tensors; write dict(zip(params, torch.autograd.grad(...))), if that is "
             "where they come from"
         )
-        raise TypeError(msg)
     if isinstance(updates, tuple):
-        msg = (
+        raise TypeError(
             "updates must be a dict, got a tuple; write updates, state = x.update(...)"
         )
-        raise TypeError(msg)
     _check_map(updates, "updates", "gradients(model)")
     _check_map(params, "params", "parameters(model)")
     for name, update in updates.items():
@@ -83,64 +70,39 @@ def check_updates(updates: Any, params: TensorMap) -> None:
 
 
 def check_names(updates: TensorMap, params: TensorMap) -> None:
-    """Refuse updates for names that no parameter has; `check_updates` checks the rest.
-
-    Raises:
-        ValueError: naming them.
-    """
+    """Refuse updates for unknown names; `check_updates` checks the rest."""
     if not updates.keys() <= params.keys():
         check_updates(updates, params)
 
 
 def check_state(transform: object, state: object, kind: type) -> None:
-    """Refuse what is not the kind of state that a transform's `init` makes.
-
-    Raises:
-        ValueError: naming the transform and both kinds.
-    """
+    """Refuse what is not the kind of state that a transform's `init` makes."""
     if not isinstance(state, kind):
-        msg = (
+        raise ValueError(
             f"{transform!r} needs a {kind.__name__}, got {shown_state(state)}; make it "
             "with this transform's init"
         )
-        raise ValueError(msg)
 
 
 def check_states(state: object, count: int, part: str) -> None:
-    """Refuse what is not a tuple of the states of a combinator's parts.
-
-    Raises:
-        ValueError: naming both lengths.
-    """
+    """Refuse what is not a tuple of the states of a combinator's parts."""
     if not isinstance(state, tuple) or len(state) != count:
-        msg = (
+        raise ValueError(
             f"state must be a tuple of {count} states, one for each {part}, got "
             f"{shown_state(state)}; make it with this transform's init"
         )
-        raise ValueError(msg)
 
 
 def check_made_for(
     transform: object, option: str, part: object, *, wanted: bool
 ) -> None:
-    """Refuse a state made by the same kind of transform without (or with) an option.
-
-    Args:
-        transform: The transform.
-        option: Name of the option that the state depends on.
-        part: The part of the state that is `()` without it.
-        wanted: Whether the transform has the option on.
-
-    Raises:
-        ValueError: naming the option.
-    """
+    """Refuse a state made by the same kind of transform without (or with) an option."""
     if wanted != isinstance(part, dict):
         made = "without" if wanted else "with"
-        msg = (
+        raise ValueError(
             f"{transform!r} got a state made {made} {option}; call init again after "
             f"changing {option}"
         )
-        raise ValueError(msg)
 
 
 def shown_state(state: object) -> str:
@@ -154,34 +116,30 @@ def _refuse(name: Any, update: Any, updates: TensorMap, params: TensorMap) -> No
     """Say what is wrong with an update."""
     if name not in params:
         unknown = [n for n in updates if n not in params]
-        msg = (
+        raise ValueError(
             f"updates for names that no parameter has: {shown(unknown)}; the "
             f"parameters are {shown(params)}"
         )
-        raise ValueError(msg)
     param = params[name]
     _check_tensor("parameter", name, param)
     _check_tensor("update", name, update)
     if update.shape != param.shape:
-        msg = (
+        raise ValueError(
             f"update of {name!r} has shape {tuple(update.shape)}, its parameter "
             f"{tuple(param.shape)}; they must be equal"
         )
-        raise ValueError(msg)
-    msg = (
+    raise ValueError(
         f"update of {name!r} lies on {update.device}, its parameter on "
         f"{param.device}; move one with .to(device)"
     )
-    raise ValueError(msg)
 
 
 def _check_map(tensors: Any, name: str, remedy: str) -> None:
     if not isinstance(tensors, Mapping):
-        msg = (
+        raise TypeError(
             f"{name} must be a dict from parameter name to tensor, got "
             f"{type(tensors).__name__}; make one with {remedy}"
         )
-        raise TypeError(msg)
 
 
 def _kind(value: Any) -> str:
@@ -192,75 +150,51 @@ def _kind(value: Any) -> str:
 def _check_tensor(kind: str, name: Any, tensor: Any) -> None:
     if not isinstance(tensor, Tensor):
         remedy = "; omit names without a gradient" if tensor is None else ""
-        msg = f"{kind} of {name!r} must be a tensor, got {_kind(tensor)}{remedy}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"{kind} of {name!r} must be a tensor, got {_kind(tensor)}{remedy}"
+        )
     if not isinstance(name, str):
-        msg = f"{kind} names must be strings, got {name!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{kind} names must be strings, got {name!r}")
     if tensor.layout != torch.strided:
-        msg = (
+        raise TypeError(
             f"{kind} of {name!r} is sparse ({tensor.layout}); only dense tensors are "
             "optimized: use sparse=False in the embedding, or .to_dense()"
         )
-        raise TypeError(msg)
     if not tensor.is_floating_point():
         remedy = (
             "pass torch.view_as_real(tensor)"
             if tensor.is_complex()
             else "leave it out, or convert it with .float()"
         )
-        msg = (
+        raise TypeError(
             f"{kind} of {name!r} has dtype {tensor.dtype}; only real floating-point "
             f"tensors are optimized: {remedy}"
         )
-        raise TypeError(msg)
 
 
 def check_same_names(
     what: str, given: Iterable[str], wanted: Iterable[str], kind: str = "parameter"
 ) -> None:
-    """Refuse a map that does not have a value for every name, and for no other.
-
-    Args:
-        what: How to call the map in an error.
-        given: Its names.
-        wanted: The names it must have.
-        kind: What the names are names of.
-
-    Raises:
-        ValueError: naming what is missing and what does not exist.
-    """
+    """Refuse a map that does not have a value for every name, and for no other."""
     given, wanted = dict.fromkeys(given), dict.fromkeys(wanted)
     missing = [name for name in wanted if name not in given]
     unknown = [name for name in given if name not in wanted]
     if missing or unknown:
-        msg = (
+        raise ValueError(
             f"{what} must have a value for every {kind} and no other: missing "
             f"{shown(missing)}, unknown {shown(unknown)}"
         )
-        raise ValueError(msg)
 
 
 def checked_name(what: str, name: Any) -> str:
-    """Refuse what cannot name a part of a pipeline.
-
-    Args:
-        what: How to call the name in an error.
-        name: What the caller gave.
-
-    Raises:
-        TypeError: it is no string.
-        ValueError: it is empty, or has the "." that joins names.
-    """
+    """Refuse what cannot name a part of a pipeline."""
     if not isinstance(name, str):
-        msg = f"{what} must be a string, got {name!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{what} must be a string, got {name!r}")
     if not name or "." in name:
-        msg = (
+        raise ValueError(
             f'{what} must not be empty and not contain ".", which joins names, got '
             f"{name!r}"
         )
-        raise ValueError(msg)
     return name
 
 
@@ -276,9 +210,6 @@ def knowing_all(params: Mapping[str, Any]) -> Iterator[None]:
     """Check maps by name against all parameters of the model inside the block.
 
     So one map by name, or one mask, serves all parts of a pipeline.
-
-    Args:
-        params: All parameters; inside another block that has all, some of them.
     """
     before = _current.params
     _current.params = params if before is None else before
@@ -294,9 +225,5 @@ def all_params(params: Mapping[str, V]) -> dict[str, V]:
 
 
 def check_by_name(what: str, given: Mapping[str, Any], params: Mapping[str, V]) -> None:
-    """Refuse a map that lacks one of `params`, or has a name that the model lacks.
-
-    Raises:
-        ValueError: naming what is missing and what does not exist.
-    """
+    """Refuse a map that lacks one of `params`, or has a name that the model lacks."""
     check_same_names(what, given, {**params, **subset(all_params(params), given)})

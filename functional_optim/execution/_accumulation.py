@@ -35,26 +35,14 @@ _MOST_KNOWN = 256
 
 
 class Structure(NamedTuple):
-    """What a step does to structure.
-
-    Attributes:
-        statics: The `Static` values after it, by index of the node.
-        touched: The names that come out, or whose state changes: a window that closes
-            in front of one that stays open changes that one.
-    """
+    """What a step does to structure."""
 
     statics: dict[int, Static[Any]]
     touched: frozenset[str]
 
 
 class Windows:
-    """Tells what a step does to structure.
-
-    Args:
-        transform: The transform.
-        template: Its whole state.
-        params: All parameters.
-    """
+    """Tells what a step does to structure."""
 
     def __init__(self, transform: Transform, template: Any, params: TensorMap) -> None:
         self._transform, self._template = transform, template
@@ -68,13 +56,7 @@ class Windows:
         *,
         context: Context,
     ) -> Structure:
-        """Return what a step does.
-
-        Args:
-            given: The names with a gradient, and its dtype.
-            nodes: The nodes of the whole state.
-            context: The context of the step.
-        """
+        """Return what a step does."""
         key = tuple(given.items()), statics_of(nodes), context.last
         if key not in self._known:
             if len(self._known) >= _MOST_KNOWN:
@@ -161,10 +143,6 @@ def from_window(transform: Transform, state: Any) -> Transform:
     """Return what of a transform runs for names that got nothing when a window closes.
 
     What stands in front of the window saw nothing of them in this step.
-
-    Args:
-        transform: The transform.
-        state: A state of it.
 
     Example:
         >>> import torch

@@ -60,26 +60,14 @@ class Cohorts:
         return self._groups.get(name), self._steps.get(name)
 
     def part_groups(self, told: Mapping[str, Hashable]) -> None:
-        """Keep apart what groups tell differently.
-
-        Args:
-            told: What the group of each parameter says.
-        """
+        """Keep apart what groups tell differently."""
         for name, value in told.items():
             self._groups[name] = (*self._groups.get(name, ()), value)
 
     def follow(
         self, kinds: Mapping[str, Hashable], together: Iterable[list[str]]
     ) -> bool:
-        """Keep apart what does not take the same step.
-
-        Args:
-            kinds: The step that each parameter takes.
-            together: The names that the plan has together.
-
-        Returns:
-            Whether the plan must change.
-        """
+        """Keep apart what does not take the same step."""
         self._calm = 0
         parted = any(len({kinds[name] for name in names}) > 1 for names in together)
         if parted:
@@ -88,14 +76,7 @@ class Cohorts:
         return parted
 
     def rest(self, kinds: Mapping[str, Hashable]) -> bool:
-        """Count a step like the one before; forget old differences after many.
-
-        Args:
-            kinds: The step that each parameter takes.
-
-        Returns:
-            Whether the plan may change.
-        """
+        """Count a step like the one before; forget old differences after many."""
         self._calm += 1
         if not self._steps or self._calm <= _CALM:
             return False
@@ -108,20 +89,7 @@ class Cohorts:
 
 @dataclasses.dataclass
 class Bucket:
-    """Parameters that one transform, resolved, serves.
-
-    Args:
-        transform: The transform for these parameters, now.
-        params: Its parameters.
-        members: For each group of parameters one of its members here.
-        whole: Whether it has all parameters, under their names, because the transform
-            may not be cut.
-        units: Its units.
-        columns: Numbers that its parameters share; see `Source`.
-        calls: The calls of `reduce` in its update, by the `Static` values before it.
-        codes: Its compiled code; None if it runs without.
-        steps: What its units had in common in the last step of each kind.
-    """
+    """Parameters that one transform, resolved, serves."""
 
     transform: Transform
     params: TensorMap
@@ -171,22 +139,7 @@ class Mover(Protocol):
 
 @dataclasses.dataclass
 class Layout:
-    """What a plan is made from.
-
-    Args:
-        params: The parameters, detached.
-        transforms: The transform of each group; groups that agree share one object.
-        group_of: The group of each parameter.
-        cohorts: What else keeps parameters apart: steps that only some of them took.
-        template: The whole state.
-        nodes: Its nodes.
-        fields: What is known about them.
-        unit_bytes: Size of a unit; None chooses by device.
-        compiling: Makes code of what runs on units; None runs without.
-        apart: Whether small tensors stay apart, each a unit of its own.
-        laying: Moves small parameters side by side; None leaves them where they are.
-        scratch: Where small tensors are gathered.
-    """
+    """What a plan is made from."""
 
     params: TensorMap
     transforms: list[Transform]
@@ -358,11 +311,7 @@ class Layout:
         return self.compiling.codes() if self.compiling and plain else None
 
     def _least_alone(self, size: int) -> int:
-        """Return how many elements a tensor has that is not gathered with others.
-
-        Args:
-            size: Elements of a unit.
-        """
+        """Return how many elements a tensor has that is not gathered with others."""
         if self.apart:
             return 0
         least = -(-size // _POOLED_BELOW)

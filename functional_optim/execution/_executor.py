@@ -40,23 +40,7 @@ if TYPE_CHECKING:
 
 
 class Executor:
-    """Runs a transform in place.
-
-    Args:
-        params: Parameters by name, detached; they are changed by `step`.
-        transforms: The transform of each group of parameters. They differ in numbers
-            only; groups that agree share one object.
-        group_of: The group of each parameter.
-        state: The whole state; `step` writes into it.
-        unit_bytes: Size of a unit; None chooses by device.
-        compiling: Makes code of what runs on units; None runs without.
-        apart: Whether small tensors stay apart, each a unit of its own.
-        laying: Moves small parameters side by side; None leaves them where they are.
-        check_totals: Refuses a step with totals where they would not be those of all.
-
-    Attributes:
-        params: The parameters.
-    """
+    """Runs a transform in place."""
 
     def __init__(
         self,
@@ -105,11 +89,7 @@ class Executor:
         return self._windows is not None
 
     def check(self, nodes: list[Node]) -> None:
-        """Refuse what the transform cannot go on from, such as a window too long.
-
-        Raises:
-            ValueError: from the transform.
-        """
+        """Refuse what the transform cannot go on from, such as a window too long."""
         if self._windows is not None:
             given = {name: param.dtype for name, param in self.params.items()}
             self._windows.structure(given, nodes, context=Context())
@@ -126,11 +106,7 @@ class Executor:
         return self._plan.buckets
 
     def set_transforms(self, transforms: list[Transform]) -> None:
-        """Go on with other numbers.
-
-        Args:
-            transforms: As at construction.
-        """
+        """Go on with other numbers."""
         self._plan.set_transforms(transforms)
 
     def views(self) -> list[Tensor]:
@@ -149,13 +125,7 @@ class Executor:
         context: Context,
         scaling: Scaling | None = None,
     ) -> None:
-        """Move parameters and state by one update.
-
-        Args:
-            grads: Gradients by name; a name that is missing keeps its state.
-            context: What the training loop knows.
-            scaling: What a gradient scaler asks for.
-        """
+        """Move parameters and state by one update."""
         if not grads:
             return
         dtypes = self._plan.dtypes_of(grads)
@@ -205,13 +175,7 @@ class Executor:
         structure: Structure | None,
         steps: dict[Hashable, CompiledStep],
     ) -> list[Run | CompiledRun]:
-        """Return what runs in this step.
-
-        Args:
-            given: What it was given.
-            structure: What windows do in it.
-            steps: What compiled runs have in common; it fills up.
-        """
+        """Return what runs in this step."""
         scaling = given.scaling
         form = None if scaling is None else scaling.grad_scale is None
         key = statics_of(self._store.nodes), given.context.last, form

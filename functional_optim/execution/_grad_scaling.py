@@ -24,15 +24,7 @@ if TYPE_CHECKING:
 @final
 @value_class
 class SkipOn:
-    """Skip the step if a scaler found an infinity, without a look at its flag.
-
-    Args:
-        inner: The transform.
-        found_inf: Nonzero if a gradient was not finite. Tensor, one element.
-
-    State:
-        The state of `inner`.
-    """
+    """Skip the step if a scaler found an infinity, without a look at its flag."""
 
     inner: Transform = checked(check=checked_transform, resolve=resolve)
     found_inf: Tensor
@@ -67,11 +59,6 @@ def scaled(
     """Return what a transform does under a gradient scaler.
 
     Its state is that of `transform` inside `wrapped_state`.
-
-    Args:
-        transform: The transform.
-        grad_scale: What gradients are still to be divided by; None if they were.
-        found_inf: Nonzero if a gradient was not finite.
     """
     skip = SkipOn(transform, found_inf)
     if grad_scale is None:
@@ -88,12 +75,7 @@ def wrapped_state(state: Any, grad_scale: Tensor | None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """What a gradient scaler asks of a step.
-
-    Args:
-        grad_scale: What gradients are still to be divided by; None if they were.
-        found_inf: Nonzero if a gradient was not finite.
-    """
+    """What a gradient scaler asks of a step."""
 
     grad_scale: Tensor | None
     found_inf: Tensor

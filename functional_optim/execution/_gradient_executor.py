@@ -27,18 +27,7 @@ if TYPE_CHECKING:
 
 
 class GradientExecutor:
-    """Runs a transform in place on gradients.
-
-    Args:
-        transform: The transform. It must return an update for every gradient.
-        params: The parameters by name, detached.
-
-    Attributes:
-        state: The state of the transform.
-
-    Raises:
-        ValueError, TypeError: from the transform's `init`.
-    """
+    """Runs a transform in place on gradients."""
 
     def __init__(self, transform: Transform, params: TensorMap) -> None:
         self._transform = transform
@@ -55,18 +44,7 @@ class GradientExecutor:
         context: Context,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Let gradients become what the transform makes of them, in no-grad mode.
-
-        Args:
-            grads: The gradients by name, detached; they are written into.
-            params: The parameters by name, detached; the transform may look at them.
-            context: What the training loop knows.
-            found_inf: Nonzero if the step that follows is skipped: then the state stays
-                as it is, without a look at the flag. Tensor, one element.
-
-        Raises:
-            ValueError: the transform held back an update.
-        """
+        """Let gradients become what the transform makes of them, in no-grad mode."""
         transform, state = self._transform, self.state
         given = Donated(grads) if self._consumes and found_inf is None else grads
         if found_inf is not None:
@@ -97,22 +75,20 @@ def _check_all_moved(transform: Transform, moved: TensorMap, grads: TensorMap) -
                 _check_alike(transform, name, update, grads[name])
         return
     missing = [name for name in grads if name not in moved]
-    msg = (
+    raise ValueError(
         f"{transform!r} returned no update for {shown(missing)}; between backward and "
         "step every gradient must come out again"
     )
-    raise ValueError(msg)
 
 
 def _check_alike(transform: Transform, name: str, update: Tensor, grad: Tensor) -> None:
     if update.shape == grad.shape and update.is_floating_point():
         return
-    msg = (
+    raise ValueError(
         f"{transform!r} returned shape {tuple(update.shape)} and dtype {update.dtype} "
         f"for {name!r}, whose gradient has {tuple(grad.shape)} and {grad.dtype}; a "
         "transform must keep the shapes of its updates"
     )
-    raise ValueError(msg)
 
 
 def _kept(state: Any, *maps: TensorMap) -> Any:

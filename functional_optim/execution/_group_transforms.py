@@ -20,14 +20,6 @@ def joined(
 ) -> Transform:
     """Return one transform for all groups: where they differ, numbers by name.
 
-    Args:
-        transforms: The transform of each group; they differ in hyperparameters only.
-        group_of: The group of each parameter.
-        params: The parameters.
-
-    Raises:
-        ValueError: they differ in what can have no number for each name.
-
     Example:
         >>> import torch
         >>> from functional_optim.transforms import Scale
@@ -75,8 +67,9 @@ def _joined(values: dict[str, Any], params: TensorMap) -> Any:
         try:
             return dataclasses.replace(first, **changes)
         except (TypeError, ValueError) as error:
-            msg = f"groups cannot differ in {type(first).__name__}: {error}"
-            raise ValueError(msg) from error
+            raise ValueError(
+                f"groups cannot differ in {type(first).__name__}: {error}"
+            ) from error
     return values
 
 

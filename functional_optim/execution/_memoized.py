@@ -36,12 +36,7 @@ class Memory:
     def recall(
         self, key: Any, compute: Callable[[], tuple[TensorMap, Any]]
     ) -> tuple[TensorMap, Any]:
-        """Return what a call gave in the pass before, or compute it.
-
-        Args:
-            key: What tells members apart; calls with the same key are numbered.
-            compute: Computes it.
-        """
+        """Return what a call gave in the pass before, or compute it."""
         number = self._calls.get(key, 0)
         self._calls[key] = number + 1
         known = self._results.setdefault(key, [])
@@ -85,10 +80,6 @@ def remembered(transform: Transform, memory: Memory) -> Transform:
 
     Expensive is what looks at whole tensors: an orthogonalization in front of a global
     norm must not run again when the norm is known.
-
-    Args:
-        transform: The transform.
-        memory: Where results are kept.
     """
     if transform.scope is Scope.ELEMENTWISE:
         return transform

@@ -24,19 +24,13 @@ _WORD = ctypes.sizeof(ctypes.c_void_p)
 
 
 class Native:
-    """The functions; what they do stands in `native.cpp`.
-
-    Raises:
-        Exception: there is no compiler, or tensors do not look as expected.
-
-    Attributes:
-        offset: Where a Python tensor keeps the address of its implementation, in bytes.
-    """
+    """The functions; what they do stands in `native.cpp`."""
 
     def __init__(self) -> None:
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
-            msg = "without the interpreter's lock others may take gradients away"
-            raise RuntimeError(msg)
+            raise RuntimeError(
+                "without the interpreter's lock others may take gradients away"
+            )
         # Imported when it is needed: it takes a second.
         cache = importlib.import_module("torch._inductor.codecache").CppCodeCache
         source = pathlib.Path(__file__).with_name("native.cpp").read_text("utf-8")
@@ -51,12 +45,7 @@ class Native:
         self.has_values = self._function("has_values", "oo")
 
     def _function(self, name: str, arguments: str) -> Callable[..., int]:
-        """Return a function.
-
-        Args:
-            name: Its name.
-            arguments: A letter for each: `p` an address, `i` an integer, `o` an object.
-        """
+        """Return a function."""
         function = getattr(self._library, name)
         function.argtypes = [_TYPES[letter] for letter in arguments]
         function.restype = ctypes.c_int64
@@ -86,14 +75,9 @@ def address(numbers: array[int]) -> int:
 
 
 def _offset_of_implementation() -> int:
-    """Return where a Python tensor keeps the address of its implementation, in bytes.
-
-    Raises:
-        RuntimeError: there is no such place, or several.
-    """
+    """Return the offset of the address of the implementation in a Python tensor."""
     if sys.implementation.name != "cpython":
-        msg = "the addresses of objects are known in CPython only"
-        raise RuntimeError(msg)
+        raise RuntimeError("the addresses of objects are known in CPython only")
     examples = [torch.zeros(()), torch.zeros(2, 3).t(), Parameter(torch.ones(5))]
     found = [
         offset
@@ -101,8 +85,7 @@ def _offset_of_implementation() -> int:
         if all(_word(id(x) + offset) == x._cdata for x in examples)
     ]
     if len(found) != 1:
-        msg = f"the implementation of a tensor may lie at {found}"
-        raise RuntimeError(msg)
+        raise RuntimeError(f"the implementation of a tensor may lie at {found}")
     return found[0]
 
 
@@ -118,15 +101,7 @@ _DTYPES = 128
 
 
 class Gradients(Mapping[str, Tensor]):
-    """The gradients of parameters by name, looked up when somebody asks.
-
-    Args:
-        params: The parameters by name.
-        dtypes: The dtype of the gradient of each, None where there is none. As long as
-            nothing changes it is the same object.
-        objects: The addresses of the parameters as objects of Python, in this order.
-        places: Where the gradients lay; 0 for what is not one piece of memory.
-    """
+    """The gradients of parameters by name, looked up when somebody asks."""
 
     __slots__ = ("_count", "_params", "dtypes", "objects", "places")
 
@@ -142,18 +117,14 @@ class Gradients(Mapping[str, Tensor]):
         self._count = len(dtypes) - list(dtypes.values()).count(None)
 
     def __getitem__(self, name: str) -> Tensor:
-        """Return a gradient.
-
-        Raises:
-            KeyError: there is none.
-            RuntimeError: somebody has taken it away.
-        """
+        """Return a gradient."""
         grad = self._params[name].grad
         if grad is not None:
             return grad
         if self.dtypes[name] is not None:
-            msg = f"the gradient of {name!r} was set to None during the step"
-            raise RuntimeError(msg)
+            raise RuntimeError(
+                f"the gradient of {name!r} was set to None during the step"
+            )
         raise KeyError(name)
 
     def __contains__(self, name: object) -> bool:
@@ -173,18 +144,7 @@ def dtype_of(grads: Mapping[str, Tensor], name: str) -> torch.dtype:
 
 
 class Scan:
-    """Looks at parameters and gradients.
-
-    Args:
-        params: Parameters by name. They are kept alive.
-        native: Compiled code.
-
-    Raises:
-        RuntimeError: it sees something else than Python.
-
-    Attributes:
-        moved: Whether parameters lie elsewhere, or otherwise, than at the last look.
-    """
+    """Looks at parameters and gradients."""
 
     def __init__(self, params: TensorMap, native: Native) -> None:
         self._native, self._params = native, params
@@ -200,8 +160,7 @@ class Scan:
             or self._places.tolist() != list(map(Tensor.data_ptr, tensors))
             or [shape // _DTYPES for shape in self._shapes] != shapes
         ):
-            msg = "compiled code does not see the parameters"
-            raise RuntimeError(msg)
+            raise RuntimeError("compiled code does not see the parameters")
         self._found: Gradients | None = None
         self.moved = False
 

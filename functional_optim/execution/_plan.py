@@ -27,22 +27,7 @@ _dtype = operator.attrgetter("dtype")
 
 
 class Plan:
-    """What is updated together.
-
-    Args:
-        params: Parameters by name, detached.
-        transforms: The transform of each group of parameters.
-        group_of: The group of each parameter.
-        store: The state. Units take their parts of it, and put others in their place.
-        unit_bytes: Size of a unit; None chooses by device.
-        compiling: Makes code of what runs on units; None runs without.
-        apart: Whether small tensors stay apart, each a unit of its own.
-        laying: Moves small parameters side by side; None leaves them where they are.
-
-    Attributes:
-        buckets: The buckets.
-        units: All units, each with its bucket.
-    """
+    """What is updated together."""
 
     def __init__(
         self,
@@ -116,11 +101,7 @@ class Plan:
         self._last_dtypes: Mapping[str, Any] | None = None
 
     def set_transforms(self, transforms: list[Transform]) -> None:
-        """Go on with other numbers.
-
-        Args:
-            transforms: As at construction.
-        """
+        """Go on with other numbers."""
         self._transforms = transforms
         for bucket in self.buckets:
             if bucket.whole:
@@ -153,11 +134,7 @@ class Plan:
     def dtypes_of(
         self, grads: Mapping[str, Tensor]
     ) -> Mapping[str, torch.dtype | None]:
-        """Return the dtype of the gradient of each parameter, None without one.
-
-        Returns:
-            The same object as in the step before if nothing changed.
-        """
+        """Return the dtype of the gradient of each parameter, None without one."""
         if isinstance(grads, Gradients):
             return grads.dtypes
         found = list(grads), list(map(_dtype, grads.values()))
@@ -167,11 +144,7 @@ class Plan:
         return self._wanted
 
     def follow(self, dtypes: Mapping[str, torch.dtype | None]) -> None:
-        """Let parameters part that did not get a gradient alike, or were written to.
-
-        Args:
-            dtypes: The dtype of the gradient of each, None without one.
-        """
+        """Let parameters part that did not get a gradient alike, or were written to."""
         written = [column._version for column in self._columns] != self._versions
         if written or (dtypes is self._last_dtypes and self._cohorts.rest(dtypes)):
             self.renew()

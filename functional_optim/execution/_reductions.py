@@ -31,13 +31,7 @@ R = TypeVar("R")
 
 
 class Stop(NamedTuple):
-    """Where an update stops, and what its unit brings there.
-
-    Attributes:
-        call: The call whose total is not known.
-        partial: What the unit brings to it.
-        op: Its operation.
-    """
+    """Where an update stops, and what its unit brings there."""
 
     call: Call
     partial: Tensor
@@ -72,11 +66,7 @@ class _Numbered:
 
 
 class Supplied(_Numbered):
-    """A reducer that knows some totals and stops at the first it does not.
-
-    Attributes:
-        totals: The totals.
-    """
+    """A reducer that knows some totals and stops at the first it does not."""
 
     def __init__(self, totals: Totals) -> None:
         super().__init__()
@@ -121,12 +111,6 @@ class Recorded(_Numbered):
 def next_call(left: Sequence[Sequence[Call]]) -> Call:
     """Return a call that all who make it make next.
 
-    Args:
-        left: The calls that are still to come, of each kind of unit; none is empty.
-
-    Raises:
-        ValueError: there is none.
-
     Example:
         >>> a, b = ((0,), 0), ((1,), 0)
         >>> next_call([[b], [a, b]])
@@ -146,15 +130,7 @@ def _disordered(call: Call) -> ValueError:
 
 
 def through(run: Callable[[Reducer], R], totals: Totals) -> R:
-    """Run an update to its end.
-
-    Args:
-        run: Function that runs it with a reducer.
-        totals: All totals that it asks for.
-
-    Raises:
-        ValueError: it asks for another one.
-    """
+    """Run an update to its end."""
     try:
         return run(Supplied(totals))
     except StopError as stop:
@@ -163,16 +139,7 @@ def through(run: Callable[[Reducer], R], totals: Totals) -> R:
 
 
 def collected(runs: Sequence[Run | CompiledRun], call: Call, totals: Totals) -> Tensor:
-    """Run updates up to a call, and return the total over them.
-
-    Args:
-        runs: The updates.
-        call: The call.
-        totals: The totals of the calls before it.
-
-    Raises:
-        ValueError: an update does not come to this call next.
-    """
+    """Run updates up to a call, and return the total over them."""
     partials: list[Tensor] = []
     op: ReduceOp = "sum"
     for run in runs:
@@ -185,11 +152,7 @@ def collected(runs: Sequence[Run | CompiledRun], call: Call, totals: Totals) -> 
 
 
 def totals_of(runs: Sequence[Run | CompiledRun]) -> Totals:
-    """Return the totals that updates ask for, with a pass for each.
-
-    Args:
-        runs: What runs in a step.
-    """
+    """Return the totals that updates ask for, with a pass for each."""
     left: dict[tuple[int, Hashable], tuple[list[Call], list[Any]]] = {}
     for run in runs:
         kind = id(run.bucket), run.key

@@ -35,18 +35,7 @@ class Kind(enum.Enum):
 
 
 class Field(NamedTuple):
-    """What is known about a node.
-
-    Attributes:
-        kind: What it holds.
-        owner: Name of the class of the transform that it belongs to.
-        name: Name of the field, "" if its tuple has no names.
-        names: The parameters that its transform sees.
-        donated: Whether the transform reads each entry once, so that an executor may
-            let it overwrite them.
-        scalars: Whether all its parameters are 0-dim: then a tensor like the parameter
-            and one number for it look the same, and only the whole is safe.
-    """
+    """What is known about a node."""
 
     kind: Kind
     owner: str
@@ -99,10 +88,6 @@ def rebuilt(template: Any, nodes: Iterator[Node]) -> Any:
 def mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a state with other tensors in the same places.
 
-    Args:
-        state: The state.
-        change: What to put in the place of a tensor.
-
     Example:
         >>> import torch
         >>> mapped(({"w": torch.ones(1)}, Static(3)), torch.neg)
@@ -130,13 +115,7 @@ def _named(state: Any, name: str = "") -> Iterator[tuple[Node, str]]:
 
 
 def fields_of(transform: Transform, state: Any, params: TensorMap) -> list[Field]:
-    """Return what is known about each node of a state.
-
-    Args:
-        transform: The transform.
-        state: A state of it, over all parameters.
-        params: All parameters.
-    """
+    """Return what is known about each node of a state."""
     owners: dict[int, tuple[str, frozenset[str], bool]] = {}
     opaque: set[tuple[int | str, ...]] = set()
     for stage in walk(transform, state, params):
@@ -162,23 +141,18 @@ def fields_of(transform: Transform, state: Any, params: TensorMap) -> list[Field
 
 
 def _check_node(node: Any, owner: str, name: str, params: TensorMap) -> None:
-    """Refuse what no state may hold: the transform may be a user's.
-
-    Raises:
-        TypeError: naming the transform and the field.
-    """
+    """Refuse what no state may hold: the transform may be a user's."""
     entries = node.values() if isinstance(node, dict) else [node]
     fits = isinstance(node, (dict, Tensor, Static))
     if fits and isinstance(node, dict):
         fits = all(isinstance(entry, Tensor) for entry in entries)
         fits = fits and node.keys() <= params.keys()
     if not fits:
-        msg = (
+        raise TypeError(
             f"the state of {owner} has {node!r} at {name or 'its top'!r}; it may hold "
             "tensors, dicts of tensors by parameter name, tuples of these, and Static "
             "for what the host must know"
         )
-        raise TypeError(msg)
 
 
 def _kind(node: Node, params: TensorMap) -> Kind:
@@ -196,18 +170,6 @@ class Store:
     Its tensors share no memory with each other or with the parameters. A rule may start
     from one zero for all, or from the parameters: where each step makes new tensors
     nobody can tell.
-
-    Args:
-        transform: The transform.
-        state: A state of it, over all parameters. Its tensors are taken where they lie
-            alone.
-        params: All parameters.
-
-    Attributes:
-        state: The state in the form of the transform.
-        nodes: Its nodes. Whoever plans may put other tensors into them.
-        fields: What is known about the nodes.
-        replaced: Whether tensors were replaced since somebody set this to False.
     """
 
     def __init__(self, transform: Transform, state: Any, params: TensorMap) -> None:
@@ -246,14 +208,7 @@ class Store:
         self._take(rebuilt(self.state, iter(self.nodes)))
 
     def set_statics(self, statics: dict[int, Static[Any]]) -> bool:
-        """Go on with other values that are known on the host.
-
-        Args:
-            statics: The values, by index of the node.
-
-        Returns:
-            Whether one is another than before.
-        """
+        """Go on with other values that are known on the host."""
         if all(self.nodes[index] == node for index, node in statics.items()):
             return False
         for index, node in statics.items():
@@ -263,10 +218,5 @@ class Store:
 
 
 def free(new: Tensor, homes: set[int]) -> Tensor:
-    """Return a tensor that stays as it is while others are written.
-
-    Args:
-        new: The tensor.
-        homes: Where the others lie, as `memory_of` tells.
-    """
+    """Return a tensor that stays as it is while others are written."""
     return new.clone() if memory_of(new) in homes else new

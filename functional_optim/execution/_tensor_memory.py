@@ -44,10 +44,6 @@ def is_dense(tensor: Tensor) -> bool:
 def apart(tensors: Sequence[Tensor], taken: Iterable[Tensor]) -> list[Tensor]:
     """Return tensors that can be written one by one: copies of those that share memory.
 
-    Args:
-        tensors: The tensors.
-        taken: What else they must not share memory with.
-
     Example:
         >>> zero = torch.zeros(2)
         >>> a, b = apart([zero, zero], [])
@@ -82,11 +78,6 @@ def flat_like(tensor: Tensor, model: Tensor, where: slice) -> Tensor:
     """Return a slice of a tensor as one dimension, in the order of another's memory.
 
     A view where both lie alike; else a copy of that slice, and at most two rows more.
-
-    Args:
-        tensor: The tensor.
-        model: A dense tensor of the same shape.
-        where: The slice, in the order of the model's memory.
 
     Example:
         >>> turned = torch.zeros(3, 2).t()
@@ -154,11 +145,6 @@ def joint(
     On the CPU each piece has a storage of its own, so that saving it saves no other;
     the memory lives as long as one of them.
 
-    Args:
-        shapes: The shapes of the pieces.
-        dtype: Dtype of the elements.
-        device: Where they lie.
-
     Example:
         >>> shapes = [torch.Size([2, 3]), torch.Size([1])]
         >>> memory, pieces = joint(shapes, torch.float32, torch.device("cpu"))
@@ -198,14 +184,7 @@ def is_alone(tensor: Tensor) -> bool:
 
 
 class Scratch:
-    """Memory for what is gathered: own pieces up to a budget, one piece for the rest.
-
-    Args:
-        budget: Bytes that may be given away for good.
-
-    Attributes:
-        taken: Bytes that there are.
-    """
+    """Memory for gathered tensors: own buffers up to a budget, one for the rest."""
 
     def __init__(self, budget: int) -> None:
         self._left, self.taken = budget, 0
@@ -214,14 +193,7 @@ class Scratch:
     def take(
         self, numel: int, like: Tensor, dtype: torch.dtype, use: str
     ) -> tuple[Tensor, bool]:
-        """Return one-dimensional memory, and whether it belongs to the caller alone.
-
-        Args:
-            numel: Number of elements.
-            like: Where to take it: on the device of this tensor.
-            dtype: Dtype of the elements.
-            use: What for; memory for different uses is never the same.
-        """
+        """Return one-dimensional memory, and whether it belongs to the caller alone."""
         size = numel * dtype.itemsize
         if size <= self._left:
             self._left -= size
@@ -245,12 +217,7 @@ def _native(*, wanted: bool) -> Native | None:
 
 
 class Versions:
-    """Counts that tensors were written, so that autograd sees it.
-
-    Args:
-        tensors: The tensors.
-        compiles: Whether to count by compiled code where that works.
-    """
+    """Counts that tensors were written, so that autograd sees it."""
 
     def __init__(self, tensors: list[Tensor], *, compiles: bool) -> None:
         self._tensors, self._compiles = tensors, compiles
@@ -267,16 +234,7 @@ class Versions:
 
 
 class Gathered:
-    """One piece of memory for the elements of many tensors, one after the other.
-
-    Args:
-        memory: The memory, one-dimensional.
-        shapes: The shapes of the tensors.
-        compiles: Whether to copy by compiled code where that works.
-
-    Attributes:
-        memory: The memory.
-    """
+    """One piece of memory for the elements of many tensors, one after the other."""
 
     def __init__(
         self, memory: Tensor, shapes: Sequence[torch.Size], *, compiles: bool
@@ -290,12 +248,7 @@ class Gathered:
         self._starts = array("q", itertools.accumulate(sizes, initial=0))
 
     def gather(self, tensors: list[Tensor], places: array[int] | None = None) -> None:
-        """Copy tensors to here.
-
-        Args:
-            tensors: The tensors, of the dtype of the memory.
-            places: Where they lie, if that is known; see `places_of`.
-        """
+        """Copy tensors to here."""
         if not self._numels:
             return
         code = _native(wanted=self._compiles)
@@ -309,15 +262,7 @@ class Gathered:
             code.gather(self._place, address(places), *self._sizes())
 
     def gather_grads(self, grads: Gradients, members: array[int]) -> bool:
-        """Copy gradients to here by their addresses.
-
-        Args:
-            grads: Gradients of all parameters.
-            members: The places of those that belong here among them.
-
-        Returns:
-            Whether that was possible: all lie in one piece, where they were found.
-        """
+        """Copy gradients to here by their addresses."""
         code = _native(wanted=self._compiles)
         return code is not None and bool(
             code.gather_grads(
@@ -331,15 +276,7 @@ class Gathered:
         )
 
     def scatter(self, tensors: list[Tensor], places: array[int] | None) -> bool:
-        """Copy what is here to tensors.
-
-        Args:
-            tensors: The tensors, of the dtype of the memory.
-            places: Where they lie; None if they cannot be written by address.
-
-        Returns:
-            Whether autograd has seen it.
-        """
+        """Copy what is here to tensors."""
         if not self._numels:
             return True
         code = _native(wanted=self._compiles)

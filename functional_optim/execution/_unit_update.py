@@ -43,13 +43,7 @@ _COMPANION = "\N{NULL}companion"
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """What a step is given.
-
-    Args:
-        grads: Gradients by name.
-        context: What the training loop knows.
-        scaling: What a gradient scaler asks for.
-    """
+    """What a step is given."""
 
     grads: Mapping[str, Tensor]
     context: Context
@@ -57,17 +51,7 @@ class Given:
 
 
 class Run:
-    """One update of one unit in one step.
-
-    Args:
-        bucket: The bucket of the unit.
-        unit: The unit.
-        transform: What to run.
-        workspace: Where results may lie until the next run.
-        given: What the step was given.
-        key: What the calls of `reduce` depend on.
-        alone: Whether there is no gradient: a window closes, and its mean comes out.
-    """
+    """One update of one unit in one step."""
 
     def __init__(
         self,
@@ -114,15 +98,7 @@ class Run:
         """Get ready for `apply`: what can fail in another way than the update."""
 
     def apply(self, totals: Totals, later: Later) -> list[Node]:
-        """Run the update when all totals are known, and write what it returns.
-
-        Args:
-            totals: The totals.
-            later: Where to put what is shared with other units.
-
-        Returns:
-            The nodes of the new state.
-        """
+        """Run the update when all totals are known, and write what it returns."""
         moved, state = through(lambda reducer: self(reducer, last=True), totals)
         if self._memory is not None:
             self._memory.clear()

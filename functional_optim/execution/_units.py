@@ -43,14 +43,7 @@ Later: TypeAlias = "dict[int, tuple[Tensor, Tensor]]"
 
 
 class Source(NamedTuple):
-    """The state that units take their parts from.
-
-    Attributes:
-        template: The whole state.
-        nodes: Its nodes, as the members of a bucket see them.
-        fields: What is known about the nodes.
-        columns: By `id` of a number that all members see: those of all, side by side.
-    """
+    """The state that units take their parts from."""
 
     template: Any
     nodes: list[Node]
@@ -59,12 +52,7 @@ class Source(NamedTuple):
 
 
 class Unit:
-    """Parameters that one call of `update` moves together.
-
-    Args:
-        names: Names of the parameters.
-        source: Where its state comes from.
-    """
+    """Parameters that one call of `update` moves together."""
 
     params: TensorMap
     """The parameters as the transform sees them, when `updates` was called."""
@@ -114,35 +102,17 @@ class Unit:
         self.donated = rebuilt(template, iter(given_up))
 
     def set_statics(self, statics: dict[int, Static[Any]]) -> None:
-        """Go on with other values that are known on the host.
-
-        Args:
-            statics: The values, by index of the node.
-        """
+        """Go on with other values that are known on the host."""
         nodes = nodes_of(self.state)
         changed = [statics.get(index, node) for index, node in enumerate(nodes)]
         self._show(self.state, changed)
 
     def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
-        """Return the gradients as the transform sees them; empty if there are none.
-
-        Args:
-            grads: The gradients by name.
-            again: Whether they are those of the last call.
-        """
+        """Return the gradients as the transform sees them; empty if there are none."""
         raise NotImplementedError
 
     def write(self, moved: TensorMap, state: Any, later: Later) -> list[Node]:
-        """Move the parameters, and keep the new state.
-
-        Args:
-            moved: Updates, as the transform returned them.
-            state: New state, likewise.
-            later: Where to put what is shared with other units.
-
-        Returns:
-            The nodes of the new state.
-        """
+        """Move the parameters, and keep the new state."""
         found = nodes_of(state)
         self._check(moved, found)
         if self._gives_back(moved, found):
@@ -164,13 +134,7 @@ class Unit:
         return found
 
     def share(self, old: Tensor, new: Tensor, later: Later) -> None:
-        """Keep what other units read, too, until all have run.
-
-        Args:
-            old: What there is.
-            new: What takes its place.
-            later: Where to put it.
-        """
+        """Keep what other units read, too, until all have run."""
         if new is not old:
             home = self._columns.get(id(old), old)
             later.setdefault(id(home), (home, new))
@@ -201,26 +165,20 @@ class Unit:
         return False
 
     def _check(self, moved: TensorMap, nodes: list[Node]) -> None:
-        """Refuse what no `update` may return: the transform may be a user's.
-
-        Raises:
-            ValueError: an update of another shape, a state of another structure.
-        """
+        """Refuse what no `update` may return: the transform may be a user's."""
         for key, update in moved.items():
             if update.shape != self.params[key].shape:
-                msg = (
+                raise ValueError(
                     f"an update of {shown(self.names)} has shape {tuple(update.shape)} "
                     f"where {tuple(self.params[key].shape)} was given; a transform "
                     "must keep the shapes of its updates"
                 )
-                raise ValueError(msg)
         if len(nodes) != len(self.fields):
-            msg = (
+            raise ValueError(
                 f"update returned a state of {len(nodes)} fields for "
                 f"{shown(self.names)}, init one of {len(self.fields)}; the structure "
                 "must stay"
             )
-            raise ValueError(msg)
 
     def _apply(self, moved: TensorMap) -> None:
         new = over(Donated(self.params), at=moved).add(moved).to_map(like=self.params)
@@ -230,12 +188,7 @@ class Unit:
 
 
 class Shaped(Unit):
-    """Parameters in their own shapes, under their own names.
-
-    Args:
-        params: The parameters, detached.
-        source: Where their state comes from.
-    """
+    """Parameters in their own shapes, under their own names."""
 
     kind: ClassVar[str] = "group"
     shares: ClassVar[bool] = False
@@ -257,13 +210,7 @@ class Shaped(Unit):
 
 
 class Piece(Unit):
-    """A slice of one dense parameter, flat.
-
-    Args:
-        param: The parameter, detached, by its name.
-        where: The slice, in the order of its memory.
-        source: Where its state comes from; tensors there lie like the parameter.
-    """
+    """A slice of one dense parameter, flat."""
 
     kind: ClassVar[str] = "slice"
 
@@ -301,19 +248,7 @@ class Piece(Unit):
 
 
 class Pooled(Unit):
-    """Small parameters with equal histories, gathered into one flat tensor.
-
-    Args:
-        params: The parameters, detached.
-        source: Where their state comes from. Entries are replaced by views.
-        scratch: Where to gather.
-        memory: Memory of which the first parameters are the first pieces; None if they
-            lie elsewhere, and are gathered.
-        compiles: Whether to copy by compiled code where that works.
-
-    Attributes:
-        laid: How many of them, from the first, need not be gathered.
-    """
+    """Small parameters with equal histories, gathered into one flat tensor."""
 
     kind: ClassVar[str] = "pool"
     pooled: ClassVar[bool] = True

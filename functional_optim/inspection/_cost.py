@@ -41,13 +41,7 @@ _SMALL = 2**28
 
 
 class Pass(NamedTuple):
-    """One pass over memory, of an update in place.
-
-    Attributes:
-        path: Of the transform that asks for a total; None for the update itself.
-        reads: Bytes.
-        writes: Bytes.
-    """
+    """One pass over memory, of an update in place."""
 
     path: Path | None
     reads: int
@@ -56,14 +50,7 @@ class Pass(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What an update costs.
-
-    Attributes:
-        stages: The transform and all that it is made of, in the order they run.
-        own: Bytes of the state of each stage, without those of its parts.
-        passes: The passes over memory; None if they could not be found out.
-        remarks: What could not be found out as usual, and why.
-    """
+    """What an update costs."""
 
     stages: list[Stage]
     own: list[int]
@@ -82,11 +69,7 @@ def size(tensors: Iterable[Tensor]) -> int:
 
 
 def cost(pipeline: Transform, params: TensorMap) -> Cost:
-    """Find out what an update costs, without memory for it.
-
-    Raises:
-        ValueError: the transform does not fit the parameters.
-    """
+    """Find out what an update costs, without memory for it."""
     remarks: list[str] = []
     on_meta = {name: torch.empty_like(p, device="meta") for name, p in params.items()}
     try:
@@ -234,14 +217,7 @@ _TRIED_BYTES = 32 * 2**20
 
 
 class Peak(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, as long as they live.
-
-    Args:
-        given: What was there before; it does not count.
-
-    Attributes:
-        most: The most bytes at one time.
-    """
+    """Counts the bytes of the tensors that operations make, as long as they live."""
 
     def __init__(self, given: Any) -> None:
         TorchDispatchMode.__init__(self)
@@ -269,16 +245,7 @@ class Peak(TorchDispatchMode):
 
 
 def temporary_bytes(bucket: Bucket, fields: list[Field]) -> int | None:
-    """Return the bytes that an update of a unit takes for a while.
-
-    Args:
-        bucket: The bucket; its largest unit is tried, on zeros.
-        fields: What is known about the nodes of the state.
-
-    Returns:
-        Bytes beside parameters, gradients and state; None if the transform cannot be
-        tried out.
-    """
+    """Return the bytes that an update of a unit takes for a while."""
     unit = max(bucket.units, key=lambda unit: size(unit.params.values()))
     device = "meta" if size(unit.params.values()) > _TRIED_BYTES else None
     params = {n: torch.zeros_like(p, device=device) for n, p in unit.params.items()}

@@ -44,15 +44,7 @@ _COUNTED = [
 
 
 def table(tx: Transform, params: TensorMap) -> list[list[str]]:
-    """Return what `functional_optim.explain` says of a transform, in blocks of lines.
-
-    Args:
-        tx: The transform.
-        params: Parameters by name.
-
-    Raises:
-        TypeError, ValueError: as `explain`.
-    """
+    """Return the text of `functional_optim.explain`, in blocks of lines."""
     checked_transform("tx", tx)
     check_parameters(params)
     found = cost(chain(tx), params)
@@ -262,8 +254,7 @@ def explain(
     blocks: list[list[str]]
     if isinstance(tx, TransformOptimizer):
         if params is not None:
-            msg = "params must be left out for an optimizer: it has its own"
-            raise TypeError(msg)
+            raise TypeError("params must be left out for an optimizer: it has its own")
         with torch.no_grad():
             engine = tx._followed()
             blocks = table(engine.transform, engine.everyone())
@@ -273,11 +264,10 @@ def explain(
                     f"not compiled: the look at gradients ({engine.survey.failure})"
                 )
     elif params is None:
-        msg = (
+        raise TypeError(
             "params must be given with a transform, as in explain(tx, params); only a "
             f"TransformOptimizer has its own, got {type(tx).__name__}"
         )
-        raise TypeError(msg)
     else:
         blocks = table(tx, params)
     return "\n\n".join("\n".join(line.rstrip() for line in b) for b in blocks if b)

@@ -34,15 +34,7 @@ class DeferredHistory:
     _statistics_methods: dict[str, Any]
 
     def update(self, log_val: float | Tensor, count: int = 1) -> None:
-        """Note a number.
-
-        Args:
-            log_val: The number; a tensor of one element is not read yet.
-            count: How many numbers it is the sum of.
-
-        Raises:
-            TypeError: it is no number.
-        """
+        """Note a number."""
         if isinstance(log_val, Tensor):
             if _lies_here(log_val):
                 log_val = log_val.item()
@@ -50,8 +42,9 @@ class DeferredHistory:
                 log_val = log_val.detach().reshape(()).clone()
         elif not isinstance(log_val, (int, float)):
             kind = type(log_val).__name__
-            msg = f"log_val must be a number or a tensor of one element, got a {kind}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"log_val must be a number or a tensor of one element, got a {kind}"
+            )
         self._waiting.append((log_val, count))
         if len(self._waiting) >= _MOST:
             self._read()

@@ -81,11 +81,10 @@ def register() -> None:
     try:
         importlib.import_module("mmengine")
     except ModuleNotFoundError as error:
-        msg = (
+        raise ImportError(
             "functional_optim.integrations.mmengine needs MMEngine, which is not "
             "installed: pip install 'mmengine>=0.10'"
-        )
-        raise ImportError(msg) from error
+        ) from error
     optim = importlib.import_module("mmengine.optim")
     for wrapper in (OptimWrapper, AmpOptimWrapper, OptimWrapperDict):
         getattr(optim, wrapper.__name__).register(wrapper)
@@ -142,10 +141,6 @@ def _become_registry(own: Registry, theirs: Any) -> None:
     """Let a registry of ours be one of MMEngine's as well; it stays the same object.
 
     `mmengine.registry.build_from_cfg` takes it then, and it can be a parent.
-
-    Args:
-        own: The registry.
-        theirs: `mmengine.registry`.
     """
 
     def add_child(self: Any, child: Any) -> None:
@@ -219,14 +214,7 @@ class CurrentHub:
         return self._hubs.get_current_instance()
 
     def update_scalar(self, key: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Note a number under a name; a tensor is not read before somebody looks.
-
-        Args:
-            key: The name.
-            value: The number.
-            args: As MMEngine's method takes them: `count` and `resumed`.
-            kwargs: The same.
-        """
+        """Note a number under a name; a tensor is not read before somebody looks."""
         hub = self.current
         history = hub.log_scalars.get(key)
         if history is None or not isinstance(value, Tensor):

@@ -17,19 +17,14 @@ _logger = logging.getLogger("functional_optim")
 
 
 def check_counts(name: str, value: Any, least: int) -> None:
-    """Refuse what is no number of micro-batches.
-
-    Raises:
-        MistakenTypeError: it is no int.
-        MistakenValueError: it is below the least.
-    """
+    """Refuse what is no number of micro-batches."""
     # numpy's numbers have an index, too.
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        msg = f"{name} must be an int, a number of micro-batches, got {value!r}"
-        raise MistakenTypeError(msg)
+        raise MistakenTypeError(
+            f"{name} must be an int, a number of micro-batches, got {value!r}"
+        )
     if value < least:
-        msg = f"{name} must be at least {least}, got {value}"
-        raise MistakenValueError(msg)
+        raise MistakenValueError(f"{name} must be at least {least}, got {value}")
 
 
 class Windowed:
@@ -62,16 +57,7 @@ class Windowed:
     def initialize_count_status(
         self, model: nn.Module, init_counts: int, max_counts: int
     ) -> None:
-        """Tell where training starts and ends, so that a last short window is used.
-
-        Args:
-            model: The model; a warning says if accumulation may hurt its BatchNorm.
-            init_counts: Micro-batches that were seen before. >= 0.
-            max_counts: Micro-batches in all; -1 if unknown.
-
-        Raises:
-            ValueError, TypeError: no such counts.
-        """
+        """Tell where training starts and ends, so that a last short window is used."""
         check_counts("init_counts", init_counts, 0)
         check_counts("max_counts", max_counts, -1)
         resumed = self._unspent and init_counts == self._inner_count
@@ -107,11 +93,7 @@ class Windowed:
         return closes(count, self._accumulative_counts, self._max_counts)
 
     def scale_loss(self, loss: Tensor) -> Tensor:
-        """Return the loss divided by the length of the window it belongs to.
-
-        Args:
-            loss: The loss of one micro-batch.
-        """
+        """Return the loss divided by the length of the window it belongs to."""
         if self._accumulative_counts == 1:
             return loss
         every, end = self._accumulative_counts, self._max_counts
@@ -129,14 +111,6 @@ def window(index: int, every: int, end: int) -> tuple[int, int]:
 
     Windows end at multiples of `every`, and where the training ends: the last one may
     be shorter, and the one after it, if training goes on.
-
-    Args:
-        index: Number of micro-batches before this one.
-        every: Micro-batches in a whole window.
-        end: Number of micro-batches in the training; below 0 if unknown.
-
-    Returns:
-        The number of micro-batches before the first of the window, and with its last.
 
     Example:
         >>> [window(index, 4, 10) for index in (0, 7, 8, 9, 10)]

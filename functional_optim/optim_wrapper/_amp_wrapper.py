@@ -74,8 +74,9 @@ class AmpOptimWrapper(OptimWrapper):
         **kwargs: Any,
     ) -> None:
         if hasattr(loss_scale, "param_groups"):
-            msg = "loss_scale comes first; write AmpOptimWrapper(optimizer=optimizer)"
-            raise MistakenTypeError(msg)
+            raise MistakenTypeError(
+                "loss_scale comes first; write AmpOptimWrapper(optimizer=optimizer)"
+            )
         super().__init__(**kwargs)
         self.cast_dtype = checked_dtype(dtype, self.valid_dtypes)
         device = _device_type(self._parameters())

@@ -29,12 +29,7 @@ _COUNTS = {"inner_count": 0, "max_counts": -1}
 
 
 class Prepared(NamedTuple):
-    """A state that was checked, and is not loaded yet.
-
-    Attributes:
-        optimizer: What the optimizer is to load.
-        takes: What the wrapper takes over when it has.
-    """
+    """A state that was checked, and is not loaded yet."""
 
     optimizer: dict[str, Any]
     takes: list[Take]
@@ -51,11 +46,6 @@ class WrapperState(Windowed, ShownSettings):
 
         Gradients that wait for a step are those of this process: with several, save
         where a window ends, or on each of them.
-
-        Returns:
-            What the optimizer returns, with `base_param_settings` if there are several
-            groups, `transform` if one was given, and `accumulation` once a micro-batch
-            was counted: the counts, and the gradients that wait for a step.
         """
         found = dict(self.optimizer.state_dict())
         if self.base_param_settings is not None:
@@ -74,12 +64,6 @@ class WrapperState(Windowed, ShownSettings):
 
         Without counts in it, as MMEngine saves it, a window that is open is given up,
         and counting begins where it began before.
-
-        Args:
-            state_dict: What `state_dict` returned; it does not change.
-
-        Raises:
-            ValueError, TypeError: it does not fit; nothing has changed then.
         """
         prepared = self.prepared(state_dict)
         optimizer = self.optimizer
@@ -97,14 +81,11 @@ class WrapperState(Windowed, ShownSettings):
                 take()
 
     def prepared(self, state_dict: Mapping[str, Any]) -> Prepared:
-        """Check a saved state, and return what there is to load; nothing changes.
-
-        Raises:
-            ValueError, TypeError: it does not fit.
-        """
+        """Check a saved state, and return what there is to load; nothing changes."""
         if not isinstance(state_dict, Mapping):
-            msg = f"state_dict must be a dict, got a {type(state_dict).__name__}"
-            raise MistakenTypeError(msg)
+            raise MistakenTypeError(
+                f"state_dict must be a dict, got a {type(state_dict).__name__}"
+            )
         given = dict(state_dict)
         with torch.inference_mode(mode=False):
             takes = list(self._checked(given))
@@ -121,11 +102,10 @@ class WrapperState(Windowed, ShownSettings):
         own = self._on_gradients
         if data is not None:
             if own is None or own.is_clip:
-                msg = (
+                raise MistakenValueError(
                     "state_dict has the state of a transform, this wrapper has none; "
                     "build it with the same transform=..."
                 )
-                raise MistakenValueError(msg)
             state = own.loaded(data, self._parameters(), self._named)
             yield lambda: own.take(state)
         accumulation = given.pop("accumulation", None)
@@ -139,11 +119,11 @@ class WrapperState(Windowed, ShownSettings):
         own = self.base_param_settings
         if not isinstance(base, Mapping):
             kind = type(base).__name__
-            msg = f"base_param_settings must be a dict, got a {kind}"
-            raise MistakenTypeError(msg)
+            raise MistakenTypeError(f"base_param_settings must be a dict, got a {kind}")
         if own is not None and "lr" in own and "lr" not in base:
-            msg = f"base_param_settings lacks 'lr', it has {sorted(map(str, base))}"
-            raise MistakenValueError(msg)
+            raise MistakenValueError(
+                f"base_param_settings lacks 'lr', it has {sorted(map(str, base))}"
+            )
 
         def take() -> None:
             if self.base_param_settings is not None:
@@ -202,26 +182,28 @@ class WrapperState(Windowed, ShownSettings):
     def _checked_accumulation(self, data: Any) -> Take:
         place = "state_dict['accumulation']"
         if not isinstance(data, Mapping) or not _COUNTS.keys() <= data.keys():
-            msg = f"{place} must have {', '.join(_COUNTS)}, got {data!r}"
-            raise MistakenValueError(msg)
+            raise MistakenValueError(
+                f"{place} must have {', '.join(_COUNTS)}, got {data!r}"
+            )
         for key, least in _COUNTS.items():
             check_counts(f"{place}[{key!r}]", data[key], least)
         scale = data.get("loss_scale", 1.0)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale <= 0:
-            msg = f"{place}['loss_scale'] must be a number above 0, got {scale!r}"
-            raise MistakenValueError(msg)
+            raise MistakenValueError(
+                f"{place}['loss_scale'] must be a number above 0, got {scale!r}"
+            )
         params = self._parameters()
         grads, zeros = data.get("gradients", {}), data.get("zeros", [])
         if not isinstance(grads, Mapping) or not isinstance(zeros, list):
-            msg = f"{place} must have gradients by index and zeros as a list of them"
-            raise MistakenTypeError(msg)
+            raise MistakenTypeError(
+                f"{place} must have gradients by index and zeros as a list of them"
+            )
         for index in [*grads, *zeros]:
             if not isinstance(index, int) or not 0 <= index < len(params):
-                msg = (
+                raise MistakenValueError(
                     f"{place} has a gradient for parameter {index!r}, the optimizer "
                     f"has {len(params)} parameters; it is of another model"
                 )
-                raise MistakenValueError(msg)
         new = {i: _checked_gradient(place, i, g, params[i]) for i, g in grads.items()}
         new |= {i: torch.zeros_like(params[i]) for i in zeros}
 
@@ -252,11 +234,10 @@ def _checked_gradient(place: str, index: int, grad: Any, param: Tensor) -> Tenso
         told = repr(grad)
         if isinstance(grad, Tensor):
             told = f"{tuple(grad.shape)}, {grad.dtype} on {grad.device}"
-        msg = (
+        raise MistakenValueError(
             f"{place}['gradients'][{index}] must be like its parameter, "
             f"{tuple(param.shape)}, {param.dtype}, got {told}; it is of another model"
         )
-        raise MistakenValueError(msg)
     own: Tensor = grad.detach().to(param.device, copy=True)
     return own
 
@@ -301,11 +282,7 @@ def is_of_torch(optimizer: object) -> bool:
 
 
 def undo_of(optimizer: Any) -> Callable[[], None]:
-    """Return what brings an optimizer back to where it is now, after a load.
-
-    Args:
-        optimizer: The optimizer. torch's make new state and groups when they load.
-    """
+    """Return what brings an optimizer back to where it is now, after a load."""
     if isinstance(optimizer, TransformOptimizer):
         before = copy.deepcopy(optimizer.state_dict())
         return lambda: optimizer.load_state_dict(before)
@@ -318,43 +295,34 @@ def undo_of(optimizer: Any) -> Callable[[], None]:
 
 
 def check_fits(data: Mapping[str, Any], optimizer: Any) -> None:
-    """Refuse a state of another model or optimizer: torch loads some, and fails later.
-
-    Args:
-        data: The state.
-        optimizer: The optimizer.
-
-    Raises:
-        MistakenValueError: saying what differs.
-    """
+    """Refuse a state of another model: torch loads some, and fails later."""
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if key not in data:
-            msg = f"state_dict lacks {key!r}, it has {sorted(map(str, data))}"
-            raise MistakenValueError(msg)
+            raise MistakenValueError(
+                f"state_dict lacks {key!r}, it has {sorted(map(str, data))}"
+            )
         if not isinstance(data[key], kind):
-            msg = f"state_dict[{key!r}] must be a {kind.__name__}, got {data[key]!r}"
-            raise MistakenValueError(msg)
+            raise MistakenValueError(
+                f"state_dict[{key!r}] must be a {kind.__name__}, got {data[key]!r}"
+            )
     saved, groups = data["param_groups"], optimizer.param_groups
     if len(saved) != len(groups):
-        msg = (
+        raise MistakenValueError(
             f"state_dict has {len(saved)} parameter groups, the optimizer "
             f"{len(groups)}; it is of another model or paramwise_cfg"
         )
-        raise MistakenValueError(msg)
     needed = _settings(optimizer) if is_of_torch(optimizer) else []
     for index, (theirs, own) in enumerate(zip(saved, groups, strict=True)):
         place = f"param_groups[{index}] of state_dict"
         for key in ("params", *needed):
             if key not in theirs:
                 kind_ = type(optimizer).__name__
-                msg = f"{place} lacks {key!r}; it is not of {kind_}"
-                raise MistakenValueError(msg)
+                raise MistakenValueError(f"{place} lacks {key!r}; it is not of {kind_}")
         if len(theirs["params"]) != len(own["params"]):
-            msg = (
+            raise MistakenValueError(
                 f"{place} has {len(theirs['params'])} parameters, the optimizer's "
                 f"{len(own['params'])}"
             )
-            raise MistakenValueError(msg)
         if is_of_torch(optimizer):
             for key, param in zip(theirs["params"], own["params"], strict=True):
                 _check_entry(data["state"].get(key), key, param)
@@ -374,8 +342,9 @@ def _check_entry(entry: Any, key: Any, param: Tensor) -> None:
     if entry is None:
         return
     if not isinstance(entry, Mapping):
-        msg = f"state[{key!r}] of state_dict must be a dict, got {entry!r}"
-        raise MistakenValueError(msg)
+        raise MistakenValueError(
+            f"state[{key!r}] of state_dict must be a dict, got {entry!r}"
+        )
     for name, value in entry.items():
         if name not in _LIKE_PARAMETERS or value is None:
             continue
@@ -383,11 +352,11 @@ def _check_entry(entry: Any, key: Any, param: Tensor) -> None:
             told = repr(value)
             if isinstance(value, Tensor):
                 told = f"shape {tuple(value.shape)}"
-            msg = (
+            raise MistakenValueError(
                 f"{name!r} of parameter {key} has {told} in state_dict, the parameter "
                 f"{tuple(param.shape)}; it is of another model"
             )
-            raise MistakenValueError(msg)
         if value.is_meta and not param.is_meta:
-            msg = f"{name!r} of parameter {key} is on meta in state_dict: it is empty"
-            raise MistakenValueError(msg)
+            raise MistakenValueError(
+                f"{name!r} of parameter {key} is on meta in state_dict: it is empty"
+            )

@@ -46,40 +46,28 @@ _MOST = {
 def checked_dtype(dtype: Any, valid: Sequence[str]) -> torch.dtype | None:
     """Return the dtype of autocast; None stands for the device's default.
 
-    Raises:
-        MistakenValueError: a name that is none of those that are valid.
-        MistakenTypeError: it is no dtype.
-
     Example:
         >>> checked_dtype("float16", ["float16"])
         torch.float16
     """
     if isinstance(dtype, str):
         if dtype not in valid:
-            msg = f"dtype must be one of {', '.join(valid)}, got {dtype!r}"
-            raise MistakenValueError(msg)
+            raise MistakenValueError(
+                f"dtype must be one of {', '.join(valid)}, got {dtype!r}"
+            )
         found: torch.dtype = getattr(torch, dtype)
         return found
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    msg = f"dtype must be a torch.dtype, its name, or None, got {dtype!r}"
-    raise MistakenTypeError(msg)
+    raise MistakenTypeError(
+        f"dtype must be a torch.dtype, its name, or None, got {dtype!r}"
+    )
 
 
 def scaler_of(
     loss_scale: Any, device: str, *, enabled: bool, use_fsdp: bool
 ) -> tuple[torch.amp.GradScaler, float | None]:
-    """Return a scaler, and the scale that it keeps if it is static.
-
-    Args:
-        loss_scale: "dynamic", a number, or a dict of arguments of `GradScaler`.
-        device: Type of the device.
-        enabled: Whether losses are scaled at all.
-        use_fsdp: Whether to join overflows over the processes of FSDP1.
-
-    Raises:
-        MistakenValueError, MistakenTypeError: `loss_scale` is none of these.
-    """
+    """Return a scaler, and the scale that it keeps if it is static."""
     static: float | None = None
     options: dict[str, Any] = {"enabled": enabled}
     if isinstance(loss_scale, Mapping):
@@ -88,11 +76,10 @@ def scaler_of(
         options["init_scale"] = static = float(loss_scale)
         _check_above("loss_scale", loss_scale, 0.0)
     elif loss_scale != "dynamic":
-        msg = (
+        raise MistakenTypeError(
             "loss_scale must be 'dynamic', a number, or a dict of arguments of "
             f"torch.amp.GradScaler, got {loss_scale!r}"
         )
-        raise MistakenTypeError(msg)
     kind: Any = torch.amp.GradScaler
     if use_fsdp:
         module = importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler")
@@ -104,65 +91,59 @@ def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if key not in _SCALER_KEYS:
             known = ", ".join(sorted(_SCALER_KEYS))
-            msg = f"loss_scale may have the keys {known}, got {key!r}"
-            raise MistakenValueError(msg)
+            raise MistakenValueError(
+                f"loss_scale may have the keys {known}, got {key!r}"
+            )
         if key in _ABOVE:
             _check_above(f"loss_scale[{key!r}]", value, _ABOVE[key])
     if not isinstance(given.get("enabled", True), bool):
-        msg = f"loss_scale['enabled'] must be a bool, got {given['enabled']!r}"
-        raise MistakenTypeError(msg)
+        raise MistakenTypeError(
+            f"loss_scale['enabled'] must be a bool, got {given['enabled']!r}"
+        )
     interval = given.get("growth_interval", 1)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        msg = f"loss_scale['growth_interval'] must be an int >= 1, got {interval!r}"
-        raise MistakenValueError(msg)
+        raise MistakenValueError(
+            f"loss_scale['growth_interval'] must be an int >= 1, got {interval!r}"
+        )
     if given.get("backoff_factor", 0.5) >= 1.0:
-        msg = f"loss_scale['backoff_factor'] must be < 1, got {given['backoff_factor']}"
-        raise MistakenValueError(msg)
+        raise MistakenValueError(
+            f"loss_scale['backoff_factor'] must be < 1, got {given['backoff_factor']}"
+        )
     return dict(given)
 
 
 def check_scaler_state(data: Any, needed: Iterable[str]) -> None:
-    """Refuse what no scaler saved.
-
-    Args:
-        data: What may be its state.
-        needed: The keys that it needs.
-
-    Raises:
-        MistakenTypeError: it is no dict, or holds something else than numbers.
-        MistakenValueError: a key is missing.
-    """
+    """Refuse what no scaler saved."""
     place = "state_dict['loss_scaler']"
     if not isinstance(data, Mapping):
-        msg = f"{place} must be a dict, got {data!r}"
-        raise MistakenTypeError(msg)
+        raise MistakenTypeError(f"{place} must be a dict, got {data!r}")
     for key in needed:
         if key not in data:
-            msg = f"{place} lacks {key!r}, it has {', '.join(map(str, data))}"
-            raise MistakenValueError(msg)
+            raise MistakenValueError(
+                f"{place} lacks {key!r}, it has {', '.join(map(str, data))}"
+            )
         if isinstance(data[key], bool) or not isinstance(data[key], (int, float)):
-            msg = f"{place}[{key!r}] must be a number, got {data[key]!r}"
-            raise MistakenTypeError(msg)
+            raise MistakenTypeError(
+                f"{place}[{key!r}] must be a number, got {data[key]!r}"
+            )
     for key, most in _MOST.items():
         if key in data and not _LEAST[key] < data[key] < most:
-            msg = (
+            raise MistakenValueError(
                 f"{place}[{key!r}] must be > {_LEAST[key]:g} and < {most:g}, got "
                 f"{data[key]}"
             )
-            raise MistakenValueError(msg)
     for key in {"growth_interval", "_growth_tracker"} & data.keys():
         if not isinstance(data[key], int):
-            msg = f"{place}[{key!r}] must be an int, got {data[key]!r}"
-            raise MistakenTypeError(msg)
+            raise MistakenTypeError(
+                f"{place}[{key!r}] must be an int, got {data[key]!r}"
+            )
 
 
 def _check_above(name: str, value: Any, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        msg = f"{name} must be a number, got {value!r}"
-        raise MistakenTypeError(msg)
+        raise MistakenTypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value > least):
-        msg = f"{name} must be finite and > {least:g}, got {value}"
-        raise MistakenValueError(msg)
+        raise MistakenValueError(f"{name} must be finite and > {least:g}, got {value}")
 
 
 class SharedScaler:
@@ -171,9 +152,6 @@ class SharedScaler:
     torch's scaler is for one loop that unscales all, steps all, and updates the scale.
     Here wrappers step when their windows end; the scale stays while one of them has
     gradients that were multiplied by it.
-
-    Args:
-        scaler: The scaler.
     """
 
     _known: ClassVar[Any] = weakref.WeakKeyDictionary()
@@ -217,10 +195,6 @@ class SharedScaler:
         """Let an optimizer step again although the scale was not updated meanwhile.
 
         What its last step found still counts when it is: under a key of its own.
-
-        Args:
-            optimizer: The optimizer.
-            param: One of its parameters.
         """
         scaler: Any = self._scaler()
         if scaler._scale is None:  # Gradients were loaded, and no loss was scaled yet.

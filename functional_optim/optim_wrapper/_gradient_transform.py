@@ -40,20 +40,7 @@ _OWNED = {
 
 
 class GradientTransform:
-    """A transform on the gradients of an optimizer.
-
-    Args:
-        transform: The transform.
-
-    Attributes:
-        is_clip: Whether it is no more than a clip: it does not look at parameters, and
-            its state is not worth saving.
-
-    Raises:
-        MistakenValueError: it accumulates, unscales, steps or skips steps, which the
-            wrapper or the optimizer does.
-        TypeError: it is no transform.
-    """
+    """A transform on the gradients of an optimizer."""
 
     def __init__(self, transform: Transform, *, is_clip: bool = False) -> None:
         checked_transform("transform", transform)
@@ -70,13 +57,7 @@ class GradientTransform:
         names: Mapping[Tensor, str],
         found_inf: Tensor | None = None,
     ) -> None:
-        """Run the transform on the gradients that there are.
-
-        Args:
-            params: The parameters of the optimizer.
-            names: Names of parameters, as far as they are known.
-            found_inf: Nonzero if the step will be skipped. Tensor, one element.
-        """
+        """Run the transform on the gradients that there are."""
         executor = self._ready(params, names)
         wanted = {p: name for p, name in self._names.items() if p.requires_grad}
         grads = {
@@ -126,11 +107,7 @@ class GradientTransform:
     def loaded(
         self, data: Any, params: Sequence[Tensor], names: Mapping[Tensor, str]
     ) -> Any:
-        """Return the state that plain data describes; nothing changes.
-
-        Raises:
-            ValueError, TypeError: it is of another transform or model.
-        """
+        """Return the state that plain data describes; nothing changes."""
         return load_state_dict(self.state(params, names), data)
 
     def take(self, state: Any) -> None:
@@ -187,20 +164,10 @@ def _grown(old: Any, new: Any) -> Any:
 
 
 def check_not_owned(transform: Any, owned: Mapping[Role, str], why: str) -> None:
-    """Refuse a transform that does, at any depth, what somebody else does.
-
-    Args:
-        transform: The transform.
-        owned: What it may not do, and the remedy.
-        why: What is wrong with it.
-
-    Raises:
-        MistakenValueError: naming it and the remedy.
-    """
+    """Refuse a transform that does, at any depth, what somebody else does."""
     role = getattr(transform, "role", None)
     if isinstance(role, Role) and role in owned:
-        msg = f"{transform!r} {why}; {owned[role]}"
-        raise MistakenValueError(msg)
+        raise MistakenValueError(f"{transform!r} {why}; {owned[role]}")
     for inner in inner_transforms(transform):
         check_not_owned(inner, owned, why)
 
@@ -215,14 +182,7 @@ _NEEDED = {"norm": "max_norm", "value": "clip_value"}
 
 
 class ClipGrad(NamedTuple):
-    """How gradients are clipped.
-
-    Attributes:
-        kwargs: The arguments of the function of torch that does the same.
-        func: That function.
-        name: What the number is called that is logged.
-        transform: The transform; None if the keys are those of another function.
-    """
+    """How gradients are clipped."""
 
     kwargs: dict[str, Any]
     func: Callable[..., Any]
@@ -233,33 +193,23 @@ class ClipGrad(NamedTuple):
 def clip_grad_of(config: Any, *, strict: bool = True) -> ClipGrad:
     """Return what `clip_grad` asks for; the config itself does not change.
 
-    Args:
-        config: `dict(max_norm=..., norm_type=2, error_if_nonfinite=False)` or
-            `dict(type="value", clip_value=...)`.
-        strict: Whether keys that mean nothing to torch's functions are refused.
-
-    Raises:
-        MistakenTypeError, MistakenValueError: it is neither.
-
     Example:
         >>> clip_grad_of({"max_norm": 1, "norm_type": "inf"}).transform
         ClipByGlobalNorm(1.0, norm_type=inf)
     """
     if not isinstance(config, Mapping) or not config:
         kind = "an empty one" if isinstance(config, Mapping) else repr(config)
-        msg = (
+        raise MistakenTypeError(
             "If `clip_grad` is not None, it must be a dict such as dict(max_norm=1.0) "
             f"or dict(type='value', clip_value=0.5), got {kind}"
         )
-        raise MistakenTypeError(msg)
     kwargs = dict(config)
     kind = kwargs.pop("type", "norm")
     if not isinstance(kind, str) or kind not in _KEYS:
-        msg = (
+        raise MistakenValueError(
             "If `clip_grad` is not None, its type must be 'norm' or 'value', got "
             f"{kind!r}"
         )
-        raise MistakenValueError(msg)
     func: Callable[..., Any] = torch.nn.utils.clip_grad_norm_
     if kind == "value":
         func = torch.nn.utils.clip_grad_value_
@@ -272,8 +222,9 @@ def clip_grad_of(config: Any, *, strict: bool = True) -> ClipGrad:
         mistake = (
             MistakenTypeError if isinstance(error, TypeError) else MistakenValueError
         )
-        msg = f"If `clip_grad` is not None, its numbers must be legal: {error}"
-        raise mistake(msg) from None
+        raise mistake(
+            f"If `clip_grad` is not None, its numbers must be legal: {error}"
+        ) from None
     return ClipGrad(kwargs, func, f"grad_{kind}", transform)
 
 
@@ -282,32 +233,28 @@ def _check_keys(kind: str, kwargs: dict[str, Any]) -> None:
     if unknown:
         other = next((k for k, keys in _KEYS.items() if unknown[0] in keys), None)
         hint = f"; add type={other!r}" if other else ""
-        msg = (
+        raise MistakenValueError(
             f"If `clip_grad` is not None, its keys with type={kind!r} may be "
             f"{', '.join(sorted(_KEYS[kind]))}, got {unknown[0]!r}{hint}"
         )
-        raise MistakenValueError(msg)
     if _NEEDED[kind] not in kwargs:
-        msg = (
+        raise MistakenValueError(
             f"If `clip_grad` is not None, it must say {_NEEDED[kind]} with type="
             f"{kind!r}, such as dict(type={kind!r}, {_NEEDED[kind]}=1.0)"
         )
-        raise MistakenValueError(msg)
 
 
 def _transform_of(kind: str, kwargs: dict[str, Any]) -> Transform:
     limit = kwargs[_NEEDED[kind]]
     # A transform takes schedules and maps by name as well; a config does not.
     if isinstance(limit, bool) or not isinstance(limit, numbers.Real):
-        msg = f"{_NEEDED[kind]} must be a number, got {limit!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{_NEEDED[kind]} must be a number, got {limit!r}")
     if kind == "value":
         return ClipByValue(kwargs["clip_value"])
     order = kwargs.get("norm_type", 2.0)
     if isinstance(order, str):  # torch takes "inf", from configs that are text.
         if order != "inf":
-            msg = f"norm_type must be a number or 'inf', got {order!r}"
-            raise ValueError(msg)
+            raise ValueError(f"norm_type must be a number or 'inf', got {order!r}")
         order = math.inf
     if kwargs["max_norm"] == math.inf:  # A way to have the norm logged, and no more.
         return Observe("norm", op=Norm(order))

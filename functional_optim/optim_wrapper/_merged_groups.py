@@ -35,9 +35,6 @@ class MergedGroups:
     Every parameter takes the same step, bit for bit. Nothing is merged where others
     look at the groups during a step: an optimizer that is not torch's own, or has step
     hooks.
-
-    Args:
-        optimizer: The optimizer.
     """
 
     # A generator would cost more than the rest of it, in a loop that leaves no cache.

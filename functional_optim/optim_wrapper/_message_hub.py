@@ -9,11 +9,7 @@ if TYPE_CHECKING:
 
 
 class Scalar:
-    """The latest of a row of numbers.
-
-    Args:
-        value: The number; a tensor stays where it is.
-    """
+    """The latest of a row of numbers."""
 
     def __init__(self, value: float | Tensor) -> None:
         self._value = value
@@ -25,10 +21,6 @@ class Scalar:
 
 class MessageHub:
     """What a wrapper has to tell, such as `train/grad_norm`.
-
-    Attributes:
-        host: What notes numbers in the framework that trains, and has its hub as
-            `current`, if one is connected; see `functional_optim.integrations`.
 
     Example:
         >>> import torch
@@ -46,26 +38,16 @@ class MessageHub:
     def update_scalar(
         self, key: str, value: float | Tensor, *args: Any, **kwargs: Any
     ) -> None:
-        """Note a number under a name.
-
-        Args:
-            key: The name.
-            value: The number.
-            args: What else the host wants to know.
-            kwargs: The same.
-        """
+        """Note a number under a name."""
         if self.host is None:
             self._scalars[key] = Scalar(value)
         else:
             self.host.update_scalar(key, value, *args, **kwargs)
 
     def get_scalar(self, key: str) -> Scalar:
-        """Return the latest that was noted under a name.
-
-        Raises:
-            KeyError: nothing was.
-        """
+        """Return the latest that was noted under a name."""
         if key not in self._scalars:
-            msg = f"nothing was noted under {key!r}, only under {list(self._scalars)}"
-            raise KeyError(msg)
+            raise KeyError(
+                f"nothing was noted under {key!r}, only under {list(self._scalars)}"
+            )
         return self._scalars[key]

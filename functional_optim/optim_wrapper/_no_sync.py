@@ -49,24 +49,16 @@ class Suppression:
         self._withholds = False
 
     def check_gradients_are_here(self, params: Sequence[Tensor]) -> None:
-        """Refuse to save gradients that wait for a step inside FSDP2.
-
-        Args:
-            params: The parameters whose gradients they are.
-
-        Raises:
-            MistakenValueError: they are there.
-        """
+        """Refuse to save gradients that wait for a step inside FSDP2."""
         sharded = [p for p in params if p.requires_grad and hasattr(p, "_local_tensor")]
         missing = bool(sharded) and all(p.grad is None for p in sharded)
         if self._withholds or missing:
-            msg = (
+            raise MistakenValueError(
                 "the gradients of an open window wait inside the model: fully_shard "
                 "keeps them until it reduces them, and they would be missing in the "
                 "state dict; save where a window ends, that is where "
                 "wrapper.should_update() is true after update_params"
             )
-            raise MistakenValueError(msg)
 
     def __deepcopy__(self, memo: object) -> Suppression:
         return Suppression()  # A copy of a wrapper suppresses nothing yet.

@@ -18,14 +18,7 @@ if TYPE_CHECKING:
 
 
 class ShownSettings:
-    """Shows the settings of an optimizer as MMEngine's schedulers and logs read them.
-
-    Attributes:
-        base_param_settings: With several groups, one more that holds the optimizer's
-            defaults: what schedulers make of the base learning rate. Else None.
-        paramwise_sources: By name of a parameter the rule that decided its settings, as
-            far as a constructor told.
-    """
+    """The settings of an optimizer as MMEngine's schedulers and logs read them."""
 
     optimizer: Any
     base_param_settings: dict[str, Any] | None
@@ -86,11 +79,7 @@ class ShownSettings:
         return {"momentum": [_momentum_of(g) for g in self.optimizer.param_groups]}
 
     def summary(self, print_fn: Callable[[str], Any] = print) -> None:
-        """Print which parameter has which settings, and why, as one table.
-
-        Args:
-            print_fn: What takes the table.
-        """
+        """Print which parameter has which settings, and why, as one table."""
         print_fn(
             summary_of(
                 self.optimizer.param_groups,
@@ -143,11 +132,6 @@ def summary_of(
     """Return a table with a line for each parameter, in the order of the groups.
 
     Below it stands how many groups have the same settings.
-
-    Args:
-        param_groups: The groups of an optimizer.
-        names: Names of the parameters by `id`; those without one are numbered.
-        sources: By name of a parameter the rule that decided its settings.
 
     Example:
         >>> import torch

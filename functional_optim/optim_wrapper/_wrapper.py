@@ -82,8 +82,9 @@ class OptimWrapper(WrapperState):
     ) -> None:
         _check_optimizer(optimizer)
         if not isinstance(merge_groups, bool):
-            msg = f"merge_groups must be True or False, got {merge_groups!r}"
-            raise MistakenTypeError(msg)
+            raise MistakenTypeError(
+                f"merge_groups must be True or False, got {merge_groups!r}"
+            )
         check_counts("accumulative_counts", accumulative_counts, 1)
         self._start_counts(accumulative_counts)
         self.optimizer = optimizer
@@ -92,11 +93,10 @@ class OptimWrapper(WrapperState):
         self._on_gradients: GradientTransform | None = None
         if transform is not None:
             if clip_grad is not None:
-                msg = (
+                raise MistakenValueError(
                     "clip_grad and transform stand in the same place; put the clip "
                     "into the transform: chain(..., ClipByGlobalNorm(1.0))"
                 )
-                raise MistakenValueError(msg)
             self._on_gradients = GradientTransform(transform)
         if clip_grad is not None:
             # Who clips in a way of his own has keys of his own.
@@ -261,15 +261,15 @@ class OptimWrapper(WrapperState):
         """Refuse a loss that is not a single number."""
         if not hasattr(loss, "backward"):
             kind = type(loss).__name__
-            msg = f"loss must be a tensor, got a {kind}; add up its parts first"
-            raise MistakenTypeError(msg)
+            raise MistakenTypeError(
+                f"loss must be a tensor, got a {kind}; add up its parts first"
+            )
         is_tensor = issubclass(type(loss), Tensor)  # A mock of one has no numbers.
         if is_tensor and loss.numel() != 1 and "gradient" not in kwargs:
-            msg = (
+            raise MistakenValueError(
                 f"loss must be a single number, got shape {tuple(loss.shape)}; pass "
                 "loss.mean() or loss.sum()"
             )
-            raise MistakenValueError(msg)
 
     def _merges(self) -> bool:
         return self.merge_groups and len(self.optimizer.param_groups) > 1

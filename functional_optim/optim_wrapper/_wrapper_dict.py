@@ -55,12 +55,11 @@ class OptimWrapperDict(OptimWrapper):
         for name, wrapper in optim_wrappers.items():
             nested = isinstance(wrapper, OptimWrapperDict)
             if nested or not isinstance(wrapper, OptimWrapper):
-                msg = (
+                raise MistakenTypeError(
                     "`OptimWrapperDict` only accept OptimWrapper instance, but got "
                     f"{name}: {type(wrapper).__module__}.{type(wrapper).__name__}; "
                     "wrap an optimizer: OptimWrapper(optimizer)"
                 )
-                raise MistakenTypeError(msg)
         self.optim_wrappers = optim_wrappers
         self._join()
 
@@ -113,11 +112,10 @@ class OptimWrapperDict(OptimWrapper):
 
     def _refuse(self, method: str) -> NoReturn:
         name = next(iter(self.optim_wrappers), "name")
-        msg = (
+        raise NotImplementedError(
             f"`{method}` should be called by each optimizer separately: "
             f"wrappers[{name!r}].{method}(...)"
         )
-        raise NotImplementedError(msg)
 
     # -- what reaches all -------------------------------------------------------------
 
@@ -185,19 +183,19 @@ class OptimWrapperDict(OptimWrapper):
                 has changed then.
         """
         if not isinstance(state_dict, Mapping):
-            msg = f"state_dict must be a dict, got a {type(state_dict).__name__}"
-            raise MistakenTypeError(msg)
+            raise MistakenTypeError(
+                f"state_dict must be a dict, got a {type(state_dict).__name__}"
+            )
         extra = [name for name in state_dict if name not in self.optim_wrappers]
         missing = [name for name in self.optim_wrappers if name not in state_dict]
         for verb, names in (("has", extra), ("lacks", missing)):
             if names:
                 told = ", ".join(map(repr, names))
-                msg = (
+                raise MistakenValueError(
                     f"Mismatched `state_dict`: it {verb} {told}, the wrappers are "
                     f"{', '.join(self.optim_wrappers)}; build those that were saved, "
                     "or load one alone: wrappers[name].load_state_dict(...)"
                 )
-                raise MistakenValueError(msg)
         # Who loads in a way of his own may have saved what only he knows.
         alone = {name: w for name, w in self.items() if _loads_by_itself(w)}
         loads = {
@@ -248,11 +246,10 @@ class OptimWrapperDict(OptimWrapper):
 
     def __getitem__(self, key: str) -> OptimWrapper:
         if key not in self.optim_wrappers:
-            msg = (
+            raise MissingError(
                 f"Cannot find {key!r} in OptimWrapperDict, it has "
                 f"{', '.join(self.optim_wrappers)}"
             )
-            raise MissingError(msg)
         return self.optim_wrappers[key]
 
     def __contains__(self, key: object) -> bool:
@@ -262,11 +259,10 @@ class OptimWrapperDict(OptimWrapper):
         return len(self.optim_wrappers)
 
     def __getattr__(self, name: str) -> Any:
-        msg = (
+        raise AttributeError(
             f"OptimWrapperDict has no attribute {name!r}; its wrappers may have: "
             f"wrappers[name].{name}"
         )
-        raise AttributeError(msg)
 
     def __repr__(self) -> str:
         return "".join(f"name: {name}\n{w!r}" for name, w in self.items())

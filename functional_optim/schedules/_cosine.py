@@ -109,11 +109,10 @@ class warmup_cosine:
         check_steps("warmup_steps", self.warmup_steps, 0)
         check_steps("decay_steps", self.decay_steps, 1)
         if self.decay_steps <= self.warmup_steps:
-            msg = (
+            raise ValueError(
                 f"decay_steps must be > warmup_steps = {self.warmup_steps}, which it "
                 f"includes, got {self.decay_steps}"
             )
-            raise ValueError(msg)
 
     def __call__(self, step: float | Tensor) -> Tensor:
         """Return the value at a step, shape (), float64."""
@@ -171,8 +170,7 @@ class one_cycle:
         check_positive(self, "div_factor", "final_div_factor")
         check_steps("num_steps", self.num_steps, 1)
         if not 0 <= self.pct_start <= 1:
-            msg = f"pct_start must be >= 0 and <= 1, got {self.pct_start}"
-            raise ValueError(msg)
+            raise ValueError(f"pct_start must be >= 0 and <= 1, got {self.pct_start}")
 
     def __call__(self, step: float | Tensor) -> Tensor:
         """Return the value at a step, shape (), float64."""

@@ -66,12 +66,11 @@ class exponential:
         way = self.end_value - self.init_value
         if way > 0 if self._falls() else way < 0:
             sign, verb = ("<=", "fall") if self._falls() else (">=", "rise")
-            msg = (
+            raise ValueError(
                 f"end_value must be {sign} init_value = {self.init_value}, from where "
                 f"the values {verb} with decay_rate = {self.decay_rate}, got "
                 f"{self.end_value}; leave it out for no bound"
             )
-            raise ValueError(msg)
 
     def _falls(self) -> bool:
         """Whether the values never rise."""

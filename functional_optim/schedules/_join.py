@@ -72,11 +72,11 @@ def _checked_schedules(name: str, value: Any) -> tuple[Schedule, ...]:
     for index, part in enumerate(sequence(name, value, "schedules")):
         which = f"{name}[{index}] must be a schedule, a function of the step"
         if isinstance(part, type):
-            msg = f"{which}, got a class; write {part.__name__}(...)"
-            raise TypeError(msg)
+            raise TypeError(f"{which}, got a class; write {part.__name__}(...)")
         if not callable(part):
-            msg = f"{which}, got {part!r}; write constant({part!r}) for a number"
-            raise TypeError(msg)
+            raise TypeError(
+                f"{which}, got {part!r}; write constant({part!r}) for a number"
+            )
     return tuple(value)
 
 

@@ -13,103 +13,63 @@ from torch import Tensor
 
 
 def check_numbers(schedule: object, *names: str) -> None:
-    """Refuse arguments that are not finite numbers.
-
-    Raises:
-        TypeError: one is no number.
-        ValueError: one is not finite.
-    """
+    """Refuse arguments that are not finite numbers."""
     for name in names:
         _check_number(name, getattr(schedule, name))
 
 
 def _check_number(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        msg = f"{name} must be a number, got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value):
-        msg = f"{name} must be finite, got {value}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_positive(schedule: object, *names: str) -> None:
-    """Refuse numbers that are not above 0.
-
-    Raises:
-        ValueError: one is not.
-    """
+    """Refuse numbers that are not above 0."""
     for name in names:
         value = getattr(schedule, name)
         if not value > 0:
-            msg = f"{name} must be > 0, got {value}"
-            raise ValueError(msg)
+            raise ValueError(f"{name} must be > 0, got {value}")
 
 
 def check_steps(name: str, value: Any, least: int) -> None:
-    """Refuse what is no number of updates.
-
-    Raises:
-        TypeError: it is no int.
-        ValueError: it is below `least`.
-    """
+    """Refuse what is no number of updates."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        msg = f"{name} must be an int, a number of updates, got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be an int, a number of updates, got {value!r}")
     if value < least:
-        msg = f"{name} must be >= {least}, got {value}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be >= {least}, got {value}")
 
 
 def checked_values(name: str, value: Any) -> tuple[float, ...]:
-    """Return finite numbers as a tuple.
-
-    Raises:
-        TypeError: it is no sequence of numbers.
-        ValueError: one is not finite.
-    """
+    """Return finite numbers as a tuple."""
     for index, number in enumerate(sequence(name, value, "numbers")):
         _check_number(f"{name}[{index}]", number)
     return tuple(value)
 
 
 def checked_boundaries(name: str, value: Any) -> tuple[int, ...]:
-    """Return strictly increasing steps as a tuple.
-
-    Raises:
-        TypeError: it is no sequence of ints.
-        ValueError: one is below 1, or they do not increase.
-    """
+    """Return strictly increasing steps as a tuple."""
     for index, step in enumerate(sequence(name, value, "ints")):
         check_steps(f"{name}[{index}]", step, 1)
     if any(later <= earlier for earlier, later in pairwise(value)):
-        msg = f"{name} must be strictly increasing, got {tuple(value)}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be strictly increasing, got {tuple(value)}")
     return tuple(value)
 
 
 def check_one_more(name: str, parts: Sequence[Any], boundaries: Sequence[int]) -> None:
-    """Refuse lengths that do not fit: there is a boundary between any two parts.
-
-    Raises:
-        ValueError: naming both lengths.
-    """
+    """Refuse lengths that do not fit: there is a boundary between any two parts."""
     if len(parts) != len(boundaries) + 1:
-        msg = (
+        raise ValueError(
             f"{name} must have one entry more than boundaries, got {len(parts)} "
             f"{name} and {len(boundaries)} boundaries"
         )
-        raise ValueError(msg)
 
 
 def sequence(name: str, value: Any, of: str) -> Sequence[Any]:
-    """Return what is a tuple or a list, or like one.
-
-    Raises:
-        TypeError: it is no sequence.
-    """
+    """Return what is a tuple or a list, or like one."""
     if isinstance(value, str) or not isinstance(value, Sequence):
-        msg = f"{name} must be a tuple of {of}, got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a tuple of {of}, got {value!r}")
     return value
 
 

@@ -90,11 +90,7 @@ def check_transform(
 def _runs_on(
     transform: Transform, params: TensorMap | None, contexts: Sequence[Context]
 ) -> TensorMap | None:
-    """Return the parameters to try; None if any will do.
-
-    Raises:
-        ValueError: `init` or `update` fails; names the parameters that work.
-    """
+    """Return the parameters to try; None if any will do."""
     context = contexts[0] if contexts else Context()
     given = params or {
         name: torch.zeros(shape, dtype=torch.float64, device="cpu")

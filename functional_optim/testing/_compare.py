@@ -35,14 +35,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def difference(a: Any, b: Any, rtol: float | None = None) -> str | None:
-    """Return where two trees part, or None if they agree.
-
-    Args:
-        a: One tree.
-        b: The other.
-        rtol: Bound relative to the largest number of the tensor, because sums cancel;
-            NaN equals NaN. None compares bits.
-    """
+    """Return where two trees part, or None if they agree."""
     forms = _pytree.tree_structure(a), _pytree.tree_structure(b)
     if forms[0] != forms[1]:  # The structure holds the names, and what is Static.
         return _difference_of_form(a, b)
@@ -114,15 +107,6 @@ def largest_gap(
 
     An ulp is that of the largest of |before|, |theirs| and |theirs - before|, in the
     dtype of `theirs`: an ulp of the result alone means nothing near zero.
-
-    Args:
-        ours: One result, in the dtype and shape of `theirs`.
-        theirs: The other.
-        before: What the step started from.
-
-    Returns:
-        The number of ulp (0 if all bits agree but for NaN's payload; infinite if one is
-        NaN or infinite and the other is not), and the index of that element.
     """
     if not ours.numel():
         return 0.0, ()

@@ -127,8 +127,7 @@ def backward(model: torch.nn.Module, gradients: TensorMap) -> None:
     own = dict(model.named_parameters())
     unknown = [name for name in gradients if name not in own]
     if unknown:
-        msg = f"the model has no parameters {unknown}, only {list(own)}"
-        raise ValueError(msg)
+        raise ValueError(f"the model has no parameters {unknown}, only {list(own)}")
     for name, gradient in gradients.items():
         before = own[name].grad
         own[name].grad = gradient.clone() if before is None else before + gradient
@@ -193,8 +192,7 @@ def check_equivalent(
     """
     check_protocol(transform)
     if not max_ulps >= 0:
-        msg = f"max_ulps must be >= 0, got {max_ulps}"
-        raise ValueError(msg)
+        raise ValueError(f"max_ulps must be >= 0, got {max_ulps}")
 
     def check(example: Example) -> None:
         if last and not example.contexts:
@@ -289,11 +287,10 @@ def _loop_steps(loop: Loop, example: Example) -> tuple[list[TensorMap], bool]:
         return [now()], False
     made = [now() for _ in running]
     if len(made) != len(example.updates):
-        msg = (
+        raise ValueError(
             f"torch_loop yielded {len(made)} times in {len(example.updates)} steps; "
             "yield once after each step, also where nothing was updated"
         )
-        raise ValueError(msg)
     made[-1] = now()  # What comes after the last yield counts, too.
     return made, True
 

@@ -114,13 +114,7 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
 
 
 def fixed_examples(params: TensorMap | None, *, full: bool = False) -> list[Example]:
-    """Return three examples of two to four steps, the same on every machine.
-
-    Args:
-        params: Parameters whose names, shapes and dtypes to use; None means `SHAPES`.
-        full: Whether every step has every name; else the second step lacks the second
-            one and the third step has only the last two.
-    """
+    """Return three examples of two to four steps, the same on every machine."""
     if params is None:
         params = {
             name: torch.zeros(shape, dtype=torch.float64)

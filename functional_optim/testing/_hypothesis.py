@@ -4,10 +4,10 @@ try:
     import hypothesis
     from hypothesis import strategies as st
 except ModuleNotFoundError as error:
-    msg = (
+    raise ModuleNotFoundError(
         "functional_optim.testing needs hypothesis: pip install "
-        "'functional_optim[testing]'"
-    )
-    raise ModuleNotFoundError(msg, name="hypothesis") from error
+        "'functional_optim[testing]'",
+        name="hypothesis",
+    ) from error
 
 __all__ = ["hypothesis", "st"]

@@ -287,11 +287,7 @@ def law(*, hint: str, **options: Any) -> Callable[[Callable[..., None]], Law]:
 
 
 def check_protocol(transform: Any) -> None:
-    """Refuse what is no transform, or cannot be called like one.
-
-    Raises:
-        TypeError: saying what is missing.
-    """
+    """Refuse what is no transform, or cannot be called like one."""
     checked_transform("transform", transform)
     update = ("updates", "state", "params")
     _check_takes(transform, transform.init, ("params",), {})
@@ -301,32 +297,25 @@ def check_protocol(transform: Any) -> None:
 def check_arguments(
     params: Any, contexts: Any, max_examples: int, most: int = 10_000
 ) -> None:
-    """Refuse what cannot say how examples shall be.
-
-    Raises:
-        TypeError: not a map from name to dense real tensor; no contexts.
-        ValueError: no parameters, or too many numbers in them; no examples.
-    """
+    """Refuse what cannot say how examples shall be."""
     if params is not None:
         check_parameters(params)
         size = sum(p.numel() for p in params.values())
         if not params:
-            msg = 'params must have a parameter, such as {"w": torch.zeros(3, 2)}'
-            raise ValueError(msg)
+            raise ValueError(
+                'params must have a parameter, such as {"w": torch.zeros(3, 2)}'
+            )
         if size > most:
-            msg = (
+            raise ValueError(
                 f"params must be small, at most {most:,} numbers in all, got {size:,}; "
                 "laws do not depend on size"
             )
-            raise ValueError(msg)
     if not isinstance(contexts, Sequence) or not all(
         isinstance(context, Context) for context in contexts
     ):
-        msg = f"contexts must be a list of Context(...), got {contexts!r}"
-        raise TypeError(msg)
+        raise TypeError(f"contexts must be a list of Context(...), got {contexts!r}")
     if max_examples < 1:
-        msg = f"max_examples must be >= 1, got {max_examples}"
-        raise ValueError(msg)
+        raise ValueError(f"max_examples must be >= 1, got {max_examples}")
 
 
 def _check_takes(
@@ -338,8 +327,9 @@ def _check_takes(
         keywords = [f"*, {name}={default}" for name, default in asked.items()]
         wanted = ", ".join(["self", *given, *keywords])
         name = method.__name__
-        msg = f"{transform!r}.{name} must take ({wanted}), as chain calls it: {error}"
-        raise TypeError(msg) from None
+        raise TypeError(
+            f"{transform!r}.{name} must take ({wanted}), as chain calls it: {error}"
+        ) from None
     except ValueError:
         return  # Builtins do not tell.
 

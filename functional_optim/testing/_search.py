@@ -29,17 +29,7 @@ class _TimeUpError(BaseException):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """Which examples to try; hashable, so that they are drawn once.
-
-    Args:
-        kinds: Name, shape and dtype of each parameter; None draws them.
-        elements: Strategy of a number.
-        dtypes: Dtypes to choose from, for all parameters of an example alike.
-        omit: Whether steps may lack names.
-        max_steps: Largest number of steps.
-        max_examples: How many are drawn.
-        seed: Draws other examples; None means the same ones every time.
-    """
+    """Which examples to try; hashable, so that they are drawn once."""
 
     kinds: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] | None = None
     elements: st.SearchStrategy[float]
@@ -50,11 +40,7 @@ class Search:
     seed: int | None = None
 
     def smallest(self, check: Callable[[Example], None], failure: type[E]) -> E | None:
-        """Return the failure of a check on the smallest example found; None if none.
-
-        Raises:
-            hypothesis.errors.Flaky: the check failed once on an example and not again.
-        """
+        """Return the failure of a check on the smallest example found; None if none."""
         failures: list[E] = []
         end = time.monotonic() + _SECONDS
 

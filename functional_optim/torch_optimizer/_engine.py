@@ -37,22 +37,7 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """Runs a transform on the tensors of an optimizer, and shows its state.
-
-    Args:
-        transform: The transform as the user gave it.
-        everyone: Names of all parameters.
-        group_of: The group of each.
-        transforms: The transform of each group, now.
-        start: The state to go on from, and whose it is: only these are updated.
-        compiling: Makes code of what runs on units; None runs without.
-        layout: Where small parameters lie; see `TransformOptimizer`.
-        before: What served some of them up to now.
-
-    Attributes:
-        names: Names of the parameters that have a state, or may be updated without.
-        frozen: Those that need no gradient, and have no state before their first.
-    """
+    """Runs a transform on the tensors of an optimizer, and shows its state."""
 
     def __init__(
         self,
@@ -177,20 +162,7 @@ class Engine:
         return {name: entries_of(fresh, self._keys, name) for name in params}
 
     def follow(self, state: MutableMapping[Tensor, Any], *, each: bool = False) -> bool:
-        """Copy changed entries of `optimizer.state` into the memory of the plan.
-
-        Args:
-            state: What `show` wrote into.
-            each: Whether to look at the memory of every entry.
-
-        Returns:
-            Whether that was possible: entries in other memory, missing and new ones
-            need another plan.
-
-        Raises:
-            ValueError: an entry does not have the shape of what it replaces, or only
-                some of a parameter's are there.
-        """
+        """Copy changed entries of `optimizer.state` into the memory of the plan."""
         if self._shown.have_moved(each=each):
             return False
         if not self.survey.shows(state, self._shown.everything):
@@ -224,15 +196,7 @@ class Engine:
     def loaded(
         self, per_name: Mapping[str, Mapping[str, Any]], rest: Mapping[str, Any]
     ) -> list[Node]:
-        """Return the nodes of a saved state, after all of it was checked.
-
-        Args:
-            per_name: The saved state of every parameter that has one.
-            rest: The saved state of the transform as a whole.
-
-        Raises:
-            ValueError: see `loaded_nodes`.
-        """
+        """Return the nodes of a saved state, after all of it was checked."""
         likes = [
             {n: node[n] if n in node else like[n] for n in like if n in per_name}
             if isinstance(node, dict) and isinstance(like, dict)
@@ -243,11 +207,7 @@ class Engine:
         return loaded_nodes(likes, self._keys, per_name, rest, names)
 
     def check(self, nodes: list[Node] | None = None) -> None:
-        """Refuse what the transform cannot go on from, such as a window too long.
-
-        Args:
-            nodes: Nodes over the same parameters; None checks what there is.
-        """
+        """Refuse what the transform cannot go on from, such as a window too long."""
         self._executor.check(self._store.nodes if nodes is None else nodes)
 
     def load(self, nodes: list[Node]) -> None:
@@ -257,18 +217,13 @@ class Engine:
         self.show_rest()
 
     def saved(self, state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Return a state by name as a checkpoint has it: by parameter, and the rest.
-
-        Raises:
-            ValueError: it is of another transform.
-        """
+        """Return a state by name as a checkpoint has it: by parameter, and the rest."""
         nodes, own = nodes_of(state), self._outline.nodes
         if [type(node) for node in nodes] != [type(node) for node in own]:
-            msg = (
+            raise ValueError(
                 f"state is of another transform than {self.transform!r}: pass what its "
                 "init or update returned"
             )
-            raise ValueError(msg)
         names = {n for node in nodes if isinstance(node, dict) for n in node}
         per_name = {name: entries_of(nodes, self._keys, name) for name in names}
         return per_name, rest_of(nodes, self._keys)
@@ -286,35 +241,20 @@ class Engine:
         context: Context,
         scaling: Scaling | None,
     ) -> None:
-        """Step in place.
-
-        Args:
-            grads: Gradients by name.
-            context: What the loop knows.
-            scaling: What a gradient scaler asks for.
-
-        Raises:
-            ValueError: a scaler, and a window that it could skip a part of.
-        """
+        """Step in place."""
         if scaling is not None and self._executor.holds:
-            msg = (
+            raise ValueError(
                 "a GradScaler cannot skip a micro-batch inside Accumulate; take it out "
                 "of the transform and accumulate in .grad: call backward for each "
                 "micro-batch, and step once"
             )
-            raise ValueError(msg)
         self._executor.step(grads, context=context, scaling=scaling)
         self._settle()
         if self._executor.holds:
             self.show_rest()
 
     def step_recorded(self, grads: Mapping[str, Tensor], *, context: Context) -> None:
-        """Step with a graph: everything at once, out of place.
-
-        Args:
-            grads: Gradients by name.
-            context: What the loop knows.
-        """
+        """Step with a graph: everything at once, out of place."""
         params: TensorMap = {name: param for param, name in self.names.items()}
         moved, state = self.transform.update(
             dict(grads), self.state, params, context=context

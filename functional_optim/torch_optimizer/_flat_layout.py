@@ -27,11 +27,7 @@ _LAYOUTS = ("leaves", "auto", "flat")
 
 
 class Laying:
-    """Moves the parameters of an executor.
-
-    Args:
-        params: The parameters by name, as their owner has them.
-    """
+    """Moves the parameters of an executor."""
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self._params = params
@@ -39,34 +35,18 @@ class Laying:
         self._has_moved = False
 
     def disregard(self, views: Iterable[Tensor]) -> None:
-        """Let views of ours not count as somebody who looks at a parameter.
-
-        Args:
-            views: The views, which live until `finish`.
-        """
+        """Let views of ours not count as somebody who looks at a parameter."""
         for view in views:
             self._ours.setdefault(_storage(view), set()).add(id(view))
 
     def finish(self) -> bool:
-        """Let all views count from now on.
-
-        Returns:
-            Whether a parameter was moved since the last time.
-        """
+        """Let all views count from now on."""
         moved, self._has_moved = self._has_moved, False
         self._ours = {}
         return moved
 
     def lay(self, views: TensorMap) -> tuple[Tensor | None, TensorMap]:
-        """Move what may be moved side by side.
-
-        Args:
-            views: Parameters of one dtype, detached.
-
-        Returns:
-            One-dimensional memory with room for all, those that lie there first; None
-            if none does. And the views that are right now, in this order.
-        """
+        """Move what may be moved side by side."""
         chosen = [name for name, view in views.items() if self._may_move(name, view)]
         if not chosen:
             return None, views
@@ -126,43 +106,26 @@ def _holders(tensor: Tensor) -> int:
 
 
 def check_options(*, layout: object, compiles: object, differentiable: bool) -> None:
-    """Refuse options that there are not, or that do not go together.
-
-    Args:
-        layout: What was given.
-        compiles: What was given as `compile`.
-        differentiable: Whether autograd records the steps.
-
-    Raises:
-        ValueError: one is none, or does not go with `differentiable`.
-    """
+    """Refuse options that there are not, or that do not go together."""
     if layout not in _LAYOUTS:
         names = ", ".join(map(repr, _LAYOUTS))
-        msg = f"layout must be one of {names}, got {layout!r}"
-        raise ValueError(msg)
+        raise ValueError(f"layout must be one of {names}, got {layout!r}")
     if not isinstance(compiles, bool):
-        msg = f"compile must be True or False, got {compiles!r}"
-        raise ValueError(msg)
+        raise ValueError(f"compile must be True or False, got {compiles!r}")
     given = {"layout='flat'": layout == "flat", "compile=True": compiles}
     for text, is_given in given.items():
         if is_given and differentiable:
-            msg = (
+            raise ValueError(
                 f"{text} works in place, which autograd cannot record; leave it out "
                 "with differentiable=True"
             )
-            raise ValueError(msg)
 
 
 def check_may_be_flat(params: TensorMap) -> None:
-    """Refuse to move what does not lie in the memory of the host.
-
-    Raises:
-        ValueError: naming a parameter.
-    """
+    """Refuse to move what does not lie in the memory of the host."""
     for name, param in params.items():
         if param.device.type != "cpu":
-            msg = (
+            raise ValueError(
                 f"layout='flat' is for parameters on the CPU, but {name!r} lies on "
                 f"{param.device}; use layout='auto', or move the model first"
             )
-            raise ValueError(msg)

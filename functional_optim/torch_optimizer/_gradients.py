@@ -25,14 +25,7 @@ if TYPE_CHECKING:
 
 
 def gradients_of(names: Mapping[Tensor, str]) -> TensorMap:
-    """Return the gradients that there are, by name.
-
-    Args:
-        names: The names of the parameters.
-
-    Raises:
-        TypeError: one is sparse.
-    """
+    """Return the gradients that there are, by name."""
     found: list[Any] = [param.grad for param in names]
     given: Iterable[Tensor] = names
     grads: TensorMap = dict(zip(names.values(), found, strict=True))
@@ -78,10 +71,6 @@ class Survey:
 
     All is asked by functions in C, and few of them, because it is asked at every step:
     by those that Python has, or by our own where they can be compiled.
-
-    Args:
-        names: The names of the parameters.
-        compiles: Whether to compile.
     """
 
     def __init__(self, names: Mapping[Tensor, str], *, compiles: bool = False) -> None:
@@ -134,11 +123,7 @@ class Survey:
         ]
 
     def look(self) -> bool:
-        """Look at everything.
-
-        Returns:
-            Whether parameters lie elsewhere, or otherwise, than at the last start.
-        """
+        """Look at everything."""
         if self._scan is not None:
             self._found = self._scan.look()
             # The next look compares with this one.
@@ -146,20 +131,11 @@ class Survey:
         return self._moved or self._found_geometry() != self._geometry
 
     def gradients(self) -> Mapping[str, Tensor]:
-        """Return the gradients that there are, by name, as of the last look.
-
-        Raises:
-            TypeError: one is sparse.
-        """
+        """Return the gradients that there are, by name, as of the last look."""
         return gradients_of(self._names) if self._found is None else self._found
 
     def shows(self, state: Mapping[Tensor, Any], entries: list[Any]) -> bool:
-        """Whether a state by parameter has these entries, in this order.
-
-        Args:
-            state: The state.
-            entries: The entries.
-        """
+        """Whether a state by parameter has these entries, in this order."""
         if self._native is not None and self._native.has_values(state, entries):
             return True
         found = entries_in(state)
@@ -168,15 +144,7 @@ class Survey:
 
 
 class Shown:
-    """Record the entries that a state shows, and their memory.
-
-    Args:
-        state: The state by parameter, with what else the user keeps there.
-        entries: The entries that are ours.
-
-    Attributes:
-        everything: All that stands in the state, in order.
-    """
+    """Record the entries that a state shows, and their memory."""
 
     def __init__(self, state: Mapping[Tensor, Any], entries: list[Tensor]) -> None:
         self.everything = entries_in(state)
@@ -197,11 +165,7 @@ class Shown:
         ]
 
     def have_moved(self, *, each: bool) -> bool:
-        """Whether an entry has other memory than when it was shown, by `.data = ...`.
-
-        Args:
-            each: Whether to look at every entry.
-        """
+        """Whether `.data = ...` gave an entry other memory since it was shown."""
         seen = self._look()
         if each or seen != self._seen:
             if list(map(_place, self._entries)) != self._places:

@@ -34,14 +34,7 @@ _DESCENDS = {Role.MOMENT, Role.LEARNING_RATE}
 
 
 class Option(NamedTuple):
-    """A key of a group.
-
-    Attributes:
-        key: The key.
-        field: The field that it stands for.
-        paths: The transforms that have it.
-        value: What it is there.
-    """
+    """A key of a group."""
 
     key: str
     field: str
@@ -55,14 +48,7 @@ class Option(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A transform inside another.
-
-    Attributes:
-        path: Where it stands.
-        transform: What stands there.
-        names: The names around it, the outermost first.
-        choices: The labels that lead there.
-    """
+    """A transform inside another."""
 
     path: Path
     transform: Transform
@@ -91,24 +77,13 @@ def _places(
 
 
 def on_path(transform: Transform, choices: Choices) -> list[Place]:
-    """Return what the parameters with these labels pass, in order.
-
-    Args:
-        transform: The transform.
-        choices: The labels.
-    """
+    """Return what the parameters with these labels pass, in order."""
     wanted = set(choices)
     return [p for p in _places(transform) if set(p.choices) <= wanted]
 
 
 def choices_of(transform: Transform, name: str, param: Tensor) -> Choices:
-    """Return the labels that a parameter has, at every `Partition` that it passes.
-
-    Args:
-        transform: The transform.
-        name: Name of the parameter.
-        param: The parameter.
-    """
+    """Return the labels that a parameter has, at every `Partition` that it passes."""
     return tuple(_chosen(transform, name, param, ()))
 
 
@@ -128,15 +103,7 @@ def _chosen(
 
 
 def options_of(transform: Transform, choices: Choices) -> list[Option]:
-    """Return the keys of a group.
-
-    Args:
-        transform: The transform.
-        choices: The labels of the group's parameters.
-
-    Raises:
-        ValueError: two transforms have a field of one name with different values.
-    """
+    """Return the keys of a group."""
     places = on_path(transform, choices)
     turns = {place.path for place in _turns(places)}
     return _keyed([p for p in places if p.path not in turns], _exposed)
@@ -145,11 +112,7 @@ def options_of(transform: Transform, choices: Choices) -> list[Option]:
 def _keyed(
     places: Sequence[Place], fields_of: Callable[[Transform], list[str]]
 ) -> list[Option]:
-    """Return the keys for fields of transforms; names come before those of several.
-
-    Raises:
-        ValueError: two transforms have a field of one name with different values.
-    """
+    """Return the keys for fields of transforms; names come before those of several."""
     owners: dict[str, list[Place]] = {}
     for place in places:
         for field in fields_of(place.transform):
@@ -210,15 +173,7 @@ def _two_values(key: str, field: str, places: list[Place]) -> str:
 
 
 def structure_of(transform: Transform, choices: Choices) -> dict[str, bool]:
-    """Return the options that decide the structure of the state or of the formula.
-
-    Args:
-        transform: The transform.
-        choices: The labels of the group's parameters.
-
-    Raises:
-        ValueError: two transforms have one with different values.
-    """
+    """Return the options that decide the structure of the state or of the formula."""
     places = on_path(transform, choices)
     found = {option.key: option.value for option in _keyed(places, _flags)}
     found["maximize"] = len(_turns(places)) % 2 == 1
@@ -254,16 +209,7 @@ def scheduled_places(transform: Transform) -> dict[Path, Transform]:
 def with_values(
     transform: Transform, changes: Mapping[Path, Mapping[str, Any]], path: Path = ()
 ) -> Transform:
-    """Return a transform with other numbers in some places.
-
-    Args:
-        transform: The transform.
-        changes: The new values by path and field.
-        path: Where the transform stands.
-
-    Raises:
-        ValueError, TypeError: a value is not legal.
-    """
+    """Return a transform with other numbers in some places."""
     inner = iter(
         [
             with_values(part, changes, (*path, index))

@@ -62,19 +62,6 @@ def check_keys(
 
     Schedulers and users may keep their own things in a group. A decay of zero asks for
     nothing, so a transform without one is right; it may not become another number.
-
-    Args:
-        group: The group.
-        own: The keys that mean something in it.
-        elsewhere: Those that mean something in other groups.
-        place: How to call the group in an error.
-        new: Whether the group is the user's own, and no scheduler wrote into it yet.
-
-    Returns:
-        Whether the answer may become another one with the same keys.
-
-    Raises:
-        ValueError: naming the key, and what was probably meant.
     """
     inert = {*own, *OWN_KEYS, *elsewhere}
     changeable = False
@@ -92,37 +79,32 @@ def check_keys(
             remedy = "leave it out, or add a transform that has it"
             if key == "max_norm":
                 remedy = "ClipByGlobalNorm sees all groups: set it in the transform"
-            msg = (
+            raise ValueError(
                 f"{place} has {key!r}, which no transform here has for each group; the "
                 f"keys are {shown(sorted(own), most=20)}: {remedy}"
             )
-            raise ValueError(msg)
         if key in _WRITTEN_BY_SCHEDULERS:
             continue
         meant = _slip(key, own)
         if meant:
-            msg = (
+            raise ValueError(
                 f"{place} has {key!r}; did you mean {meant!r}? If it is a note of your "
                 f"own, say so: TransformOptimizer(..., notes=[{key!r}])"
             )
-            raise ValueError(msg)
     return changeable
 
 
 def checked_notes(notes: Any) -> tuple[str, ...]:
-    """Return the keys that a user lists as notes.
-
-    Raises:
-        TypeError: they are no list of strings.
-    """
+    """Return the keys that a user lists as notes."""
     found = (
         [notes]
         if isinstance(notes, str) or not isinstance(notes, Iterable)
         else [*notes]
     )
     if not all(isinstance(note, str) for note in found):
-        msg = f'notes must be a list of keys of groups, such as ["lrs"], got {notes!r}'
-        raise TypeError(msg)
+        raise TypeError(
+            f'notes must be a list of keys of groups, such as ["lrs"], got {notes!r}'
+        )
     return tuple(found)
 
 
@@ -138,58 +120,31 @@ def _slip(key: str, own: Iterable[str]) -> str | None:
 
 
 def inert_value(key: str, value: Any) -> Any:
-    """Return what a group shows for a key that means something in other groups only.
-
-    Args:
-        key: The key.
-        value: What another group has.
-    """
+    """Return what a group shows for a key that means something in other groups only."""
     at_zero = key in _NOTHING_AT_ZERO and isinstance(value, (int, float))
     return type(value)(0) if at_zero else value
 
 
 def check_inert(group: Mapping[str, Any], own: set[str], place: str) -> None:
-    """Refuse a decay and the like where no transform has it, but others do.
-
-    Args:
-        group: The group.
-        own: The keys that mean something in it.
-        place: How to call the group in an error.
-
-    Raises:
-        ValueError: naming the key.
-    """
+    """Refuse a decay and the like where no transform has it, but others do."""
     for key in INERT_AT_ZERO - own:
         value = group.get(key, 0)
         if not isinstance(value, (int, float)) or value != 0:
-            msg = (
+            raise ValueError(
                 f"{place} has {key}={value!r}, which no transform of its parameters "
                 "has; write it into the groups where it means something"
             )
-            raise ValueError(msg)
 
 
 def check_written(option: Option, value: Any, place: str) -> None:
-    """Refuse a value that would need another state.
-
-    Args:
-        option: What was written.
-        value: Its value now.
-        place: How to call the group in an error.
-
-    Raises:
-        TypeError: a schedule.
-        ValueError: dampening that begins, or ends.
-    """
+    """Refuse a value that would need another state."""
     if any(map(is_schedule, value if isinstance(value, tuple) else (value,))):
-        msg = (
+        raise TypeError(
             f"{place}: {option.key} must be a number or a 0-dim tensor, got {value!r}; "
             "put a schedule into the transform, and build the optimizer with it"
         )
-        raise TypeError(msg)
     if option.field == "dampening" and is_zero(value) != is_zero(option.value):
-        msg = f"{place}: {fixed(option.key, option.value)}"
-        raise ValueError(msg)
+        raise ValueError(f"{place}: {fixed(option.key, option.value)}")
 
 
 def same(a: Any, b: Any) -> bool:

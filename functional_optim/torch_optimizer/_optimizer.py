@@ -200,8 +200,9 @@ class TransformOptimizer(Tracking):
                 its work, some parameters may have moved.
         """
         if closure is not None and not callable(closure):
-            msg = f"closure must be a function that returns the loss, got {closure!r}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"closure must be a function that returns the loss, got {closure!r}"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

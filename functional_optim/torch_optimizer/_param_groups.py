@@ -50,11 +50,7 @@ class _Shown(NamedTuple):
 
 
 class Scheduled:
-    """Keeps what groups show in step with the schedules of a transform.
-
-    Args:
-        transform: The transform.
-    """
+    """Keeps what groups show in step with the schedules of a transform."""
 
     def __init__(self, transform: Transform) -> None:
         self._transform = transform
@@ -64,23 +60,13 @@ class Scheduled:
         self._versions: list[int] = []
 
     def first_value(self, option: Option) -> Any:
-        """Return what a schedule gives before the first step.
-
-        Args:
-            option: A key that a schedule decides.
-        """
+        """Return what a schedule gives before the first step."""
         zero = ScheduleState(torch.zeros((), dtype=torch.float64))
         now, _ = evaluate(self._held[option.paths[0]], zero, {})
         return group_value(getattr(now, option.field))
 
     def add(self, index: int, group: Mapping[str, Any], options: list[Option]) -> None:
-        """Watch what one more group shows.
-
-        Args:
-            index: Which group it is.
-            group: The group.
-            options: Its keys.
-        """
+        """Watch what one more group shows."""
         for option in options:
             if option.scheduled:
                 for position, part in enumerate(_tensors(group[option.key])):
@@ -88,23 +74,14 @@ class Scheduled:
                     self._versions.append(part._version)
 
     def forget(self, count: int) -> None:
-        """Watch no groups after the first ones.
-
-        Args:
-            count: How many stay.
-        """
+        """Watch no groups after the first ones."""
         pairs = zip(self._shown, self._versions, strict=True)
         kept = [(shown, version) for shown, version in pairs if shown.group < count]
         self._shown = [shown for shown, _ in kept]
         self._versions = [version for _, version in kept]
 
     def connect(self, state: Any, params: TensorMap) -> None:
-        """Find the counts that the schedules are evaluated at.
-
-        Args:
-            state: The whole state; its tensors stay the same from step to step.
-            params: All parameters.
-        """
+        """Find the counts that the schedules are evaluated at."""
         self._counts = {}
         for stage in walk(self._transform, state, params):
             own = getattr(stage.state, "schedule", stage.state)
@@ -123,11 +100,7 @@ class Scheduled:
         self._versions = [shown.tensor._version for shown in self._shown]
 
     def check(self, groups: list[dict[str, Any]]) -> None:
-        """Refuse that somebody else has written what a schedule decides.
-
-        Raises:
-            ValueError: naming the key.
-        """
+        """Refuse that somebody else has written what a schedule decides."""
         for shown, version in zip(self._shown, self._versions, strict=True):
             group, key = groups[shown.group], shown.option.key
             here = _tensors(group[key])
@@ -142,12 +115,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 class Groups:
-    """What the groups of an optimizer show, and what was written into them.
-
-    Args:
-        transform: The transform as the user gave it.
-        notes: Keys of the user's own.
-    """
+    """What the groups of an optimizer show, and what was written into them."""
 
     def __init__(self, transform: Transform, notes: Collection[str]) -> None:
         self._transform, self._notes = transform, notes
@@ -163,14 +131,7 @@ class Groups:
         self._known: list[Transform] = []
 
     def defaults(self, choices: Sequence[Choices]) -> dict[str, Any]:
-        """Return what every group has, for parameters with these labels.
-
-        Args:
-            choices: The labels that there are.
-
-        Raises:
-            ValueError: two transforms have a field of one name with different values.
-        """
+        """Return what every group has, for parameters with these labels."""
         found: dict[str, Any] = {}
         for labels in choices or [()]:
             for option in options_of(self._transform, labels):
@@ -197,18 +158,7 @@ class Groups:
         written: Mapping[str, Any],
         place: str,
     ) -> list[dict[str, Any]]:
-        """Return the values of new groups, those that the user gave included.
-
-        Args:
-            choices: The labels of the parameters of each.
-            given: What the user gave.
-            defaults: What every group has.
-            written: What the user wrote into the defaults.
-            place: How to call the groups in an error.
-
-        Raises:
-            ValueError, TypeError: an option that no group here has, or is not legal.
-        """
+        """Return the values of new groups, those that the user gave included."""
         own = {option.key for c in choices for option in options_of(self._transform, c)}
         own |= {key for c in choices for key in structure_of(self._transform, c)}
         meant = {
@@ -228,19 +178,7 @@ class Groups:
         defaults: Mapping[str, Any],
         written: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """Return the values of a new group, those that the user gave included.
-
-        Args:
-            choices: The labels of its parameters.
-            given: What the user gave.
-            defaults: What every group has.
-            written: What the user wrote into the defaults.
-
-        Raises:
-            ValueError: a value for what a schedule or the structure decides, or that
-                is not legal.
-            TypeError: a value that is no hyperparameter.
-        """
+        """Return the values of a new group, those that the user gave included."""
         values: dict[str, Any] = {}
         changes: dict[Path, dict[str, Any]] = {}
         chosen = {**written, **given}
@@ -263,12 +201,7 @@ class Groups:
         return {**values, **shown}
 
     def add(self, group: dict[str, Any], choices: Choices) -> None:
-        """Watch one more group.
-
-        Args:
-            group: The group, with all its keys.
-            choices: The labels of its parameters.
-        """
+        """Watch one more group."""
         index = len(self._options)
         options = options_of(self._transform, choices)
         self._choices.append(choices)
@@ -282,11 +215,7 @@ class Groups:
         self._scheduled.add(index, group, options)
 
     def forget(self, count: int) -> None:
-        """Watch no groups after the first ones.
-
-        Args:
-            count: How many stay.
-        """
+        """Watch no groups after the first ones."""
         for own in (
             self._options,
             self._structure,
@@ -302,11 +231,7 @@ class Groups:
         self._scheduled.forget(count)
 
     def have_moved(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether groups have other parameters than when they were added.
-
-        Args:
-            groups: The groups.
-        """
+        """Whether groups have other parameters than when they were added."""
         return len(groups) != len(self._params) or not all(
             len(group["params"]) == len(known)
             and all(map(operator.is_, group["params"], known))
@@ -325,13 +250,6 @@ class Groups:
         """Return the transform of each group if somebody wrote into one, else None.
 
         Groups that agree share one object.
-
-        Args:
-            groups: The groups.
-
-        Raises:
-            ValueError: an unknown or structural key, a value that is not legal, a
-                schedule and somebody else who writes the same key.
         """
         seen = []
         for index, (group, options) in enumerate(
@@ -350,8 +268,7 @@ class Groups:
                         raise ValueError(fixed(key, value))
                 seen.append(tuple([_value(option, group) for option in options]))
             except KeyError as error:
-                message = lacking(place, error.args)
-                raise ValueError(message) from None
+                raise ValueError(lacking(place, error.args)) from None
         self._scheduled.check(groups)
         if all(map(_all_same, seen, self._seen)):
             return None
@@ -375,11 +292,7 @@ class Groups:
             group["momentum"] = group["betas"][0]
 
     def settle(self, groups: list[dict[str, Any]]) -> None:
-        """Record the loaded betas, which no scheduler wrote.
-
-        Args:
-            groups: The groups.
-        """
+        """Record the loaded betas, which no scheduler wrote."""
         self._cycled = [group.get("betas") for group in groups]
 
     def transforms(self, groups: list[dict[str, Any]]) -> list[Transform]:
@@ -409,8 +322,7 @@ class Groups:
         try:
             return with_values(self._transform, changes)
         except (ValueError, TypeError) as error:
-            msg = f"{place}: {error}"
-            raise type(error)(msg) from None
+            raise type(error)(f"{place}: {error}") from None
 
     @property
     def choices(self) -> list[Choices]:
@@ -426,12 +338,7 @@ class Groups:
         ]
 
     def owned(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return copies of what a step writes into a group.
-
-        Args:
-            index: Which group it is.
-            group: The group.
-        """
+        """Return copies of what a step writes into a group."""
         shown = [option.key for option in self._options[index] if option.scheduled]
         found = {key: group_value(group[key]) for key in shown if key in group}
         if TRANSFORM_STATE in group:
@@ -449,16 +356,7 @@ class Groups:
         return self._structure
 
     def check_saved(self, index: int, saved: Mapping[str, Any]) -> None:
-        """Refuse a group of a checkpoint that the next step could not follow.
-
-        Args:
-            index: Which group it is.
-            saved: The saved group; it has all keys.
-
-        Raises:
-            ValueError, TypeError: a value that is not legal, a decay, say, that nothing
-                here has.
-        """
+        """Refuse a group of a checkpoint that the next step could not follow."""
         self._with_values(
             index,
             tuple(
@@ -470,11 +368,10 @@ class Groups:
             self._check_keys(index, saved)
             check_inert(saved, self._own[index], f"param_groups[{index}]")
         except ValueError as error:
-            msg = (
+            raise ValueError(
                 f"{error}. It stands in the state dict: build the optimizer with the "
                 "transform that it was saved with"
-            )
-            raise ValueError(msg) from None
+            ) from None
 
 
 def _value(option: Option, group: Mapping[str, Any]) -> Any:

@@ -28,12 +28,7 @@ _TORCH = {
 
 
 def keys_of(nodes: list[Node], fields: list[Field]) -> list[str]:
-    """Return the key of every node, different for all that a parameter may have.
-
-    Args:
-        nodes: The nodes of a state.
-        fields: What is known about them.
-    """
+    """Return the key of every node, different for all that a parameter may have."""
     keys = []
     for field in fields:
         full = ".".join(filter(None, [field.owner, field.name]))
@@ -106,18 +101,7 @@ def loaded_nodes(
     rest: Mapping[str, Any],
     names: Iterable[str],
 ) -> list[Node]:
-    """Return nodes with the numbers of a checkpoint; nothing is changed.
-
-    Args:
-        nodes: The nodes that there are, with entries for the same parameters.
-        keys: Their keys.
-        per_name: The saved state of every parameter that has one.
-        rest: The saved state of the transform as a whole.
-        names: The names of all parameters.
-
-    Raises:
-        ValueError: something does not fit; it names parameter, key and both sides.
-    """
+    """Return nodes with the numbers of a checkpoint; nothing is changed."""
     for name, saved in per_name.items():
         _check_keys(f"state of {name!r}", saved, entries_of(nodes, keys, name))
     return [
@@ -134,17 +118,7 @@ def loaded_nodes(
 def loaded_rest(
     nodes: list[Node], keys: list[str], rest: Mapping[str, Any], names: Iterable[str]
 ) -> list[Node]:
-    """Return nodes with what a checkpoint has of the transform as a whole.
-
-    Args:
-        nodes: The nodes that there are.
-        keys: Their keys.
-        rest: The saved state of the transform as a whole.
-        names: The names of all parameters.
-
-    Raises:
-        ValueError: something does not fit; it names key and both sides.
-    """
+    """Return nodes with what a checkpoint has of the transform as a whole."""
     _check_keys("transform_state", rest, rest_of(nodes, keys))
     loaded: list[Node] = []
     for node, key in zip(nodes, keys, strict=True):
@@ -163,11 +137,10 @@ def _fitting_static(
 ) -> Static[Any]:
     value = _read(value, like.value)
     if type(value) is not type(like.value):
-        msg = (
+        raise ValueError(
             f"transform_state[{key!r}] must be a {type(like.value).__name__}, got "
             f"{value!r}; the checkpoint is damaged"
         )
-        raise ValueError(msg)
     if not isinstance(value, tuple):
         return Static(value)
     # Strings are names of parameters, unless those here are others: a user's words.
@@ -176,41 +149,35 @@ def _fitting_static(
         return Static(value)
     told = [own.get(bare(t)) if isinstance(t, str) else t for t in value]
     if None in told:
-        msg = (
+        raise ValueError(
             f"transform_state[{key!r}] must be names of parameters, got {value!r}; the "
             "checkpoint is of another model"
         )
-        raise ValueError(msg)
     return Static(tuple(told))
 
 
 def _check_keys(place: str, saved: Any, own: Mapping[str, Any]) -> None:
     if not isinstance(saved, Mapping):
-        msg = f"{place} must be a dict, got {type(saved).__name__}"
-        raise ValueError(msg)
+        raise ValueError(f"{place} must be a dict, got {type(saved).__name__}")
     if saved.keys() != own.keys():
-        msg = (
+        raise ValueError(
             f"{place} has {shown(saved)} in the checkpoint and {shown(own)} here; the "
             "checkpoint is of another transform"
         )
-        raise ValueError(msg)
 
 
 def _fitting(place: str, value: Any, like: Tensor) -> Tensor:
     if not isinstance(value, Tensor):
-        msg = f"{place} must be a tensor, got {value!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{place} must be a tensor, got {value!r}")
     if value.shape != like.shape:
-        msg = (
+        raise ValueError(
             f"{place} has shape {tuple(value.shape)} in the checkpoint, "
             f"{tuple(like.shape)} here; the checkpoint is of another model or transform"
         )
-        raise ValueError(msg)
     if value.is_floating_point() != like.is_floating_point():
-        msg = (
+        raise ValueError(
             f"{place} has dtype {value.dtype} in the checkpoint, {like.dtype} here; "
             "the checkpoint is of another transform"
         )
-        raise ValueError(msg)
     # No bit is lost: float32 moments of what are bfloat16 parameters now stay.
     return value.detach().to(torch.promote_types(value.dtype, like.dtype))

@@ -46,13 +46,7 @@ def bare(name: str) -> str:
 def by_choices(
     transform: Transform, members: Members, start: int
 ) -> dict[Choices, list[tuple[str, Tensor]]]:
-    """Return parameters by the labels that they have; one entry if there are none.
-
-    Args:
-        transform: The transform.
-        members: The parameters.
-        start: How many there are before them; those without a name are numbered.
-    """
+    """Return parameters by the labels that they have; one entry if there are none."""
     found: dict[Choices, list[tuple[str, Tensor]]] = {} if members else {(): []}
     for index, (given, param) in enumerate(members, start=start):
         name = str(index) if given is None else given
@@ -61,19 +55,12 @@ def by_choices(
 
 
 def read_once(group: Any, index: int | None = None) -> dict[str, Any]:
-    """Return a copy of a group whose parameters may be looked at again.
-
-    Args:
-        group: The group; its parameters may be a generator.
-        index: Its number, for messages.
-
-    Raises:
-        TypeError: it is no dict.
-    """
+    """Return a copy of a group whose parameters may be looked at again."""
     if not isinstance(group, Mapping):
         where = "" if index is None else f" as group {index}"
-        msg = f"param_group must be a dict, but got {_described(group)}{where}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"param_group must be a dict, but got {_described(group)}{where}"
+        )
     params = group.get("params")
     if isinstance(params, (Tensor, Collection)) or not isinstance(params, Iterable):
         return dict(group)
@@ -85,21 +72,10 @@ def pairs_of(
     index: int | None = None,
     names: Mapping[int, Sequence[str]] = _UNKNOWN,
 ) -> Members:
-    """Return the parameters of a group in pairs with their names, None without one.
-
-    Args:
-        group: The group.
-        index: Its number, for messages.
-        names: All names that a parameter has in the model, by `id`, likewise.
-
-    Raises:
-        TypeError: something that is no parameter, or a set.
-        ValueError: there is no `params`.
-    """
+    """Return the parameters of a group in pairs with their names, None without one."""
     if "params" not in group:
         what = "a group" if index is None else f"group {index}"
-        msg = f"{what} must have 'params', got the keys {sorted(group)}"
-        raise ValueError(msg)
+        raise ValueError(f"{what} must have 'params', got the keys {sorted(group)}")
     params = group["params"]
     if isinstance(params, Tensor):
         params = [params]
@@ -120,17 +96,15 @@ def pairs_of(
 
 def _check_ordered(place: str, params: Any) -> None:
     if isinstance(params, (set, frozenset)):
-        msg = (
+        raise TypeError(
             "optimizer parameters need to be organized in ordered collections, but "
             f"{place} are a set; pass a list"
         )
-        raise TypeError(msg)
     if isinstance(params, (str, bytes, Mapping)) or not isinstance(params, Iterable):
-        msg = (
+        raise TypeError(
             f"optimizer can only optimize Tensors, but {place} are "
             f"{_described(params)}; {_REMEDY}"
         )
-        raise TypeError(msg)
 
 
 def _no_parameter(
@@ -152,45 +126,26 @@ def _described(value: Any) -> str:
 
 
 def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
-    """Return the parameters of a group, with names for all of them or for none.
-
-    Args:
-        group: The group.
-        differentiable: Whether results of operations are welcome.
-
-    Raises:
-        TypeError: something that is no parameter, or a set.
-        ValueError: some have a name and some have none; a tensor that is no leaf.
-    """
+    """Return the parameters of a group, with names for all of them or for none."""
     members = pairs_of(group)
     if len({name is None for name, _ in members}) > 1:
-        msg = "some parameters have a name and some have none; give all of them one"
-        raise ValueError(msg)
+        raise ValueError(
+            "some parameters have a name and some have none; give all of them one"
+        )
     for index, (name, param) in enumerate(members):
         if not (differentiable or param.is_leaf or param.retains_grad):
-            msg = (
+            raise ValueError(
                 f"can't optimize a non-leaf Tensor: parameter {name or index!r} is the "
                 "result of an operation; pass param.detach().requires_grad_(), or "
                 "differentiable=True"
             )
-            raise ValueError(msg)
     return members
 
 
 def named_members(
     group: Mapping[str, Any], place: str, known: Mapping[Tensor, str], count: int
 ) -> list[tuple[str, Tensor]]:
-    """Return the parameters that stand in a group now, with their names.
-
-    Args:
-        group: The group.
-        place: How to call it in an error.
-        known: The names of the parameters that were there before.
-        count: How many parameters stand in the groups before it.
-
-    Raises:
-        ValueError: a new parameter has no name where the others have one.
-    """
+    """Return the parameters that stand in a group now, with their names."""
     params, given = list(group["params"]), group.get("param_names")
     if given is not None and len(given) != len(params):
         given = []
@@ -201,11 +156,10 @@ def named_members(
         if name is None and given is not None:
             name = next(iter(given[index : index + 1]), None)
             if name is None or name in taken:
-                msg = (
+                raise ValueError(
                     f"{place} has a new parameter at position {index}, and no name for "
                     "it in param_names; add it with add_param_group"
                 )
-                raise ValueError(msg)
         elif name is None:
             name = _free_number(count + index, taken)
         taken.add(name)
@@ -214,12 +168,7 @@ def named_members(
 
 
 def numbered(members: Members, taken: Collection[str]) -> list[tuple[str, Tensor]]:
-    """Return parameters with names; those that have none get the next free numbers.
-
-    Args:
-        members: The parameters.
-        taken: The names that there are.
-    """
+    """Return parameters with names; those that have none get the next free numbers."""
     names, found = set(taken), []
     for index, (given, param) in enumerate(members, start=len(names)):
         name = _free_number(index, names) if given is None else given
@@ -236,26 +185,17 @@ def _free_number(first: int, taken: Collection[str]) -> str:
 def check_group_parameters(
     groups: Sequence[Members], known: Sequence[tuple[Tensor, str]] = ()
 ) -> None:
-    """Refuse parameters that come twice, and names that do.
-
-    Args:
-        groups: The parameters of each new group.
-        known: The parameters that there are, with their names.
-
-    Raises:
-        ValueError: naming the parameter.
-    """
+    """Refuse parameters that come twice, and names that do."""
     check_no_duplicates(groups, known)
     names = {name for _, name in known}
     everyone = (name for members in groups for name, _ in members)
     for count, name in enumerate(everyone, start=len(known)):
         own = str(count) if name is None else name
         if own in names:
-            msg = (
+            raise ValueError(
                 f"two parameters have the name {own!r}; give each its own, such as "
                 'by named_parameters(prefix="encoder")'
             )
-            raise ValueError(msg)
         names.add(own)
 
 
@@ -265,17 +205,7 @@ def check_no_duplicates(
     names: Mapping[int, Sequence[str]] = _UNKNOWN,
     remedy: str = "model.named_parameters() has tied parameters once",
 ) -> None:
-    """Refuse parameters that come twice.
-
-    Args:
-        groups: The parameters of each new group.
-        known: The parameters that there are, with their names.
-        names: All names that a parameter has in the model, by `id`.
-        remedy: What to do about it.
-
-    Raises:
-        ValueError: with all names of the parameter.
-    """
+    """Refuse parameters that come twice."""
     seen: dict[int, tuple[str, int | None]] = {id(p): (name, None) for p, name in known}
     count = len(known)
     for index, members in enumerate(groups):
@@ -301,11 +231,7 @@ def check_no_duplicates(
 
 
 def check_apart(params: TensorMap) -> None:
-    """Refuse parameters that lie in the same memory.
-
-    Raises:
-        ValueError: naming both; or a DTensor, whose memory is elsewhere.
-    """
+    """Refuse parameters that lie in the same memory."""
     check_parameters(params)
     check_no_dtensor(params)
     near: list[tuple[int, str]] = []
@@ -332,11 +258,10 @@ def _spans(params: TensorMap) -> Iterator[tuple[int, int, str]]:
             continue
         dense = is_dense(param)
         if not dense and _places(param).unique().numel() < param.numel():
-            msg = (
+            raise ValueError(
                 f"parameter {name!r} overlaps itself: several elements lie in one "
                 "place in memory (expand); pass param.clone()"
             )
-            raise ValueError(msg)
         sides = zip(param.shape, param.stride(), strict=True)
         length = 1 + sum((size - 1) * stride for size, stride in sides)
         start = param.data_ptr()

@@ -26,81 +26,57 @@ _TOTAL = (
 
 
 def check_no_dtensor(params: TensorMap) -> None:
-    """Refuse DTensors, which are not updated in place.
-
-    Raises:
-        ValueError: naming the first.
-    """
+    """Refuse DTensors, which are not updated in place."""
     for name, param in params.items():
         if hasattr(param, "_local_tensor") and hasattr(param, "placements"):
-            msg = (
+            raise ValueError(
                 f"parameter {name!r} is a DTensor ({param.placements}), and in place "
                 "only plain tensors are updated; use the pure way, updates, state = "
                 "transform.update(grads, state, parameters(model)) and "
                 "load_parameters(model, apply_updates(...)), which runs on DTensors, "
                 "or an optimizer of torch.optim"
             )
-            raise ValueError(msg)
 
 
 class ShardCheck:
-    """Knows whether the parameters here are all that a total is over.
-
-    Args:
-        names: The names of the parameters.
-        transform: What runs on them.
-
-    Raises:
-        ValueError: it looks at whole tensors, and here are pieces.
-    """
+    """Knows whether the parameters here are all that a total is over."""
 
     def __init__(self, names: Mapping[Tensor, str], transform: Transform) -> None:
         self._first = next(iter(names.values()), "")
         self._cut = _cut_parameter(names)
         if self._cut is not None and transform.scope is not Scope.ELEMENTWISE:
-            msg = (
+            raise ValueError(
                 f"{transform!r} looks at whole tensors ({transform.scope}), and of "
                 f"{self._cut!r} only a piece is here: FullyShardedDataParallel has cut "
                 "it; use elementwise transforms, or fully_shard and the pure way"
             )
-            raise ValueError(msg)
 
     def check_totals(self) -> None:
-        """Refuse totals if others have parameters, or pieces of them, too.
-
-        Raises:
-            ValueError: naming a parameter and what to use instead.
-        """
+        """Refuse totals if others have parameters, or pieces of them, too."""
         if self._cut is not None:
             self._refuse()
         if _in_zero():
-            msg = (
+            raise ValueError(
                 "ZeroRedundancyOptimizer gives a part of the parameters to each "
                 f"process, {self._first!r} and others to this one: {_TOTAL}; leave it "
                 "out of the transform, and clip before the step by torch.nn.utils."
                 "clip_grad_norm_, or by OptimWrapper(zero, clip_grad=...)"
             )
-            raise ValueError(msg)
 
     def context(self) -> Context:
         """Return a context that refuses totals over a parameter that FSDP1 has cut."""
         return Context(reducer=None if self._cut is None else self._refuse)
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        msg = (
+        raise ValueError(
             f"FullyShardedDataParallel has cut {self._cut!r}, and only a piece of its "
             f"gradient is here: {_TOTAL}; leave it out of the transform, and clip "
             "before the step by the model's own clip_grad_norm_"
         )
-        raise ValueError(msg)
 
 
 def _cut_parameter(names: Mapping[Tensor, str]) -> str | None:
-    """Return a parameter of which FSDP1 has left a piece here, None if all are whole.
-
-    Args:
-        names: The names of the parameters.
-    """
+    """Return a parameter that FSDP1 has cut, None if all are whole."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
     if not several or torch.distributed.get_world_size() == 1:
         return None

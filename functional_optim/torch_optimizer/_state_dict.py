@@ -31,37 +31,26 @@ if TYPE_CHECKING:
 
 
 def saved_groups(data: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the groups of a state dict if there are as many, of as many parameters.
-
-    Args:
-        data: The state dict.
-        groups: The groups of the optimizer.
-
-    Raises:
-        ValueError: no state dict, or one of other groups.
-    """
+    """Return the groups of a state dict if there are as many, of as many parameters."""
     if not isinstance(data, Mapping) or not {"state", "param_groups"} <= set(data):
         got = shown(data) if isinstance(data, Mapping) else repr(data)
-        msg = f"a state dict has 'state' and 'param_groups', got {got}"
-        raise ValueError(msg)
+        raise ValueError(f"a state dict has 'state' and 'param_groups', got {got}")
     saved: list[dict[str, Any]] = list(data["param_groups"])
     if len(saved) != len(groups):
-        msg = (
+        raise ValueError(
             f"the state dict has {len(saved)} groups, the optimizer {len(groups)}; "
             "build it with the groups and the transform that it was saved with"
         )
-        raise ValueError(msg)
     for index, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
         place = f"param_groups[{index}]"
         if "params" not in theirs:
             raise ValueError(lacking(f"{place} of the state dict", ["params"]))
         if len(theirs["params"]) != len(ours["params"]):
-            msg = (
+            raise ValueError(
                 f"{place} has {len(theirs['params'])} parameters in the state dict, "
                 f"{len(ours['params'])} here; the state dict is of another model or "
                 "another layout of groups"
             )
-            raise ValueError(msg)
     return saved
 
 
@@ -70,17 +59,7 @@ def checked_groups(
     groups: list[dict[str, Any]],
     exposed: Groups,
 ) -> list[dict[str, Any]]:
-    """Return the groups of a state dict if they fit those of the optimizer.
-
-    Args:
-        data: The state dict.
-        groups: The groups of the optimizer.
-        exposed: What they show.
-
-    Raises:
-        ValueError: another number of groups or parameters, other names or structural
-            options, a missing key, a value that is not legal.
-    """
+    """Return the groups of a state dict if they fit those of the optimizer."""
     saved = saved_groups(data, groups)
     for index, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
         place = f"param_groups[{index}]"
@@ -88,18 +67,16 @@ def checked_groups(
         wanted = [*exposed.keys[index], *exposed.structure[index]]
         missing = [key for key in wanted if key not in theirs]
         if missing:
-            msg = (
+            raise ValueError(
                 f"{place} lacks {shown(missing)} in the state dict; it is of another "
                 f"transform. For one of torch.optim use from_torch_state_dict"
             )
-            raise ValueError(msg)
         for key, value in exposed.structure[index].items():
             if theirs[key] != value:
-                msg = (
+                raise ValueError(
                     f"{place} has {key}={theirs[key]} in the state dict, {value} here; "
                     "build the optimizer with the transform that it was saved with"
                 )
-                raise ValueError(msg)
         exposed.check_saved(index, theirs)
     return saved
 
@@ -110,11 +87,6 @@ def loaded_options(
     """Return what a group takes over from a saved one; nothing is shared.
 
     Names are among it where the group has none, as with torch.
-
-    Args:
-        saved: The saved group, checked.
-        exposed: What the groups show.
-        index: Which group it is.
     """
     fixed = exposed.fixed_keys(index) | OWN_KEYS - {"param_names"}
     return {k: copy.deepcopy(v) for k, v in saved.items() if k not in fixed}
@@ -125,28 +97,15 @@ def _check_names(place: str, theirs: Any, ours: Any) -> None:
         return
     for a, b in zip(theirs, ours, strict=True):
         if bare(a) != bare(b):
-            msg = (
+            raise ValueError(
                 f"{place} has the parameter {a!r} in the state dict where {b!r} stands "
                 "here; the state dict is of another model, or of parameters in another "
                 "order"
             )
-            raise ValueError(msg)
 
 
 class Outline:
-    """Describe the state of every parameter: keys, shapes and dtypes, no memory.
-
-    Args:
-        transform: The transform.
-        state: A state of it over all parameters.
-        params: All parameters.
-
-    Attributes:
-        state: The state, on the meta device.
-        nodes: Its nodes.
-        keys: Their keys.
-        shapes: The shape of each parameter.
-    """
+    """Describe the state of every parameter: keys, shapes and dtypes, no memory."""
 
     def __init__(self, transform: Transform, state: Any, params: TensorMap) -> None:
         self.keys = keys_of(nodes_of(state), fields_of(transform, state, params))
@@ -160,13 +119,7 @@ class Outline:
 
 
 class Start(NamedTuple):
-    """Hold the state that an optimizer goes on from.
-
-    Attributes:
-        state: The state of the parameters that have one, by name.
-        names: The names of these parameters, in order.
-        outline: What the state of all looks like.
-    """
+    """Hold the state that an optimizer goes on from."""
 
     state: Any
     names: list[str]
@@ -182,21 +135,7 @@ def start_from(
     before: Start | None,
     transform_state: Mapping[str, Any] | None = None,
 ) -> Start:
-    """Return the state with the entries that a user has, and fresh ones for the rest.
-
-    Args:
-        transform: The transform.
-        params: All parameters, by name.
-        entries: What `optimizer.state` has for each, with keys of the user's own.
-        frozen: Those that get no state unless they have entries.
-        before: What the optimizer had; None at the beginning.
-        transform_state: The saved state of the transform as a whole; None keeps that of
-            before.
-
-    Raises:
-        ValueError: entries of another shape, or not all of a parameter's; or the
-            transform does not fit the parameters.
-    """
+    """Return the state with a user's entries, and fresh ones for the rest."""
     fresh: Any = None
     ready: set[str] = set()
     if before is not None and before.outline.shapes == _shapes(params):
@@ -238,16 +177,7 @@ def start_from(
 
 
 def fresh_state(transform: Transform, params: TensorMap, names: Collection[str]) -> Any:
-    """Return a fresh state over all parameters; only that of some names has memory.
-
-    Args:
-        transform: The transform.
-        params: All parameters.
-        names: Names of those whose state is needed.
-
-    Raises:
-        ValueError: the transform does not fit the parameters.
-    """
+    """Return a fresh state over all parameters; only that of some names has memory."""
     others = params.keys() - set(names)
     if others and transform.scope is not Scope.GLOBAL:
         # init sees all parameters, or a mask of frozen ones alone would match nothing;
@@ -266,70 +196,49 @@ def fresh_state(transform: Transform, params: TensorMap, names: Collection[str])
 def entries_at(
     state: Mapping[Tensor, Any], param: Tensor, name: str
 ) -> Mapping[str, Any]:
-    """Return the entries of a parameter in a state.
-
-    Raises:
-        ValueError: it is no dict.
-    """
+    """Return the entries of a parameter in a state."""
     found = state.get(param, {})
     if not isinstance(found, Mapping):
-        msg = (
+        raise ValueError(
             f"state of {name!r} must be a dict, got {found!r}; delete "
             "optimizer.state[parameter] to begin afresh"
         )
-        raise ValueError(msg)
     return found
 
 
 def check_entries(
     name: str, found: Mapping[str, Any], wanted: Mapping[str, Tensor]
 ) -> None:
-    """Refuse what cannot be the state of a parameter.
-
-    Args:
-        name: The parameter.
-        found: What there is; other keys are the user's own.
-        wanted: What its state looks like.
-
-    Raises:
-        ValueError: naming the parameter, the key and the remedy.
-    """
+    """Refuse what cannot be the state of a parameter."""
     missing = wanted.keys() - found.keys()
     if missing:
-        msg = (
+        raise ValueError(
             f"state of {name!r} has {shown(sorted(wanted.keys() & found.keys()))} and "
             f"lacks {shown(sorted(missing))}; move all of its entries, or none: "
             "without any it begins afresh"
         )
-        raise ValueError(msg)
     for key, like in wanted.items():
         entry = found[key]
         if not isinstance(entry, Tensor) or entry.shape != like.shape:
             is_tensor = isinstance(entry, Tensor)
             got = f"one of {tuple(entry.shape)}" if is_tensor else repr(entry)
-            msg = (
+            raise ValueError(
                 f"state of {name!r}: {key} must be a tensor of shape "
                 f"{tuple(like.shape)}, as the parameter is now, got {got}; give it "
                 "that shape, or delete optimizer.state[parameter] to begin afresh"
             )
-            raise ValueError(msg)
 
 
 def _initial(transform: Transform, params: TensorMap) -> Any:
-    """Return a fresh state.
-
-    Raises:
-        ValueError: the transform does not fit the parameters.
-    """
+    """Return a fresh state."""
     try:
         return transform.init(params)
     except ValueError as error:
         if all(name.isdecimal() for name in params):
-            msg = (
+            raise ValueError(
                 f"{error}. These parameters have no names: pass "
                 "model.named_parameters() instead of model.parameters()"
-            )
-            raise ValueError(msg) from None
+            ) from None
         raise
 
 
@@ -409,18 +318,13 @@ def text_of(transform: Transform) -> str:
 
 
 def transform_of(given: Any) -> Any:
-    """Return the transform that a text names; what is no text is returned as it is.
-
-    Raises:
-        TypeError: no living transform has this name.
-    """
+    """Return the transform that a text names; what is no text is returned as it is."""
     if not isinstance(given, str):
         return given
     found = _living.get(given)
     if found is None:
-        msg = (
+        raise TypeError(
             f"transform must be a transform, got the text {given!r}, which names none "
             "that lives in this process; pass one, such as functional_optim.adamw()"
         )
-        raise TypeError(msg)
     return found

@@ -178,16 +178,14 @@ def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpa
     """Return the engine of an optimizer, and what torch has for each of its groups."""
     if not isinstance(optimizer, TransformOptimizer):
         kind = type(optimizer).__name__
-        msg = f"optimizer must be a TransformOptimizer, got a {kind}"
-        raise TypeError(msg)
+        raise TypeError(f"optimizer must be a TransformOptimizer, got a {kind}")
     with torch.no_grad():
         engine = optimizer._followed()
     if engine.executor.holds:
-        msg = (
+        raise ValueError(
             "torch.optim has no place for the open window of an Accumulate; leave it "
             "out of the transform and accumulate in .grad"
         )
-        raise ValueError(msg)
     return engine, counterparts(optimizer._transform, optimizer._groups.choices)
 
 
@@ -195,11 +193,10 @@ def _check_roots(groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse what torch has no place for in the formula."""
     for index, group in enumerate(groups):
         if group.get("eps_root", 0.0) != 0:
-            msg = (
+            raise ValueError(
                 f"param_groups[{index}] has no counterpart in torch.optim: it has "
                 f"eps_root={group['eps_root']}, and torch has none"
             )
-            raise ValueError(msg)
 
 
 # -- to torch ----------------------------------------------------------------------
@@ -242,18 +239,16 @@ def _check_options(
     required = kind.defaults.keys() & (_NUMBERS | _FLAGS)
     missing = sorted(required - theirs.keys() - {"maximize"})  # torch 1.10 had none.
     if missing:
-        msg = (
+        raise ValueError(
             f"{place} of the state dict lacks {shown(missing)}, which "
             f"torch.optim.{name} has; it is of another class"
         )
-        raise ValueError(msg)
     for key in ("weight_decay", "momentum"):
         if key in required - kind.keys and theirs[key] != 0:
-            msg = (
+            raise ValueError(
                 f"{place} has {key}={theirs[key]} in the state dict, and the transform "
                 f"here has none; build the optimizer with a preset with {key}"
             )
-            raise ValueError(msg)
     for key in _FLAGS & ours.keys():
         if bool(theirs.get(key, False)) != ours[key]:
             raise ValueError(_unlike(place, key, theirs.get(key, False), ours[key]))
@@ -290,12 +285,7 @@ def _own_options(theirs: Mapping[str, Any], kind: Counterpart) -> dict[str, Any]
 def _own_entries(
     theirs: Mapping[str, Any], first: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Return the state of one parameter, from what torch has for it.
-
-    Args:
-        theirs: What torch has; empty before the first step.
-        first: What the parameter has here before the first step.
-    """
+    """Return the state of one parameter, from what torch has for it."""
     given = {key: value for key, value in theirs.items() if value is not None}
     if not given:
         return dict(first)
@@ -344,14 +334,7 @@ def _defaults(optimizer: Any) -> dict[str, Any]:
 
 
 class Counterpart(NamedTuple):
-    """An optimizer of torch, and what of it the transforms of a group have.
-
-    Attributes:
-        optimizer: Its class.
-        keys: The keys of its groups that the transforms have, too.
-        dampens: Whether momentum is dampened, so that the first update is special.
-        decays: Whether weights decay; without, Adam and AdamW are the same.
-    """
+    """An optimizer of torch, and what of it the transforms of a group have."""
 
     optimizer: type[torch.optim.Optimizer]
     keys: frozenset[str]
@@ -370,13 +353,6 @@ def counterparts(transform: Transform, groups: Sequence[Choices]) -> list[Counte
 
     What stands in front of it, such as a clip, is what a torch loop does before the
     step.
-
-    Args:
-        transform: The transform of all groups.
-        groups: The labels of the parameters of each.
-
-    Raises:
-        ValueError: there is none, or not one for all groups; it says why.
     """
     found = [
         _counterpart(transform, choices, f"param_groups[{index}]")
@@ -392,11 +368,10 @@ def counterparts(transform: Transform, groups: Sequence[Choices]) -> list[Counte
         ]
     names = sorted({one.optimizer.__name__ for one in found})
     if len(names) > 1:
-        msg = (
+        raise ValueError(
             f"the groups have no counterpart in torch.optim: they are those of "
             f"{' and '.join(names)}, and a state dict is of one class"
         )
-        raise ValueError(msg)
     return found
 
 

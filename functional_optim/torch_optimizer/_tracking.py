@@ -65,15 +65,7 @@ class Tracking(torch.optim.Optimizer):
 
     @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters, with hyperparameters of their own where given.
-
-        Args:
-            param_group: `{"params": ..., "lr": 0.1, ...}`. Parameters with different
-                labels of a `Partition` become several groups.
-
-        Raises:
-            ValueError, TypeError: as at construction; nothing is changed then.
-        """
+        """Add parameters, with hyperparameters of their own where given."""
         if not isinstance(param_group, dict):
             super().add_param_group(param_group)  # Says what is wrong.
         if self._engine is not None:
@@ -128,14 +120,7 @@ class Tracking(torch.optim.Optimizer):
         entries: Mapping[str, Mapping[str, Any]] | None = None,
         transform_state: Mapping[str, Any] | None = None,
     ) -> Start:
-        """Return the state that these parameters go on from.
-
-        Args:
-            names: Their names.
-            entries: The entries of each; None takes those in `optimizer.state`.
-            transform_state: The saved state of the transform as a whole; None keeps
-                what there is.
-        """
+        """Return the state that these parameters go on from."""
         params = {name: param.detach() for param, name in names.items()}
         check_apart(params)
         if entries is None:
@@ -189,11 +174,7 @@ class Tracking(torch.optim.Optimizer):
             self.param_groups[0][TRANSFORM_STATE] = engine.rest_shown
 
     def _followed(self, *, each: bool = False) -> Engine:
-        """Return the engine after what others did to parameters, state and groups.
-
-        Args:
-            each: Whether to look at the memory of every entry of the state.
-        """
+        """Return the engine after what others did to parameters, state and groups."""
         engine = self._engine
         if engine is None:
             engine = self._engine = self._built(self._next_start(self._names))
@@ -226,11 +207,10 @@ class Tracking(torch.optim.Optimizer):
             known.update({param: name for name, param in everyone[-1]})
             split = by_choices(self._transform, everyone[-1], 0)
             if len(split) > 1:
-                msg = (
+                raise ValueError(
                     f"{place} has parameters of {len(split)} labels; add new ones with "
                     "add_param_group, which gives each label a group of its own"
                 )
-                raise ValueError(msg)
             groups.add(group, next(iter(split)))
         check_group_parameters(everyone)
         names = {param: name for members in everyone for name, param in members}
@@ -280,16 +260,7 @@ class Tracking(torch.optim.Optimizer):
     def _take(
         self, engine: Engine, per_name: Mapping[str, Any], rest: Mapping[str, Any]
     ) -> None:
-        """Go on from a saved state; those without an entry begin afresh.
-
-        Args:
-            engine: What there is.
-            per_name: The saved state of every parameter that has one.
-            rest: The saved state of the transform as a whole.
-
-        Raises:
-            ValueError: something does not fit; then nothing is changed.
-        """
+        """Go on from a saved state; those without an entry begin afresh."""
         nodes = engine.loaded(per_name, rest)
         has = {name for name in engine.names.values() if engine.entries(name)}
         if has == {name for name, own in per_name.items() if own}:

@@ -106,14 +106,15 @@ class Accumulate:
     def _check(self) -> None:
         """Refuse windows without micro-batches and dtypes that cannot hold sums."""
         if isinstance(self.every, bool) or not isinstance(self.every, int):
-            msg = f"every must be an int, a number of micro-batches, got {self.every!r}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"every must be an int, a number of micro-batches, got {self.every!r}"
+            )
         if self.every < 1:
-            msg = f"every must be >= 1, got {self.every}"
-            raise ValueError(msg)
+            raise ValueError(f"every must be >= 1, got {self.every}")
         if self.dtype is not None and not self.dtype.is_floating_point:
-            msg = f"dtype must be a floating-point dtype or None, got {self.dtype}"
-            raise TypeError(msg)
+            raise TypeError(
+                f"dtype must be a floating-point dtype or None, got {self.dtype}"
+            )
 
     def init(self, params: TensorMap) -> AccumulateState:
         """Return an empty window."""
@@ -154,11 +155,10 @@ class Accumulate:
         """Return how many micro-batches the open window has."""
         position = state.position.value
         if not 0 <= position < self.every:
-            msg = (
+            raise ValueError(
                 f"Accumulate.position must be from 0 to {self.every - 1}, got "
                 f"{position}; the state is of another window"
             )
-            raise ValueError(msg)
         return position
 
     def _sum_dtype(self, param: Tensor) -> torch.dtype:

@@ -51,11 +51,11 @@ class ClipByGlobalNormState(NamedTuple):
 
 def _checked_norm_type(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        msg = f"{name} must be a number > 0 (math.inf is allowed), got {value!r}"
-        raise TypeError(msg)
+        raise TypeError(
+            f"{name} must be a number > 0 (math.inf is allowed), got {value!r}"
+        )
     if not value > 0:
-        msg = f"{name} must be > 0 (math.inf is allowed), got {value}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be > 0 (math.inf is allowed), got {value}")
     return float(value)
 
 
@@ -135,12 +135,11 @@ class ClipByGlobalNorm:
         order, wide = self.norm_type, context.is_partial
         norm = context.reduce(lambda: norms(updates, order, wide=wide), Norm(order))
         if self.error_if_nonfinite and not norm.isfinite():
-            msg = (
+            raise RuntimeError(
                 f"the joint norm of order {self.norm_type} of the updates is "
                 f"{norm.item()}; find the source with torch.autograd.detect_anomaly, "
                 "skip such steps with SkipNonfinite, or set error_if_nonfinite=False"
             )
-            raise RuntimeError(msg)
         coefficient = once(_coefficient, norm, now.max_norm)
         clipped = over(updates).mul(coefficient).to_map()
         return clipped, ClipByGlobalNormState(once(Tensor.double, norm), schedule)

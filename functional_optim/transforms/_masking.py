@@ -132,18 +132,15 @@ Labels: TypeAlias = Rules[str] | Callable[[str, Tensor], str] | str
 
 def _checked_label(name: str, label: Any) -> str:
     if not isinstance(label, str):
-        msg = f"{name} must be a label (a string), got {label!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a label (a string), got {label!r}")
     return label
 
 
 def _checked_inners(name: str, inners: Any) -> dict[str, Transform]:
     if not isinstance(inners, Mapping):
-        msg = f"{name} must be a map from label to transform, got {inners!r}"
-        raise TypeError(msg)
+        raise TypeError(f"{name} must be a map from label to transform, got {inners!r}")
     if not inners:
-        msg = f"{name} must have at least one label, got an empty map"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must have at least one label, got an empty map")
     return {
         _checked_label(f"a key of {name}", label): checked_transform(
             f"{name}[{label!r}]", transform
@@ -157,20 +154,15 @@ def _checked_labels(name: str, labels: Any) -> Any:
 
 
 def _label(labels: Any, name: str, param: Tensor) -> str:
-    """Return the label of one parameter.
-
-    Raises:
-        ValueError: no rule gives it one.
-    """
+    """Return the label of one parameter."""
     label = (
         labels(name, param) if callable(labels) else ruled(labels, name, param, None)
     )
     if label is None:
-        msg = (
+        raise ValueError(
             f"labels give {name!r} no label; add a last rule for the rest, such as "
             '"*": "default"'
         )
-        raise ValueError(msg)
     return str(label)
 
 
@@ -239,11 +231,10 @@ class Partition:
         """
         label = _label(self.labels, name, param)
         if label not in self.inner:
-            msg = (
+            raise ValueError(
                 f"labels give {name!r} the label {label!r}, which inner does not "
                 f"have; its labels are {shown(self.inner)}"
             )
-            raise ValueError(msg)
         return label
 
     @property
@@ -258,11 +249,10 @@ class Partition:
         groups = self._groups(params)
         for label, names in groups.items():
             if params and not names:
-                msg = (
+                raise ValueError(
                     f"no parameter has the label {label!r}; the names are "
                     f"{shown(params)}. Leave it out of inner, or change labels"
                 )
-                raise ValueError(msg)
         with knowing_all(params):
             return tuple(
                 t.init(subset(params, groups[label])) for label, t in self.inner.items()

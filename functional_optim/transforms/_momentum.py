@@ -103,11 +103,10 @@ class Trace:
     def _check(self) -> None:
         """Refuse Nesterov's look-ahead where it is not defined."""
         if self.nesterov and (is_zero(self.momentum) or self._dampens):
-            msg = (
+            raise ValueError(
                 "nesterov=True needs momentum > 0 and dampening 0, got momentum "
                 f"{self.momentum} and dampening {self.dampening}"
             )
-            raise ValueError(msg)
 
     @property
     def _dampens(self) -> bool:

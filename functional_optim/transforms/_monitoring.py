@@ -45,18 +45,16 @@ class ObserveState(NamedTuple):
 
 def _checked_fn(name: str, fn: Any) -> Any:
     if fn is not None and (not callable(fn) or isinstance(fn, type)):
-        msg = (
+        raise TypeError(
             f"{name} must be a function of an update and its parameter, such as "
             f"lambda update, param: update.abs(), got {fn!r}"
         )
-        raise TypeError(msg)
     return fn
 
 
 def _checked_op(name: str, op: Any) -> Any:
     if not isinstance(op, Norm) and op not in ("sum", "max", "all"):
-        msg = f"{name} must be 'sum', 'max', 'all' or Norm(p), got {op!r}"
-        raise ValueError(msg)
+        raise ValueError(f"{name} must be 'sum', 'max', 'all' or Norm(p), got {op!r}")
     return op
 
 

@@ -92,11 +92,10 @@ class SkipNonfinite:
         """Refuse windows inside the guard: a skip would lose its micro-batches."""
         accumulate = _find(self.inner, Role.ACCUMULATE)
         if accumulate is not None:
-            msg = (
+            raise ValueError(
                 f"{accumulate!r} stands inside a guard, where a skip would undo its "
                 f"micro-batch; write chain({accumulate!r}, SkipNonfinite(...))"
             )
-            raise ValueError(msg)
 
     @property
     def scope(self) -> Scope:
@@ -164,16 +163,7 @@ def guarded(
     *,
     context: Context,
 ) -> tuple[TensorMap, Any]:
-    """Return what a transform returns if ok, else -0.0 and the old state.
-
-    Args:
-        ok: Whether to take the step. Tensor, shape (), bool.
-        inner: The transform.
-        updates: Its updates; it gets zeros or ones in their place if not ok.
-        state: Its state.
-        params: Its parameters.
-        context: Its context.
-    """
+    """Return what a transform returns if ok, else -0.0 and the old state."""
     # Zeros: the norm of many ones is infinite in float16, and some clips raise then.
     # Ones for a derivative: a user's rule in plain torch has sqrt(0), whose infinite
     # derivative times the 0 of a skipped step is NaN.

@@ -54,13 +54,7 @@ class Pass:
 
 
 class CompiledStep:
-    """What the units of a bucket have in common in a step.
-
-    Args:
-        codes: The code of the bucket.
-        run: One of the runs.
-        given: What the step was given.
-    """
+    """What the units of a bucket have in common in a step."""
 
     def __init__(self, codes: Codes, run: Run, given: Given) -> None:
         self.codes = codes
@@ -91,15 +85,7 @@ class CompiledStep:
         return *self._has_told, *beside
 
     def restart(self, run: Run, given: Given) -> bool:
-        """Go on to the next step, if it is like the last one.
-
-        Args:
-            run: One of its runs.
-            given: What it was given.
-
-        Returns:
-            Whether it is.
-        """
+        """Go on to the next step, if it is like the last one."""
         same = self._is_frozen and run.transform is self._transform
         if not same or self.codes.failure:
             return False
@@ -133,14 +119,7 @@ class CompiledStep:
         return [*entries, *self._numbers, *self._beside, *totals.values()]
 
     def next_pass(self, totals: Totals) -> Pass:
-        """Return the pass to the first total that is not known, or the last one.
-
-        Args:
-            totals: All totals that are known.
-
-        Raises:
-            Exception: it cannot be compiled.
-        """
+        """Return the pass to the first total that is not known, or the last one."""
         if len(totals) not in self._passes:
             self._passes[len(totals)] = self._new_pass(totals)
         return self._passes[len(totals)]
@@ -157,12 +136,7 @@ class CompiledStep:
     def _made_for(
         self, known: tuple[Call, ...], short: list[Tensor]
     ) -> tuple[Call | None, Code, ReduceOp]:
-        """Return where a pass ends, its code, and what it brings to a total.
-
-        Args:
-            known: The totals that it knows.
-            short: The inputs that are single numbers.
-        """
+        """Return where a pass ends, its code, and what it brings to a total."""
         examples = self._examples()
         ops: list[ReduceOp] = ["sum"]
 
@@ -293,8 +267,8 @@ def _written(
     What is written may be what another entry was, so all is read first.
     """
     if any(update.shape != params[name].shape for name, update in moved.items()):
-        msg = "an update must keep its shape"  # The run without code says whose it is.
-        raise ValueError(msg)
+        # The run without code says whose it is.
+        raise ValueError("an update must keep its shape")
     results: list[Tensor] = []
     pairs: list[tuple[Tensor, Tensor]] = []
     after = over(params, at=moved).add(moved).to_map(like=params)
@@ -319,13 +293,7 @@ _MOST_KINDS = 16
 
 
 class CompiledRun:
-    """One update of one unit in one step; what `Run` is, compiled.
-
-    Args:
-        step: What it has in common with others.
-        run: The run that it stands for, and falls back to.
-        grads: Gradients by name.
-    """
+    """One update of one unit in one step; what `Run` is, compiled."""
 
     def __init__(
         self, step: CompiledStep, run: Run, grads: Mapping[str, Tensor]
@@ -387,11 +355,7 @@ class CompiledRun:
         return Stop(found.call, partial, found.op)
 
     def apply(self, totals: Totals, later: Later) -> list[Node] | None:
-        """Move parameters and state.
-
-        Returns:
-            The nodes of the new state; None if another unit told them.
-        """
+        """Move parameters and state."""
         found = self._next_pass(totals)
         if found is None:
             return self._run.apply(totals, later)
@@ -411,11 +375,7 @@ def _plain(grad: Tensor) -> Tensor:
 
 
 class Compiling:
-    """Lets code run in the place of transforms, where it can be made.
-
-    Args:
-        compiler: Makes it.
-    """
+    """Lets code run in the place of transforms, where it can be made."""
 
     def __init__(self, compiler: Compiler) -> None:
         self._library = Library(compiler)
@@ -427,13 +387,7 @@ class Compiling:
     def run(
         self, run: Run, given: Given, steps: dict[Hashable, CompiledStep]
     ) -> Run | CompiledRun:
-        """Return what runs in the place of a run, or itself.
-
-        Args:
-            run: The run.
-            given: What the step was given.
-            steps: What runs of this step have in common; it fills up.
-        """
+        """Return what runs in the place of a run, or itself."""
         codes = run.bucket.codes
         if codes is None or codes.failure or run.alone:
             return run

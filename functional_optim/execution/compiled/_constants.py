@@ -36,13 +36,6 @@ PLACE = _Place()
 def lifted(value: Any) -> tuple[Any, list[Number]]:
     """Return the kind of a transform, and the numbers in it.
 
-    Args:
-        value: The transform, resolved.
-
-    Returns:
-        Nested tuples without the numbers, to compare with `same_for_good`; and the
-        numbers in order.
-
     Example:
         >>> from functional_optim import ScaleByAdam, chain, sgd
         >>> lifted(sgd(0.1))[1], lifted(ScaleByAdam())[1]
@@ -61,11 +54,6 @@ def lifted(value: Any) -> tuple[Any, list[Number]]:
 def lowered(value: Any, put: Callable[[Number], Number]) -> Any:
     """Return a transform with other numbers in the same places.
 
-    Args:
-        value: The transform.
-        put: Function of a number that is there, which returns what takes its place.
-            Called in the order of `lifted`.
-
     Example:
         >>> from functional_optim import sgd
         >>> lowered(sgd(0.1), lambda number: 2 * number)
@@ -75,12 +63,7 @@ def lowered(value: Any, put: Callable[[Number], Number]) -> Any:
 
 
 def as_tensors(numbers: Iterable[Number], like: Tensor) -> list[Tensor]:
-    """Return numbers as code takes them: in float64, where they are no tensors.
-
-    Args:
-        numbers: The numbers.
-        like: A tensor on the device where they go.
-    """
+    """Return numbers as code takes them: in float64, where they are no tensors."""
     return [
         number
         if isinstance(number, Tensor)

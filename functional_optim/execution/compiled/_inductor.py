@@ -32,17 +32,7 @@ _known: dict[Hashable, Callable[..., Any]] = {}
 
 
 def compiled(graph: Graph) -> Callable[..., Any]:
-    """Return a graph as compiled code, which is made once in a process.
-
-    Args:
-        graph: The graph.
-
-    Returns:
-        Function of a list of tensors, which it empties.
-
-    Raises:
-        Exception: from the compiler, or because there is none.
-    """
+    """Return a graph as compiled code, which is made once in a process."""
     if any(node.op == "get_attr" for node in graph.module.graph.nodes):
         return _compiled(graph)  # The text of the code does not tell its constants.
     key = (

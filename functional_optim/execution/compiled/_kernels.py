@@ -25,17 +25,7 @@ Compiler: TypeAlias = "Callable[[Graph], Callable[[list[Tensor]], Any]]"
 
 
 class Code:
-    """One pass over units: first what follows from numbers, then every unit.
-
-    Args:
-        function: What it does, a function of tensors.
-        long: Its first inputs, for one of the units.
-        short: Its other inputs.
-        compiler: Makes the code.
-
-    Raises:
-        Exception: no code can be made.
-    """
+    """One pass over units: first what follows from numbers, then every unit."""
 
     def __init__(
         self,
@@ -51,11 +41,7 @@ class Code:
         self._check(long, short)
 
     def _check(self, long: list[Tensor], short: list[Tensor]) -> None:
-        """Let the code do what its graph does once, and compare.
-
-        Raises:
-            RuntimeError: it does something else. Compilers have bugs, too.
-        """
+        """Let the code do what its graph does once, and compare."""
         examples = [example_of(x, place + 1) for place, x in enumerate(long)]
         found = [short[place] for place in self._graph.short]
         module = self._graph.prologue.module
@@ -72,8 +58,7 @@ class Code:
         late = self(examples, self.numbers(short)[0])
         pairs = zip([*inputs, *late], [*wanted, *results], strict=True)
         if not all(_is_close(a, b) for a, b in pairs):
-            msg = "the compiler's code computes something else"
-            raise RuntimeError(msg)
+            raise RuntimeError("the compiler's code computes something else")
 
     def numbers(self, short: list[Tensor]) -> tuple[Any, Any]:
         """Return what the kernel needs to know, and results that do not need it."""
@@ -87,12 +72,7 @@ class Code:
         return self._kernel([*long, *crossing])
 
     def results(self, late: Sequence[Tensor], early: Sequence[Tensor]) -> list[Tensor]:
-        """Return all results in order.
-
-        Args:
-            late: Those of the kernel.
-            early: Those that it did not take.
-        """
+        """Return all results in order."""
         of_kernel, of_numbers = iter(late), iter(early)
         return [
             next(of_kernel) if is_late else next(of_numbers)
@@ -113,16 +93,7 @@ _BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4}
 
 
 class Library:
-    """The code of an optimizer, made when it is first needed, for all its buckets.
-
-    Args:
-        compiler: Makes it.
-
-    Attributes:
-        compiler: Makes it.
-        kinds: The kinds of transforms that there were.
-        failures: Why some of them run without, by place in `kinds`.
-    """
+    """The code of an optimizer, made when it is first needed, for all its buckets."""
 
     def __init__(self, compiler: Compiler) -> None:
         self.compiler = compiler
@@ -133,16 +104,13 @@ class Library:
     def code(
         self, key: Hashable, make: Callable[[], tuple[Code, ReduceOp]]
     ) -> tuple[Code, ReduceOp]:
-        """Return code by its key; made if there is none.
-
-        Raises:
-            Exception: it cannot be made.
-        """
+        """Return code by its key; made if there is none."""
         with _lock:  # Tracing and compiling keep what they know in one place.
             if key not in self._codes:
                 if len(self._codes) >= _MOST:
-                    msg = f"this would be the code of a step of kind {_MOST + 1}"
-                    raise RuntimeError(msg)
+                    raise RuntimeError(
+                        f"this would be the code of a step of kind {_MOST + 1}"
+                    )
                 self._codes[key] = make()
             return self._codes[key]
 
@@ -154,27 +122,14 @@ _MOST = 128
 
 
 class Codes:
-    """The code of a bucket.
-
-    Args:
-        library: Where it comes from.
-
-    Attributes:
-        library: Where it comes from.
-        failure: Why this bucket runs without; empty if it does not.
-    """
+    """The code of a bucket."""
 
     def __init__(self, library: Library) -> None:
         self.library, self.failure = library, ""
         self._numbers: tuple[tuple[Number, ...], list[Tensor]] = ((), [])
 
     def kind_of(self, transform: Transform, like: Tensor) -> tuple[int, list[Tensor]]:
-        """Return which kind of transform it is, and its numbers as tensors.
-
-        Args:
-            transform: The transform, resolved.
-            like: A tensor on the device of the bucket.
-        """
+        """Return which kind of transform it is, and its numbers as tensors."""
         kind, found = lifted(transform)
         numbers = tuple(found)
         if not same_for_good(numbers, self._numbers[0]):

@@ -33,13 +33,7 @@ class NoCodeError(Exception):
 
 
 class Example(NamedTuple):
-    """What an input of a graph is like.
-
-    Attributes:
-        dtype: Its dtype.
-        device: Its device.
-        shape: Its shape; None for one dimension of any length.
-    """
+    """What an input of a graph is like."""
 
     dtype: torch.dtype
     device: torch.device
@@ -47,29 +41,14 @@ class Example(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """Operations on tensors.
-
-    Attributes:
-        module: They, as a function of tensors that returns a tuple.
-        inputs: What the inputs are like.
-    """
+    """Operations on tensors."""
 
     module: fx.GraphModule
     inputs: list[Example]
 
 
 class Traced(NamedTuple):
-    """A function of tensors as a graph.
-
-    Attributes:
-        prologue: From the short inputs to what the kernel needs of them, and then those
-            results that depend on nothing else.
-        kernel: From the long inputs, and what the prologue tells it, to other results.
-        long: The places of the kernel's inputs among the long ones.
-        short: The places of the prologue's inputs among the short ones.
-        told: How many of its results the prologue tells the kernel.
-        results: For each result whether it is the kernel's.
-    """
+    """A function of tensors as a graph."""
 
     prologue: Graph
     kernel: Graph
@@ -84,20 +63,11 @@ def traced(
     long: Sequence[Tensor],
     short: Sequence[Tensor],
 ) -> Traced:
-    """Trace a function that may write into its inputs.
-
-    Args:
-        function: A function of tensors that returns tensors. What it does must not
-            depend on their values.
-        long: Its first inputs, one-dimensional, for what has any length.
-        short: Its other inputs.
-
-    Raises:
-        Exception: from the function, where it asks for a value.
-    """
+    """Trace a function that may write into its inputs."""
     if any(x.numel() != 1 for x in short):
-        msg = "a part of the state that is neither one number nor like the parameters"
-        raise NoCodeError(msg)
+        raise NoCodeError(
+            "a part of the state that is neither one number nor like the parameters"
+        )
 
     def watched(*tensors: Tensor) -> Sequence[Tensor]:
         with _Refusing():
@@ -125,20 +95,14 @@ class _Refusing(TorchDispatchMode):
     ) -> Any:
         """Run an operation, unless it asks for a value or draws numbers."""
         if func is torch.ops.aten._local_scalar_dense.default:
-            msg = "it reads the value of a tensor on the host"
-            raise NoCodeError(msg)
+            raise NoCodeError("it reads the value of a tensor on the host")
         if torch.Tag.nondeterministic_seeded in func.tags:
-            msg = f"it draws random numbers ({func})"
-            raise NoCodeError(msg)
+            raise NoCodeError(f"it draws random numbers ({func})")
         return func(*args, **(kwargs or {}))
 
 
 def _check_written(graph: fx.GraphModule) -> None:
-    """Refuse to write what another input was: compilers reorder such copies.
-
-    Raises:
-        NoCodeError: a state becomes another one, or a parameter.
-    """
+    """Refuse to write what another input was: compilers reorder such copies."""
     writes = [node.args for node in graph.graph.nodes if node.target is _COPY]
     homes = {home for home, *_ in writes}
     for home, written, *_ in writes:
@@ -147,8 +111,7 @@ def _check_written(graph: fx.GraphModule) -> None:
             # The functional copy(home, value) is the value.
             value = value.args[1 if value.target is _COPIED else 0]
         if value in homes and value is not home:
-            msg = "it keeps what another tensor was, unchanged"
-            raise NoCodeError(msg)
+            raise NoCodeError("it keeps what another tensor was, unchanged")
 
 
 _COPY = torch.ops.aten.copy_.default
@@ -166,12 +129,7 @@ _SAME = {
 
 
 def example_of(long: Tensor, seed: int = 0) -> Tensor:
-    """Return a tensor to try on a function instead of one of any length.
-
-    Args:
-        long: A tensor of its dtype and device.
-        seed: Other numbers for others, all > 0.
-    """
+    """Return a tensor to try on a function instead of one of any length."""
     numbers = torch.arange(_EXAMPLE, dtype=torch.float64) * (seed + 1) % 97 + 1.0
     return (numbers / 50.0).to(device=long.device, dtype=long.dtype)
 

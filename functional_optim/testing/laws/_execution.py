@@ -60,15 +60,7 @@ def moves_alike(
     compiling: Compiling | None = None,
     layout: str = "auto",
 ) -> None:
-    """Require that an executor with units of this size does what `update` does.
-
-    Args:
-        transform: The transform.
-        example: What it is tried on.
-        elements: Elements of a unit.
-        compiling: Makes code of what runs on units; None runs without.
-        layout: Where small parameters lie; see `TransformOptimizer`.
-    """
+    """Require that an executor with units of this size does what `update` does."""
     params, state = example.params, transform.init(example.params)
     widest = max(p.dtype.itemsize for p in params.values())
     own = {name: p.clone() for name, p in params.items()}
