@@ -1,4 +1,4 @@
-"""Names: of parameters, to look entries up by, and of parts of a pipeline."""
+"""Format names, numbers and tables for messages, and suggest the right name."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 
-def shown(names: Iterable[str], most: int = 5) -> str:
-    """Return a list of names short enough for an error message."""
+def format_names(names: Iterable[str], most: int = 5) -> str:
+    """Format the first names of a list, and how many there are."""
     names = list(names)
     text = ", ".join(repr(name) for name in names[:most])
     more = f", ... ({len(names)} in all)" if len(names) > most else ""
@@ -22,7 +22,7 @@ def shown(names: Iterable[str], most: int = 5) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, on one line.
+    """Format an error on one line: its type and its first line.
 
     Example:
         >>> first_line(ValueError("too long"))
@@ -32,8 +32,8 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}"
 
 
-def shown_bytes(count: int) -> str:
-    """Return bytes as text, such as "1.5 MiB"."""
+def format_bytes(count: int) -> str:
+    """Format a number of bytes, such as "1.5 MiB"."""
     value, unit = float(count), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if value < 1024:
@@ -42,14 +42,14 @@ def shown_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{value:,.1f} {unit}"
 
 
-def counted(number: int, what: str) -> str:
-    """Return a number with its noun, such as "2 passes"."""
+def pluralize(number: int, what: str) -> str:
+    """Format a number with its noun, such as "2 passes"."""
     plural = "" if number == 1 else "es" if what.endswith("s") else "s"
     return f"{number:,} {what}{plural}"
 
 
-def columns(rows: list[tuple[str, ...]], align: str) -> list[str]:
-    """Lay rows out in columns, "<" to the left and ">" to the right."""
+def format_columns(rows: list[tuple[str, ...]], align: str) -> list[str]:
+    """Align the cells of rows in columns, "<" to the left and ">" to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
@@ -65,19 +65,19 @@ _OURS = tuple(
 )
 
 
-def callers_level() -> int:
-    """Return the `stacklevel` of the caller outside of this library and torch."""
+def user_stacklevel() -> int:
+    """Return the `stacklevel` that points a warning at user code."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_OURS):
         level, frame = level + 1, frame.f_back
     return level
 
 
-def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """Return the names that are spelled nearly like a wrong one, the nearest first.
+def close_matches(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
+    """Return the names that are spelled like a wrong one, the closest first.
 
     Example:
-        >>> near("AdamW", ["adam", "adamw", "sgd"])
+        >>> close_matches("AdamW", ["adam", "adamw", "sgd"])
         ['adamw', 'adam']
     """
     folded: dict[str, list[str]] = {}
@@ -88,7 +88,7 @@ def near(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
 
 
 def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    """Return the end of an error message: what a wrong name may have meant.
+    """Suggest the right names, at the end of an error message.
 
     Example:
         >>> did_you_mean("norm_decay_mul", ["lr_mult", "norm_decay_mult"])
@@ -97,14 +97,14 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
         "the names are ['lr_mult', 'norm_decay_mult']"
     """
     known = list(known)
-    alike = near(name, known, cutoff)
+    alike = close_matches(name, known, cutoff)
     if alike:
         return f"did you mean {' or '.join(map(repr, alike))}?"
-    return f"the names are {shown(sorted(known), most=40)}"
+    return f"the names are {format_names(sorted(known), most=40)}"
 
 
 def no_attribute(module: str, names: Iterable[str]) -> Callable[[str], NoReturn]:
-    """Return the `__getattr__` of a module, whose error suggests the near name.
+    """Return a `__getattr__` for a module, with an error that suggests names.
 
     Example:
         >>> no_attribute("fo", ["adamw", "sgd"])("AdamW")
@@ -115,7 +115,7 @@ def no_attribute(module: str, names: Iterable[str]) -> Callable[[str], NoReturn]
     def refuse(name: str) -> NoReturn:
         msg = f"module {module!r} has no attribute {name!r}"
         # Python itself looks up names like __wrapped__, and expects nothing.
-        if not name.startswith("_") and near(name, names):
+        if not name.startswith("_") and close_matches(name, names):
             msg += f"; {did_you_mean(name, names)}"
         raise AttributeError(msg)
 

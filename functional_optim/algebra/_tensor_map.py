@@ -12,7 +12,7 @@ from typing import (
 import torch
 from torch import Tensor
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._torch_modes import has_tangents
 
 if TYPE_CHECKING:
@@ -95,8 +95,9 @@ def lookup(values: Mapping[str, V], names: Iterable[str]) -> list[V]:
         return [values[name] for name in names]
     except KeyError as error:
         raise ValueError(
-            f"no entry for {error.args[0]!r}, only for {shown(values)}; call init "
-            "again after adding parameters, and give a value for every name in a map"
+            f"no entry for {error.args[0]!r}, only for {format_names(values)}; call "
+            "init again after adding parameters, and give a value for every name in a "
+            "map"
         ) from None
 
 

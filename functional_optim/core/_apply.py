@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._torch_modes import is_differentiated
 from functional_optim.core._validation import check_updates
@@ -108,8 +108,8 @@ def load_parameters(model: torch.nn.Module, params: TensorMap) -> None:
     for name, param in params.items():
         if name not in own:
             raise ValueError(
-                f"the model has no parameter {name!r}, only {shown(own)}; make the map "
-                "with parameters(model)"
+                f"the model has no parameter {name!r}, only {format_names(own)}; "
+                "make the map with parameters(model)"
             )
         if param.shape != own[name].shape:
             raise ValueError(

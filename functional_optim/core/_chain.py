@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._buffers import Donated, current
 from functional_optim.algebra._tensor_map import copied
 from functional_optim.core._apply import recording
@@ -261,7 +261,8 @@ def _checked_result(
     if not updates.keys() <= params.keys():
         unknown = [name for name in updates if name not in params]
         raise ValueError(
-            f"{member!r}.update returned names that no parameter has: {shown(unknown)}"
+            f"{member!r}.update returned names that no parameter has: "
+            f"{format_names(unknown)}"
         )
     return updates, result[1]
 

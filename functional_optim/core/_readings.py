@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.core._traversal import walk
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def state_of(tx: Transform, state: Any, name: str) -> Any:
     found = [s for path, s in named if path == name or path.endswith(f".{name}")]
     if len(found) == 1:
         return found[0]
-    known = shown((path for path, _ in named), most=20)
+    known = format_names((path for path, _ in named), most=20)
     if not found:
         raise ValueError(
             f"no part has the name {name!r}; the names are {known}. Give one with "

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union, final
 import torch
 from torch import Tensor
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._tensor_map import lookup
 from functional_optim.algebra._torch_modes import constant_when_compiled
 from functional_optim.core._hyperparameters import checked, value_class
@@ -173,7 +173,7 @@ def check_selection(selection: Any, params: TensorMap, name: str) -> None:
     if not picked(selection, known, list(known)):
         raise ValueError(
             f"{name}: {shown_value(selection)} matches no parameter; the names are "
-            f"{shown(known)}"
+            f"{format_names(known)}"
         )
 
 

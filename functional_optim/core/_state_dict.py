@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._transform import Static
 from functional_optim.core._validation import check_same_names
@@ -201,7 +201,9 @@ def _check_type(data: Any, kind: str, place: str) -> None:
 def _described(data: Any) -> str:
     if isinstance(data, Mapping):
         kind = data.get("type")
-        return f"a {kind}" if isinstance(kind, str) else f"a dict of {shown(data)}"
+        return (
+            f"a {kind}" if isinstance(kind, str) else f"a dict of {format_names(data)}"
+        )
     if isinstance(data, (list, tuple)):
         return f"a list of {len(data)}"
     return "a tensor" if isinstance(data, Tensor) else repr(data)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._tensor_map import subset
 
 if TYPE_CHECKING:
@@ -117,8 +117,8 @@ def _refuse(name: Any, update: Any, updates: TensorMap, params: TensorMap) -> No
     if name not in params:
         unknown = [n for n in updates if n not in params]
         raise ValueError(
-            f"updates for names that no parameter has: {shown(unknown)}; the "
-            f"parameters are {shown(params)}"
+            f"updates for names that no parameter has: {format_names(unknown)}; the "
+            f"parameters are {format_names(params)}"
         )
     param = params[name]
     _check_tensor("parameter", name, param)
@@ -182,7 +182,7 @@ def check_same_names(
     if missing or unknown:
         raise ValueError(
             f"{what} must have a value for every {kind} and no other: missing "
-            f"{shown(missing)}, unknown {shown(unknown)}"
+            f"{format_names(missing)}, unknown {format_names(unknown)}"
         )
 
 

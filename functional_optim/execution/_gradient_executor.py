@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._buffers import Donated, Workspace
 from functional_optim.algebra._tensor_map import foreach_applies
 from functional_optim.core._chain import Chain
@@ -76,8 +76,8 @@ def _check_all_moved(transform: Transform, moved: TensorMap, grads: TensorMap) -
         return
     missing = [name for name in grads if name not in moved]
     raise ValueError(
-        f"{transform!r} returned no update for {shown(missing)}; between backward and "
-        "step every gradient must come out again"
+        f"{transform!r} returned no update for {format_names(missing)}; between "
+        "backward and step every gradient must come out again"
     )
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._buffers import Donated
 from functional_optim.execution._native import Gradients, dtype_of
@@ -169,15 +169,15 @@ class Unit:
         for key, update in moved.items():
             if update.shape != self.params[key].shape:
                 raise ValueError(
-                    f"an update of {shown(self.names)} has shape {tuple(update.shape)} "
-                    f"where {tuple(self.params[key].shape)} was given; a transform "
-                    "must keep the shapes of its updates"
+                    f"an update of {format_names(self.names)} has shape "
+                    f"{tuple(update.shape)} where {tuple(self.params[key].shape)} was "
+                    "given; a transform must keep the shapes of its updates"
                 )
         if len(nodes) != len(self.fields):
             raise ValueError(
                 f"update returned a state of {len(nodes)} fields for "
-                f"{shown(self.names)}, init one of {len(self.fields)}; the structure "
-                "must stay"
+                f"{format_names(self.names)}, init one of {len(self.fields)}; the "
+                "structure must stay"
             )
 
     def _apply(self, moved: TensorMap) -> None:

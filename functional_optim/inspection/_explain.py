@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from functional_optim._messages import columns, counted, shown_bytes
+from functional_optim._messages import format_bytes, format_columns, pluralize
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.core._chain import Chain, chain, checked_transform
 from functional_optim.core._transform import Scope, Transform, inner_transforms
@@ -92,10 +92,10 @@ def _stages(found: Cost) -> list[str]:
             (
                 "  " * depth + _short(text, _MOST_STAGE - 2 * depth),
                 stage.transform.scope.name.lower().replace("_", " "),
-                shown_bytes(own) if own else "-",
+                format_bytes(own) if own else "-",
             )
         )
-    return columns(rows, "<<>")
+    return format_columns(rows, "<<>")
 
 
 def _label_of(stage: Stage) -> str:
@@ -108,18 +108,18 @@ def _label_of(stage: Stage) -> str:
 def _summary(found: Cost, params: TensorMap) -> list[str]:
     own, state = size(params.values()), sum(found.own)
     times = f", {state / own:.2f} x the parameters" if own else ""
-    tensors = counted(len(params), "tensor")
-    numbers = counted(sum(p.numel() for p in params.values()), "number")
+    tensors = pluralize(len(params), "tensor")
+    numbers = pluralize(sum(p.numel() for p in params.values()), "number")
     lines = [
-        f"parameters  {tensors}, {numbers}, {shown_bytes(own)}",
-        f"state       {shown_bytes(state)}{times}",
+        f"parameters  {tensors}, {numbers}, {format_bytes(own)}",
+        f"state       {format_bytes(state)}{times}",
     ]
     if found.passes is None:
         return lines
     count = len(found.passes)
     moved = sum(step.reads + step.writes for step in found.passes)
-    over = f"{counted(count, 'pass')} over memory"
-    lines.append(f"step        {over}, {shown_bytes(moved)} moved")
+    over = f"{pluralize(count, 'pass')} over memory"
+    lines.append(f"step        {over}, {format_bytes(moved)} moved")
     by_path = {stage.path: stage.transform for stage in found.stages}
     for number, step in enumerate(found.passes, start=1):
         if number <= _MOST_LINES or number == count:
@@ -128,9 +128,9 @@ def _summary(found: Cost, params: TensorMap) -> list[str]:
 
 
 def _pass(step: Pass, by_path: dict[tuple[int | str, ...], Transform]) -> str:
-    reads = f"reads {shown_bytes(step.reads)}"
+    reads = f"reads {format_bytes(step.reads)}"
     if step.path is None:
-        return f"{reads}, writes {shown_bytes(step.writes)}: the update"
+        return f"{reads}, writes {format_bytes(step.writes)}: the update"
     path = step.path
     while path not in by_path:
         path = path[:-1]
@@ -281,15 +281,15 @@ def _plan(optimizer: TransformOptimizer, engine: Engine) -> list[str]:
     most = max([size(unit.params.values()) for unit in units], default=0)
     lines = []
     if engine.frozen:
-        numbers = counted(sum(param.numel() for param in engine.frozen), "number")
-        now = shown_bytes(size(tensors_of(engine.state)))
-        tensors = counted(len(engine.frozen), "tensor")
+        numbers = pluralize(sum(param.numel() for param in engine.frozen), "number")
+        now = format_bytes(size(tensors_of(engine.state)))
+        tensors = pluralize(len(engine.frozen), "tensor")
         lines.append(
             f"frozen      {tensors}, {numbers}: no state before their first gradient; "
             f"the state has {now} now"
         )
     lines.append(
-        f"plan        {counted(len(units), 'unit')} of at most {shown_bytes(most)}"
+        f"plan        {pluralize(len(units), 'unit')} of at most {format_bytes(most)}"
     )
     lines.extend(
         f"  bucket {number:<3}{_bucket(bucket, optimizer)}"
@@ -308,10 +308,10 @@ def _plan(optimizer: TransformOptimizer, engine: Engine) -> list[str]:
             "temporary   unknown: the transform cannot be tried out on zeros",
         ]
     kept = executor.scratch_bytes
-    total = shown_bytes(max(known, default=0) + kept)
+    total = format_bytes(max(known, default=0) + kept)
     lines.append(f"temporary   {total} beside parameters, gradients and state")
     if kept:
-        lines.append(f"            {shown_bytes(kept)} of it to gather small tensors")
+        lines.append(f"            {format_bytes(kept)} of it to gather small tensors")
     return lines
 
 
@@ -323,14 +323,14 @@ def _bucket(bucket: Bucket, optimizer: TransformOptimizer) -> str:
     kinds: dict[str, int] = {}
     for unit in bucket.units:
         kinds[unit.kind] = kinds.get(unit.kind, 0) + 1
-    cut = ", ".join(counted(count, kind) for kind, count in kinds.items())
+    cut = ", ".join(pluralize(count, kind) for kind, count in kinds.items())
     laid = sum(getattr(unit, "laid", 0) for unit in bucket.units)
     pooled = sum(len(unit.names) for unit in bucket.units if unit.pooled)
     if pooled and optimizer._layout == "flat":
-        cut += f" ({laid:,} of {counted(pooled, 'tensor')} side by side)"
+        cut += f" ({laid:,} of {pluralize(pooled, 'tensor')} side by side)"
     code = _code(bucket) if optimizer._compiles else ""
     return (
-        f"{counted(len(params), 'tensor')}, {counted(numbers, 'number')}, "
+        f"{pluralize(len(params), 'tensor')}, {pluralize(numbers, 'number')}, "
         f"{str(first.dtype).removeprefix('torch.')} on {first.device}: {cut}{code}"
     )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._messages import columns, counted, shown
+from functional_optim._messages import format_columns, format_names, pluralize
 from functional_optim.torch_optimizer._group_keys import TRANSFORM_STATE
 
 if TYPE_CHECKING:
@@ -165,16 +165,17 @@ def summary_of(
             settings.setdefault(setting, []).append(name)
             count, numbers = count + 1, numbers + param.numel()
     total = (
-        f"{counted(count, 'parameter')} with {counted(numbers, 'number')} in "
-        f"{counted(len(param_groups), 'group')}, "
-        f"{counted(len(settings), 'different setting')}:"
+        f"{pluralize(count, 'parameter')} with {pluralize(numbers, 'number')} in "
+        f"{pluralize(len(param_groups), 'group')}, "
+        f"{pluralize(len(settings), 'different setting')}:"
     )
     lines = [
-        f"{setting}: {counted(len(members), 'parameter')} {shown(members, most=3)}"
+        f"{setting}: {pluralize(len(members), 'parameter')} "
+        f"{format_names(members, most=3)}"
         for setting, members in settings.items()
     ]
     rule = tuple("-" * max(map(len, column)) for column in zip(*rows, strict=True))
-    table = columns([rows[0], rule, *rows[1:]], "<" * len(rule))
+    table = format_columns([rows[0], rule, *rows[1:]], "<" * len(rule))
     return "\n".join([*map(str.rstrip, table), "", total, *lines])
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functional_optim._messages import near, shown
+from functional_optim._messages import close_matches, format_names
 from functional_optim.core._hyperparameters import is_schedule, is_zero
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def check_keys(
                 remedy = "ClipByGlobalNorm sees all groups: set it in the transform"
             raise ValueError(
                 f"{place} has {key!r}, which no transform here has for each group; the "
-                f"keys are {shown(sorted(own), most=20)}: {remedy}"
+                f"keys are {format_names(sorted(own), most=20)}: {remedy}"
             )
         if key in _WRITTEN_BY_SCHEDULERS:
             continue
@@ -115,7 +115,7 @@ def _slip(key: str, own: Iterable[str]) -> str | None:
     """
     if _ALIASES.get(key, "") in own:
         return _ALIASES[key]
-    alike = near(key, own, cutoff=0.8)
+    alike = close_matches(key, own, cutoff=0.8)
     return alike[0] if alike and abs(len(key) - len(alike[0])) <= _SLIPS else None
 
 
@@ -193,6 +193,6 @@ def fixed(key: str, value: object) -> str:
 def lacking(place: str, keys: Iterable[str]) -> str:
     """Say that a group has no value for what it must have one for."""
     return (
-        f"{place} lacks {shown(sorted(keys), most=20)}; every group must have a value "
-        "for what its transform has one for"
+        f"{place} lacks {format_names(sorted(keys), most=20)}; every group must "
+        "have a value for what its transform has one for"
     )

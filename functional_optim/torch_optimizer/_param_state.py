@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.core._transform import Static
 from functional_optim.torch_optimizer._params import bare
 
@@ -161,8 +161,8 @@ def _check_keys(place: str, saved: Any, own: Mapping[str, Any]) -> None:
         raise ValueError(f"{place} must be a dict, got {type(saved).__name__}")
     if saved.keys() != own.keys():
         raise ValueError(
-            f"{place} has {shown(saved)} in the checkpoint and {shown(own)} here; the "
-            "checkpoint is of another transform"
+            f"{place} has {format_names(saved)} in the checkpoint and "
+            f"{format_names(own)} here; the checkpoint is of another transform"
         )
 
 

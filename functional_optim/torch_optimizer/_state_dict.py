@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.core._transform import Scope, Static, Transform
 from functional_optim.execution._state_tree import fields_of, mapped, nodes_of, rebuilt
 from functional_optim.torch_optimizer._group_keys import OWN_KEYS, lacking
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def saved_groups(data: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the groups of a state dict if there are as many, of as many parameters."""
     if not isinstance(data, Mapping) or not {"state", "param_groups"} <= set(data):
-        got = shown(data) if isinstance(data, Mapping) else repr(data)
+        got = format_names(data) if isinstance(data, Mapping) else repr(data)
         raise ValueError(f"a state dict has 'state' and 'param_groups', got {got}")
     saved: list[dict[str, Any]] = list(data["param_groups"])
     if len(saved) != len(groups):
@@ -68,8 +68,8 @@ def checked_groups(
         missing = [key for key in wanted if key not in theirs]
         if missing:
             raise ValueError(
-                f"{place} lacks {shown(missing)} in the state dict; it is of another "
-                f"transform. For one of torch.optim use from_torch_state_dict"
+                f"{place} lacks {format_names(missing)} in the state dict; it is of "
+                f"another transform. For one of torch.optim use from_torch_state_dict"
             )
         for key, value in exposed.structure[index].items():
             if theirs[key] != value:
@@ -213,8 +213,9 @@ def check_entries(
     missing = wanted.keys() - found.keys()
     if missing:
         raise ValueError(
-            f"state of {name!r} has {shown(sorted(wanted.keys() & found.keys()))} and "
-            f"lacks {shown(sorted(missing))}; move all of its entries, or none: "
+            f"state of {name!r} has "
+            f"{format_names(sorted(wanted.keys() & found.keys()))} and lacks "
+            f"{format_names(sorted(missing))}; move all of its entries, or none: "
             "without any it begins afresh"
         )
     for key, like in wanted.items():

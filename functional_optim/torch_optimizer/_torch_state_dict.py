@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.core._chain import Chain
 from functional_optim.core._hyperparameters import is_zero
@@ -240,7 +240,7 @@ def _check_options(
     missing = sorted(required - theirs.keys() - {"maximize"})  # torch 1.10 had none.
     if missing:
         raise ValueError(
-            f"{place} of the state dict lacks {shown(missing)}, which "
+            f"{place} of the state dict lacks {format_names(missing)}, which "
             f"torch.optim.{name} has; it is of another class"
         )
     for key in ("weight_decay", "momentum"):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
 
 from torch import Tensor
 
-from functional_optim._messages import shown
+from functional_optim._messages import format_names
 from functional_optim.algebra._tensor_map import subset
 from functional_optim.core._chain import checked_transform
 from functional_optim.core._context import Context
@@ -233,7 +233,7 @@ class Partition:
         if label not in self.inner:
             raise ValueError(
                 f"labels give {name!r} the label {label!r}, which inner does not "
-                f"have; its labels are {shown(self.inner)}"
+                f"have; its labels are {format_names(self.inner)}"
             )
         return label
 
@@ -251,7 +251,7 @@ class Partition:
             if params and not names:
                 raise ValueError(
                     f"no parameter has the label {label!r}; the names are "
-                    f"{shown(params)}. Leave it out of inner, or change labels"
+                    f"{format_names(params)}. Leave it out of inner, or change labels"
                 )
         with knowing_all(params):
             return tuple(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim._messages import callers_level, first_line
+from functional_optim._messages import first_line, user_stacklevel
 from functional_optim.algebra._arithmetic import over
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Static
@@ -186,7 +186,7 @@ class CompiledStep:
             warnings.warn(
                 f"compile=True: no code could be made for {self._transform!r} ({why}); "
                 "it runs without: the same update, only slower",
-                stacklevel=callers_level(),
+                stacklevel=user_stacklevel(),
             )
         failures[self._kind] = why
 
