@@ -31,7 +31,7 @@ from functional_optim.config._validation import (
     first_argument_of,
     unwrapped,
 )
-from functional_optim.optim_wrapper._errors import MistakenValueError
+from functional_optim.optim_wrapper._errors import ConfigValueError
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 from functional_optim.torch_optimizer._params import (
@@ -113,7 +113,7 @@ class DefaultOptimWrapperConstructor:
                 f"optim_wrapper_cfg should be a dict, but got {optim_wrapper_cfg!r}"
             )
         if "optimizer" not in optim_wrapper_cfg:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 '`optim_wrapper_cfg` must contain "optimizer" config, such as '
                 f"optimizer=dict(type='SGD', lr=0.01), got {dict(optim_wrapper_cfg)!r}"
             )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from functional_optim.optim_wrapper._errors import MistakenTypeError, MistakenValueError
+from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,11 +20,11 @@ def check_counts(name: str, value: Any, least: int) -> None:
     """Refuse what is no number of micro-batches."""
     # numpy's numbers have an index, too.
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise MistakenTypeError(
+        raise ConfigTypeError(
             f"{name} must be an int, a number of micro-batches, got {value!r}"
         )
     if value < least:
-        raise MistakenValueError(f"{name} must be at least {least}, got {value}")
+        raise ConfigValueError(f"{name} must be at least {least}, got {value}")
 
 
 class Windowed:

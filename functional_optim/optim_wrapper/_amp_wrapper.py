@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from functional_optim.optim_wrapper._errors import MistakenTypeError
+from functional_optim.optim_wrapper._errors import ConfigTypeError
 from functional_optim.optim_wrapper._grad_scaler import (
     SharedScaler,
     check_scaler_state,
@@ -74,7 +74,7 @@ class AmpOptimWrapper(OptimWrapper):
         **kwargs: Any,
     ) -> None:
         if hasattr(loss_scale, "param_groups"):
-            raise MistakenTypeError(
+            raise ConfigTypeError(
                 "loss_scale comes first; write AmpOptimWrapper(optimizer=optimizer)"
             )
         super().__init__(**kwargs)

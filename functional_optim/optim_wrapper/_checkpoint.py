@@ -11,7 +11,7 @@ from torch import Tensor
 
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.optim_wrapper._accumulation import Windowed, check_counts
-from functional_optim.optim_wrapper._errors import MistakenTypeError, MistakenValueError
+from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
 from functional_optim.optim_wrapper._settings import ShownSettings
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 from functional_optim.torch_optimizer._state_dict import plain
@@ -83,7 +83,7 @@ class WrapperState(Windowed, ShownSettings):
     def prepared(self, state_dict: Mapping[str, Any]) -> Prepared:
         """Check a saved state, and return what there is to load; nothing changes."""
         if not isinstance(state_dict, Mapping):
-            raise MistakenTypeError(
+            raise ConfigTypeError(
                 f"state_dict must be a dict, got a {type(state_dict).__name__}"
             )
         given = dict(state_dict)
@@ -102,7 +102,7 @@ class WrapperState(Windowed, ShownSettings):
         own = self._on_gradients
         if data is not None:
             if own is None or own.is_clip:
-                raise MistakenValueError(
+                raise ConfigValueError(
                     "state_dict has the state of a transform, this wrapper has none; "
                     "build it with the same transform=..."
                 )
@@ -119,9 +119,9 @@ class WrapperState(Windowed, ShownSettings):
         own = self.base_param_settings
         if not isinstance(base, Mapping):
             kind = type(base).__name__
-            raise MistakenTypeError(f"base_param_settings must be a dict, got a {kind}")
+            raise ConfigTypeError(f"base_param_settings must be a dict, got a {kind}")
         if own is not None and "lr" in own and "lr" not in base:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"base_param_settings lacks 'lr', it has {sorted(map(str, base))}"
             )
 
@@ -182,25 +182,25 @@ class WrapperState(Windowed, ShownSettings):
     def _checked_accumulation(self, data: Any) -> Take:
         place = "state_dict['accumulation']"
         if not isinstance(data, Mapping) or not _COUNTS.keys() <= data.keys():
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"{place} must have {', '.join(_COUNTS)}, got {data!r}"
             )
         for key, least in _COUNTS.items():
             check_counts(f"{place}[{key!r}]", data[key], least)
         scale = data.get("loss_scale", 1.0)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale <= 0:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"{place}['loss_scale'] must be a number above 0, got {scale!r}"
             )
         params = self._parameters()
         grads, zeros = data.get("gradients", {}), data.get("zeros", [])
         if not isinstance(grads, Mapping) or not isinstance(zeros, list):
-            raise MistakenTypeError(
+            raise ConfigTypeError(
                 f"{place} must have gradients by index and zeros as a list of them"
             )
         for index in [*grads, *zeros]:
             if not isinstance(index, int) or not 0 <= index < len(params):
-                raise MistakenValueError(
+                raise ConfigValueError(
                     f"{place} has a gradient for parameter {index!r}, the optimizer "
                     f"has {len(params)} parameters; it is of another model"
                 )
@@ -234,7 +234,7 @@ def _checked_gradient(place: str, index: int, grad: Any, param: Tensor) -> Tenso
         told = repr(grad)
         if isinstance(grad, Tensor):
             told = f"{tuple(grad.shape)}, {grad.dtype} on {grad.device}"
-        raise MistakenValueError(
+        raise ConfigValueError(
             f"{place}['gradients'][{index}] must be like its parameter, "
             f"{tuple(param.shape)}, {param.dtype}, got {told}; it is of another model"
         )
@@ -298,16 +298,16 @@ def check_fits(data: Mapping[str, Any], optimizer: Any) -> None:
     """Refuse a state of another model: torch loads some, and fails later."""
     for key, kind in (("state", Mapping), ("param_groups", list)):
         if key not in data:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"state_dict lacks {key!r}, it has {sorted(map(str, data))}"
             )
         if not isinstance(data[key], kind):
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"state_dict[{key!r}] must be a {kind.__name__}, got {data[key]!r}"
             )
     saved, groups = data["param_groups"], optimizer.param_groups
     if len(saved) != len(groups):
-        raise MistakenValueError(
+        raise ConfigValueError(
             f"state_dict has {len(saved)} parameter groups, the optimizer "
             f"{len(groups)}; it is of another model or paramwise_cfg"
         )
@@ -317,9 +317,9 @@ def check_fits(data: Mapping[str, Any], optimizer: Any) -> None:
         for key in ("params", *needed):
             if key not in theirs:
                 kind_ = type(optimizer).__name__
-                raise MistakenValueError(f"{place} lacks {key!r}; it is not of {kind_}")
+                raise ConfigValueError(f"{place} lacks {key!r}; it is not of {kind_}")
         if len(theirs["params"]) != len(own["params"]):
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"{place} has {len(theirs['params'])} parameters, the optimizer's "
                 f"{len(own['params'])}"
             )
@@ -342,7 +342,7 @@ def _check_entry(entry: Any, key: Any, param: Tensor) -> None:
     if entry is None:
         return
     if not isinstance(entry, Mapping):
-        raise MistakenValueError(
+        raise ConfigValueError(
             f"state[{key!r}] of state_dict must be a dict, got {entry!r}"
         )
     for name, value in entry.items():
@@ -352,11 +352,11 @@ def _check_entry(entry: Any, key: Any, param: Tensor) -> None:
             told = repr(value)
             if isinstance(value, Tensor):
                 told = f"shape {tuple(value.shape)}"
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"{name!r} of parameter {key} has {told} in state_dict, the parameter "
                 f"{tuple(param.shape)}; it is of another model"
             )
         if value.is_meta and not param.is_meta:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"{name!r} of parameter {key} is on meta in state_dict: it is empty"
             )

@@ -12,7 +12,7 @@ import torch
 from torch.amp.grad_scaler import OptState
 
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.optim_wrapper._errors import MistakenTypeError, MistakenValueError
+from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,14 +52,14 @@ def checked_dtype(dtype: Any, valid: Sequence[str]) -> torch.dtype | None:
     """
     if isinstance(dtype, str):
         if dtype not in valid:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"dtype must be one of {', '.join(valid)}, got {dtype!r}"
             )
         found: torch.dtype = getattr(torch, dtype)
         return found
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    raise MistakenTypeError(
+    raise ConfigTypeError(
         f"dtype must be a torch.dtype, its name, or None, got {dtype!r}"
     )
 
@@ -76,7 +76,7 @@ def scaler_of(
         options["init_scale"] = static = float(loss_scale)
         _check_above("loss_scale", loss_scale, 0.0)
     elif loss_scale != "dynamic":
-        raise MistakenTypeError(
+        raise ConfigTypeError(
             "loss_scale must be 'dynamic', a number, or a dict of arguments of "
             f"torch.amp.GradScaler, got {loss_scale!r}"
         )
@@ -91,22 +91,20 @@ def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in given.items():
         if key not in _SCALER_KEYS:
             known = ", ".join(sorted(_SCALER_KEYS))
-            raise MistakenValueError(
-                f"loss_scale may have the keys {known}, got {key!r}"
-            )
+            raise ConfigValueError(f"loss_scale may have the keys {known}, got {key!r}")
         if key in _ABOVE:
             _check_above(f"loss_scale[{key!r}]", value, _ABOVE[key])
     if not isinstance(given.get("enabled", True), bool):
-        raise MistakenTypeError(
+        raise ConfigTypeError(
             f"loss_scale['enabled'] must be a bool, got {given['enabled']!r}"
         )
     interval = given.get("growth_interval", 1)
     if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise MistakenValueError(
+        raise ConfigValueError(
             f"loss_scale['growth_interval'] must be an int >= 1, got {interval!r}"
         )
     if given.get("backoff_factor", 0.5) >= 1.0:
-        raise MistakenValueError(
+        raise ConfigValueError(
             f"loss_scale['backoff_factor'] must be < 1, got {given['backoff_factor']}"
         )
     return dict(given)
@@ -116,34 +114,32 @@ def check_scaler_state(data: Any, needed: Iterable[str]) -> None:
     """Refuse what no scaler saved."""
     place = "state_dict['loss_scaler']"
     if not isinstance(data, Mapping):
-        raise MistakenTypeError(f"{place} must be a dict, got {data!r}")
+        raise ConfigTypeError(f"{place} must be a dict, got {data!r}")
     for key in needed:
         if key not in data:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"{place} lacks {key!r}, it has {', '.join(map(str, data))}"
             )
         if isinstance(data[key], bool) or not isinstance(data[key], (int, float)):
-            raise MistakenTypeError(
+            raise ConfigTypeError(
                 f"{place}[{key!r}] must be a number, got {data[key]!r}"
             )
     for key, most in _MOST.items():
         if key in data and not _LEAST[key] < data[key] < most:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"{place}[{key!r}] must be > {_LEAST[key]:g} and < {most:g}, got "
                 f"{data[key]}"
             )
     for key in {"growth_interval", "_growth_tracker"} & data.keys():
         if not isinstance(data[key], int):
-            raise MistakenTypeError(
-                f"{place}[{key!r}] must be an int, got {data[key]!r}"
-            )
+            raise ConfigTypeError(f"{place}[{key!r}] must be an int, got {data[key]!r}")
 
 
 def _check_above(name: str, value: Any, least: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise MistakenTypeError(f"{name} must be a number, got {value!r}")
+        raise ConfigTypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value > least):
-        raise MistakenValueError(f"{name} must be finite and > {least:g}, got {value}")
+        raise ConfigValueError(f"{name} must be finite and > {least:g}, got {value}")
 
 
 class SharedScaler:

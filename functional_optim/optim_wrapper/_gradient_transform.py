@@ -19,7 +19,7 @@ from functional_optim.core._state_dict import load_state_dict, state_dict
 from functional_optim.core._transform import Role, inner_transforms
 from functional_optim.execution._gradient_executor import GradientExecutor
 from functional_optim.execution._state_tree import nodes_of, rebuilt
-from functional_optim.optim_wrapper._errors import MistakenTypeError, MistakenValueError
+from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
 from functional_optim.torch_optimizer._gradients import gradients_of
 from functional_optim.torch_optimizer._sharding import ShardCheck
 from functional_optim.transforms import ClipByGlobalNorm, ClipByValue, Observe
@@ -167,7 +167,7 @@ def check_not_owned(transform: Any, owned: Mapping[Role, str], why: str) -> None
     """Refuse a transform that does, at any depth, what somebody else does."""
     role = getattr(transform, "role", None)
     if isinstance(role, Role) and role in owned:
-        raise MistakenValueError(f"{transform!r} {why}; {owned[role]}")
+        raise ConfigValueError(f"{transform!r} {why}; {owned[role]}")
     for inner in inner_transforms(transform):
         check_not_owned(inner, owned, why)
 
@@ -199,14 +199,14 @@ def clip_grad_of(config: Any, *, strict: bool = True) -> ClipGrad:
     """
     if not isinstance(config, Mapping) or not config:
         kind = "an empty one" if isinstance(config, Mapping) else repr(config)
-        raise MistakenTypeError(
+        raise ConfigTypeError(
             "If `clip_grad` is not None, it must be a dict such as dict(max_norm=1.0) "
             f"or dict(type='value', clip_value=0.5), got {kind}"
         )
     kwargs = dict(config)
     kind = kwargs.pop("type", "norm")
     if not isinstance(kind, str) or kind not in _KEYS:
-        raise MistakenValueError(
+        raise ConfigValueError(
             "If `clip_grad` is not None, its type must be 'norm' or 'value', got "
             f"{kind!r}"
         )
@@ -219,9 +219,7 @@ def clip_grad_of(config: Any, *, strict: bool = True) -> ClipGrad:
     try:
         transform = _transform_of(kind, kwargs)
     except (TypeError, ValueError) as error:
-        mistake = (
-            MistakenTypeError if isinstance(error, TypeError) else MistakenValueError
-        )
+        mistake = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
         raise mistake(
             f"If `clip_grad` is not None, its numbers must be legal: {error}"
         ) from None
@@ -233,12 +231,12 @@ def _check_keys(kind: str, kwargs: dict[str, Any]) -> None:
     if unknown:
         other = next((k for k, keys in _KEYS.items() if unknown[0] in keys), None)
         hint = f"; add type={other!r}" if other else ""
-        raise MistakenValueError(
+        raise ConfigValueError(
             f"If `clip_grad` is not None, its keys with type={kind!r} may be "
             f"{', '.join(sorted(_KEYS[kind]))}, got {unknown[0]!r}{hint}"
         )
     if _NEEDED[kind] not in kwargs:
-        raise MistakenValueError(
+        raise ConfigValueError(
             f"If `clip_grad` is not None, it must say {_NEEDED[kind]} with type="
             f"{kind!r}, such as dict(type={kind!r}, {_NEEDED[kind]}=1.0)"
         )

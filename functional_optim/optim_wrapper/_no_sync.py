@@ -7,7 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.optim_wrapper._errors import MistakenValueError
+from functional_optim.optim_wrapper._errors import ConfigValueError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -53,7 +53,7 @@ class Suppression:
         sharded = [p for p in params if p.requires_grad and hasattr(p, "_local_tensor")]
         missing = bool(sharded) and all(p.grad is None for p in sharded)
         if self._withholds or missing:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 "the gradients of an open window wait inside the model: fully_shard "
                 "keeps them until it reduces them, and they would be missing in the "
                 "state dict; save where a window ends, that is where "

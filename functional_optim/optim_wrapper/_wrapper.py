@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from functional_optim.core._transform import Role, Transform
 from functional_optim.optim_wrapper._accumulation import check_counts
 from functional_optim.optim_wrapper._checkpoint import WrapperState
-from functional_optim.optim_wrapper._errors import MistakenTypeError, MistakenValueError
+from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
 from functional_optim.optim_wrapper._gradient_transform import (
     ClipGrad,
     GradientTransform,
@@ -82,7 +82,7 @@ class OptimWrapper(WrapperState):
     ) -> None:
         _check_optimizer(optimizer)
         if not isinstance(merge_groups, bool):
-            raise MistakenTypeError(
+            raise ConfigTypeError(
                 f"merge_groups must be True or False, got {merge_groups!r}"
             )
         check_counts("accumulative_counts", accumulative_counts, 1)
@@ -93,7 +93,7 @@ class OptimWrapper(WrapperState):
         self._on_gradients: GradientTransform | None = None
         if transform is not None:
             if clip_grad is not None:
-                raise MistakenValueError(
+                raise ConfigValueError(
                     "clip_grad and transform stand in the same place; put the clip "
                     "into the transform: chain(..., ClipByGlobalNorm(1.0))"
                 )
@@ -261,12 +261,12 @@ class OptimWrapper(WrapperState):
         """Refuse a loss that is not a single number."""
         if not hasattr(loss, "backward"):
             kind = type(loss).__name__
-            raise MistakenTypeError(
+            raise ConfigTypeError(
                 f"loss must be a tensor, got a {kind}; add up its parts first"
             )
         is_tensor = issubclass(type(loss), Tensor)  # A mock of one has no numbers.
         if is_tensor and loss.numel() != 1 and "gradient" not in kwargs:
-            raise MistakenValueError(
+            raise ConfigValueError(
                 f"loss must be a single number, got shape {tuple(loss.shape)}; pass "
                 "loss.mean() or loss.sum()"
             )
@@ -340,7 +340,7 @@ def _check_optimizer(optimizer: Any) -> None:
         msg = f"optimizer must be a torch.optim.Optimizer, got {kind}"
         if isinstance(optimizer, Transform):
             msg += f"; write TransformOptimizer(model.named_parameters(), {kind})"
-        raise MistakenTypeError(msg)
+        raise ConfigTypeError(msg)
     if isinstance(optimizer, TransformOptimizer):
         why = "inside the optimizer of a wrapper would see sums of micro-batches"
         remedy = "the wrapper accumulates in .grad: pass accumulative_counts"

@@ -12,9 +12,9 @@ import torch
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.optim_wrapper._checkpoint import undo_of
 from functional_optim.optim_wrapper._errors import (
-    MissingError,
-    MistakenTypeError,
-    MistakenValueError,
+    ConfigKeyError,
+    ConfigTypeError,
+    ConfigValueError,
 )
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 
@@ -55,7 +55,7 @@ class OptimWrapperDict(OptimWrapper):
         for name, wrapper in optim_wrappers.items():
             nested = isinstance(wrapper, OptimWrapperDict)
             if nested or not isinstance(wrapper, OptimWrapper):
-                raise MistakenTypeError(
+                raise ConfigTypeError(
                     "`OptimWrapperDict` only accept OptimWrapper instance, but got "
                     f"{name}: {type(wrapper).__module__}.{type(wrapper).__name__}; "
                     "wrap an optimizer: OptimWrapper(optimizer)"
@@ -183,7 +183,7 @@ class OptimWrapperDict(OptimWrapper):
                 has changed then.
         """
         if not isinstance(state_dict, Mapping):
-            raise MistakenTypeError(
+            raise ConfigTypeError(
                 f"state_dict must be a dict, got a {type(state_dict).__name__}"
             )
         extra = [name for name in state_dict if name not in self.optim_wrappers]
@@ -191,7 +191,7 @@ class OptimWrapperDict(OptimWrapper):
         for verb, names in (("has", extra), ("lacks", missing)):
             if names:
                 told = ", ".join(map(repr, names))
-                raise MistakenValueError(
+                raise ConfigValueError(
                     f"Mismatched `state_dict`: it {verb} {told}, the wrappers are "
                     f"{', '.join(self.optim_wrappers)}; build those that were saved, "
                     "or load one alone: wrappers[name].load_state_dict(...)"
@@ -246,7 +246,7 @@ class OptimWrapperDict(OptimWrapper):
 
     def __getitem__(self, key: str) -> OptimWrapper:
         if key not in self.optim_wrappers:
-            raise MissingError(
+            raise ConfigKeyError(
                 f"Cannot find {key!r} in OptimWrapperDict, it has "
                 f"{', '.join(self.optim_wrappers)}"
             )
