@@ -43,16 +43,17 @@ def format_bytes(count: int) -> str:
 
 
 def pluralize(number: int, what: str) -> str:
-    """Format a number with its noun, such as "2 passes"."""
-    plural = "" if number == 1 else "es" if what.endswith("s") else "s"
-    return f"{number:,} {what}{plural}"
+    """Format a number with its noun, such as "2 tensors"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
-def format_columns(rows: list[tuple[str, ...]], align: str) -> list[str]:
+def format_columns(
+    rows: list[tuple[str, ...]], align: str, gap: str = "  "
+) -> list[str]:
     """Align the cells of rows in columns, "<" to the left and ">" to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(
+        gap.join(
             f"{cell:{side}{width}}"
             for cell, side, width in zip(row, align, widths, strict=True)
         )

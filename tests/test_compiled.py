@@ -412,10 +412,9 @@ def test_explain_says_what_is_compiled() -> None:
     text = fo.explain(optimizer)
     where = "float32 on cpu: 1 slice, 1 pool, "
     assert f"{where}to be compiled at the first step" in text
-    assert "temporary   344 B beside parameters" in text  # 43 numbers, and gradients.
     _give_gradients(params, 0)
     optimizer.step()
-    assert f"{where}compiled\n" in fo.explain(optimizer)
+    assert f"{where}compiled" in fo.explain(optimizer)
     whole = fo.TransformOptimizer(params, fo.chain(fo.Centralize()), compile=True)
     assert "1 group, not compiled (Centralize() looks at whole" in fo.explain(whole)
     assert fo.explain(fo.OptimWrapper(optimizer)) == fo.explain(optimizer)

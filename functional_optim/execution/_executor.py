@@ -113,11 +113,6 @@ class Executor:
         """Return all tensors here that lie where parameters lie."""
         return self._plan.views()
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Bytes that are kept to gather small tensors."""
-        return self._plan.scratch_bytes
-
     def step(
         self,
         grads: Mapping[str, Tensor],

@@ -86,17 +86,3 @@ def remembered(transform: Transform, memory: Memory) -> Transform:
     if not inner_transforms(transform):
         return _Remembered(transform, memory)
     return with_inner(transform, lambda inner: remembered(inner, memory))
-
-
-def num_remembered(transform: Transform) -> int:
-    """Return how many members `remembered` remembers.
-
-    Example:
-        >>> from functional_optim import Centralize, ClipByNorm, Scale, chain
-        >>> num_remembered(chain(Centralize(), Scale(2.0), ClipByNorm(1.0)))
-        2
-    """
-    if transform.scope is Scope.ELEMENTWISE:
-        return 0
-    inner = inner_transforms(transform)
-    return sum(map(num_remembered, inner)) if inner else 1

@@ -52,11 +52,6 @@ class Plan:
         self._wanted: dict[str, torch.dtype | None] = {}
         self.renew()
 
-    @property
-    def scratch_bytes(self) -> int:
-        """Bytes that are kept to gather small tensors."""
-        return self._scratch.taken
-
     def views(self) -> list[Tensor]:
         """Return all tensors here that lie where parameters lie."""
         shown = [param for _, unit in self.units for param in unit.params.values()]

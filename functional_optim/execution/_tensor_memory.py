@@ -187,7 +187,7 @@ class Scratch:
     """Memory for gathered tensors: own buffers up to a budget, one for the rest."""
 
     def __init__(self, budget: int) -> None:
-        self._left, self.taken = budget, 0
+        self._left = budget
         self._shared: dict[tuple[torch.dtype, torch.device, str], Tensor] = {}
 
     def take(
@@ -197,14 +197,10 @@ class Scratch:
         size = numel * dtype.itemsize
         if size <= self._left:
             self._left -= size
-            self.taken += size
             return torch.empty(numel, dtype=dtype, device=like.device), True
         key = dtype, like.device, use
         known = self._shared.get(key)
         if known is None or known.numel() < numel:
-            self.taken += size - (
-                0 if known is None else known.numel() * dtype.itemsize
-            )
             known = torch.empty(numel, dtype=dtype, device=like.device)
             self._shared[key] = known
         return known[:numel], False
