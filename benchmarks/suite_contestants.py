@@ -27,8 +27,6 @@ FREE = "no step at all"
 VARIANTS: dict[str, dict[str, Any]] = {
     EAGER: {},
     COMPILED: {"compile": True},
-    "ours, flat": {"layout": "flat"},
-    "ours, compiled, flat": {"compile": True, "layout": "flat"},
 }
 """What `TransformOptimizer` is given; one whose keywords it refuses is left out."""
 

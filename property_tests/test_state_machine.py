@@ -7,7 +7,6 @@ import io
 import pickle
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -37,8 +36,6 @@ CLOSE = {"rtol": 1e-12, "atol": 1e-13}
 class Machine(RuleBasedStateMachine):
     """Our AdamW and torch's, to which the same is done."""
 
-    layout = "auto"
-
     @initialize(frozen=st.sets(which), clip=st.booleans(), named=st.booleans())
     def begin(self, frozen: set[int], clip: bool, named: bool) -> None:
         """Build both over parameters of which some are frozen."""
@@ -53,7 +50,7 @@ class Machine(RuleBasedStateMachine):
         ours: Any = made[0]
         if named:
             ours = [(f"p{index}", param) for index, param in enumerate(made[0])]
-        self.ours: Any = fo.TransformOptimizer(ours, transform, layout=self.layout)
+        self.ours: Any = fo.TransformOptimizer(ours, transform)
         self.theirs: Any = torch.optim.AdamW(made[1], 0.1)
         self.named, self.count = named, len(SHAPES)
 
@@ -238,14 +235,7 @@ class Machine(RuleBasedStateMachine):
                 )
 
 
-class Apart(Machine):
-    """The same, with every tensor in a unit of its own."""
-
-    layout = "leaves"
-
-
-@pytest.mark.parametrize("machine", [Machine, Apart])
-def test_machine(machine: type[Machine]) -> None:
+def test_machine() -> None:
     """A random walk through all that may be done to an optimizer."""
     case = settings(max_examples=60, stateful_step_count=20)
-    run_state_machine_as_test(machine, settings=case)
+    run_state_machine_as_test(Machine, settings=case)

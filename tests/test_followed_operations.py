@@ -16,9 +16,7 @@ import functional_optim as fo
 
 WAYS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "leaves": {"layout": "leaves"},
     "compile": {"compile": True},
-    "compile, leaves": {"compile": True, "layout": "leaves"},
 }
 CHAINS = {
     "adamw": fo.adamw(0.1),
@@ -82,10 +80,9 @@ class _Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("way", ["compile", "compile, leaves"])
-def test_a_mode_sees_the_operations_of_a_compiled_optimizer(way: str) -> None:
+def test_a_mode_sees_the_operations_of_a_compiled_optimizer() -> None:
     """While a dispatch mode is on, an update runs without code, as torch.compile."""
-    params, optimizer = _setup("adamw", way)
+    params, optimizer = _setup("adamw", "compile")
 
     def step() -> _Counting:
         for p, grad in zip(params, _gradients(0), strict=True):

@@ -105,7 +105,6 @@ CHAINS = {
 }
 WAYS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "leaves": {"layout": "leaves"},
     "compile": {"compile": True},
 }
 

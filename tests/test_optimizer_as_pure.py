@@ -311,19 +311,6 @@ def test_states_change_places(how: str) -> None:
     assert [buffer[0].item() for buffer in buffers.values()] == [2.0, 1.0]
 
 
-def test_the_state_of_recorded_steps_is_shown() -> None:
-    """With differentiable=True a state dict has what the steps made."""
-    params = [torch.nn.Parameter(p) for p in _ones()]
-    optimizer = fo.TransformOptimizer(params, fo.adam(0.1), differentiable=True)
-    with torch.no_grad():
-        for _ in range(2):
-            for param in params:
-                param.grad = ONE.clone()
-            optimizer.step()
-    assert optimizer.state_dict()["state"][0]["step"] == 2
-    assert optimizer.state[params[0]]["exp_avg"].abs().sum() > 0
-
-
 @pytest.mark.parametrize("first", [0, 1])
 def test_unscaling_now_and_then(first: int) -> None:
     """A scaler may hand over unscaled gradients now, and scaled ones then."""

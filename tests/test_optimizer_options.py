@@ -101,24 +101,6 @@ def test_labels_with_other_rates_can_be_told(scheduler: bool) -> None:
     assert rate == 0.05 if isinstance(rate, float) else set(rate.values()) == {0.05}
 
 
-def test_recorded_steps_with_labels_and_other_rates() -> None:
-    """differentiable=True does the same where groups of labels differ."""
-    ends = []
-    for differentiable in (False, True):
-        params = parameters()
-        optimizer = fo.TransformOptimizer(
-            params.items(),
-            fo.Partition({"decayed": fo.adamw(0.1), "plain": fo.adamw(0.1)}, LABELS),
-            differentiable=differentiable,
-        )
-        optimizer.param_groups[1]["lr"] = 0.05
-        with torch.no_grad():
-            train(optimizer, params, range(3))
-        ends.append(values(params))
-    for name, value in ends[0].items():
-        torch.testing.assert_close(ends[1][name], value, rtol=1e-12, atol=1e-14)
-
-
 def test_one_schedule_in_two_places() -> None:
     """A transform may stand twice in another: each has a count of its own."""
     base = fo.sgd(schedules.linear(0.1, 0.0, 10))

@@ -21,7 +21,6 @@ import functional_optim as fo
 
 WAYS: dict[str, dict[str, Any]] = {
     "auto": {},
-    "leaves": {"layout": "leaves"},
     "compile": {"compile": True},
 }
 each_way = pytest.mark.parametrize("way", WAYS)

@@ -19,7 +19,7 @@ from functional_optim.optim_wrapper._amp_wrapper import AmpOptimWrapper
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 
-_OF_OPTIMIZER = ("compile", "layout", "notes")
+_OF_OPTIMIZER = ("compile", "notes")
 """What a config says to the optimizer in the midst of a preset's own arguments."""
 
 

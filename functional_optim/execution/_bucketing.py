@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -127,16 +127,6 @@ SCRATCH_BYTES = 16 * 2**20
 """What gathering small tensors may keep for good."""
 
 
-class Mover(Protocol):
-    """Moves parameters to where they need not be gathered."""
-
-    def disregard(self, views: Iterable[Tensor]) -> None:
-        """Let views of ours not count as somebody who looks at a parameter."""
-
-    def lay(self, views: TensorMap) -> tuple[Tensor | None, TensorMap]:
-        """Move parameters side by side; return their memory, and the views now."""
-
-
 @dataclasses.dataclass
 class Layout:
     """What a plan is made from."""
@@ -150,8 +140,6 @@ class Layout:
     fields: list[Field]
     unit_bytes: int | None
     compiling: Compiling | None = None
-    apart: bool = False
-    laying: Mover | None = None
     scratch: Scratch = dataclasses.field(default_factory=lambda: Scratch(SCRATCH_BYTES))
 
     def buckets(self) -> list[Bucket]:
@@ -285,7 +273,7 @@ class Layout:
         return Source(self.template, shown, self.fields, columns)
 
     def _flat_units(self, params: TensorMap, source: Source) -> list[Unit]:
-        """Return flat units; where parameters are moved, `params` has them after."""
+        """Return flat units."""
         units: list[Unit] = []
         pool: TensorMap = {}
         count = 0
@@ -295,14 +283,13 @@ class Layout:
                 own = _LONGEST if self.compiling else size
                 units.extend(self._pieces(name, own, source))
                 continue
-            if pool and (self.apart or count + param.numel() > size):
+            if pool and count + param.numel() > size:
                 units.append(self._pooled(pool, source))
                 pool, count = {}, 0
             pool[name] = param
             count += param.numel()
         if pool:
             units.append(self._pooled(pool, source))
-        params.update({name: self.params[name] for name in params})
         return units
 
     def _codes(self, params: TensorMap) -> Codes | None:
@@ -312,8 +299,6 @@ class Layout:
 
     def _least_alone(self, size: int) -> int:
         """Return how many elements a tensor has that is not gathered with others."""
-        if self.apart:
-            return 0
         least = -(-size // _POOLED_BELOW)
         return min(least, _COMPILED_ALONE) if self.compiling else least
 
@@ -321,12 +306,8 @@ class Layout:
         name = next(iter(params))
         if len(params) == 1 and is_dense(params[name]):
             return self._pieces(name, max(1, params[name].numel()), source)[0]
-        memory = None
-        if self.laying is not None:
-            memory, params = self.laying.lay(params)
-            self.params.update(params)
         compiles = self.compiling is not None
-        return Pooled(params, source, self.scratch, memory, compiles=compiles)
+        return Pooled(params, source, self.scratch, compiles=compiles)
 
     def _pieces(self, name: str, size: int, source: Source) -> list[Unit]:
         param = self.params[name]

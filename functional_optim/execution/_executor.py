@@ -29,7 +29,7 @@ from functional_optim.execution._unit_update import Given, Run
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
-    from functional_optim.execution._bucketing import Bucket, Mover
+    from functional_optim.execution._bucketing import Bucket
     from functional_optim.execution._state_tree import Node
     from functional_optim.execution._units import Later, Unit
     from functional_optim.execution.compiled._compiled_update import (
@@ -51,8 +51,6 @@ class Executor:
         *,
         unit_bytes: int | None = None,
         compiling: Compiling | None = None,
-        apart: bool = False,
-        laying: Mover | None = None,
         check_totals: Callable[[], None] = lambda: None,
     ) -> None:
         self._check_totals = check_totals
@@ -74,8 +72,6 @@ class Executor:
             self._store,
             unit_bytes=unit_bytes,
             compiling=compiling,
-            apart=apart,
-            laying=laying,
         )
 
     @property
@@ -108,10 +104,6 @@ class Executor:
     def set_transforms(self, transforms: list[Transform]) -> None:
         """Go on with other numbers."""
         self._plan.set_transforms(transforms)
-
-    def views(self) -> list[Tensor]:
-        """Return all tensors here that lie where parameters lie."""
-        return self._plan.views()
 
     def step(
         self,

@@ -18,7 +18,6 @@ from functional_optim.execution._native import Gradients
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
-    from functional_optim.execution._bucketing import Mover
     from functional_optim.execution._state_tree import Store
     from functional_optim.execution._units import Unit
     from functional_optim.execution.compiled._compiled_update import Compiling
@@ -38,24 +37,16 @@ class Plan:
         *,
         unit_bytes: int | None,
         compiling: Compiling | None,
-        apart: bool = False,
-        laying: Mover | None = None,
     ) -> None:
         self._params, self._transforms, self._group_of = params, transforms, group_of
         self._store = store
         self.buckets: list[Bucket] = []
         self.units: list[tuple[Bucket, Unit]] = []
         self._unit_bytes, self._compiling = unit_bytes, compiling
-        self._apart, self._laying = apart, laying
         self._cohorts = Cohorts()
         self._given: tuple[list[str], list[torch.dtype]] = ([], [])
         self._wanted: dict[str, torch.dtype | None] = {}
         self.renew()
-
-    def views(self) -> list[Tensor]:
-        """Return all tensors here that lie where parameters lie."""
-        shown = [param for _, unit in self.units for param in unit.params.values()]
-        return [*self._params.values(), *shown]
 
     def keep_versions(self) -> None:
         """Take the numbers that parameters share to be as they should be now."""
@@ -69,8 +60,6 @@ class Plan:
 
     def _renew(self) -> None:
         self._store.replaced = True
-        if self._laying is not None:
-            self._laying.disregard(self.views())
         layout = Layout(
             self._params,
             self._transforms,
@@ -81,8 +70,6 @@ class Plan:
             self._store.fields,
             self._unit_bytes,
             self._compiling,
-            self._apart,
-            self._laying,
         )
         self.buckets = layout.buckets()
         self._scratch = layout.scratch

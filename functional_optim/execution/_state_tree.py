@@ -184,11 +184,6 @@ class Store:
         ]
         self.state = rebuilt(state, iter(self.nodes))
 
-    def replace(self, state: Any) -> None:
-        """Go on from another state, whose tensors are taken as they are."""
-        self._take(state)
-        self.replaced = True
-
     def load(self, nodes: list[Node]) -> None:
         """Take over the numbers of other nodes; tensors stay where dtypes agree."""
         # Ours may come back in another order: all is read before one is written.

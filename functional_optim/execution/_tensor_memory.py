@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import math
 import weakref
@@ -131,44 +130,6 @@ def copied_alone(view: Tensor) -> Tensor:
         __reduce_ex__=lambda protocol: here().clone().__reduce_ex__(protocol),
     )
     return view
-
-
-ALIGNMENT = 64
-"""Bytes of a line of memory: what a processor reads at once, and where torch begins."""
-
-
-def joint(
-    shapes: Sequence[torch.Size], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, list[Tensor]]:
-    """Return new one-dimensional memory, and consecutive pieces of it.
-
-    On the CPU each piece has a storage of its own, so that saving it saves no other;
-    the memory lives as long as one of them.
-
-    Example:
-        >>> shapes = [torch.Size([2, 3]), torch.Size([1])]
-        >>> memory, pieces = joint(shapes, torch.float32, torch.device("cpu"))
-        >>> memory.numel(), [piece.untyped_storage().nbytes() for piece in pieces]
-        (7, [24, 4])
-    """
-    memory = torch.empty(
-        sum(shape.numel() for shape in shapes), dtype=dtype, device=device
-    )
-    if not memory.is_cpu or not memory.numel():
-        return memory, carved(memory, shapes)
-    space: Any = (ctypes.c_char * memory.nbytes).from_address(memory.data_ptr())
-    space.memory = memory  # What is made of it keeps it alive.
-    start = 0
-    pieces = []
-    for shape in shapes:
-        count = shape.numel()
-        if count:
-            piece = torch.frombuffer(space, dtype=dtype, count=count, offset=start)
-            pieces.append(piece.view(shape))
-        else:
-            pieces.append(torch.empty(shape, dtype=dtype))
-        start += count * dtype.itemsize
-    return memory, pieces
 
 
 def own_like(entry: Tensor, param: Tensor) -> Tensor:

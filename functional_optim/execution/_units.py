@@ -258,7 +258,6 @@ class Pooled(Unit):
         params: TensorMap,
         source: Source,
         scratch: Scratch,
-        memory: Tensor | None = None,
         *,
         compiles: bool = False,
     ) -> None:
@@ -268,16 +267,10 @@ class Pooled(Unit):
         self._numel = sum(param.numel() for param in self._tensors)
         self._key, self._scratch, self._compiles = self.names[0], scratch, compiles
         first = self._tensors[0]
-        self._own = True
-        if memory is None:
-            memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
-        self.laid, start = _laid_in(memory, self._tensors)
-        laid = self.laid
-        self._loose = self._tensors[laid:]
+        memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
         self._all = Versions(self._tensors, compiles=compiles)
-        self._laid = Versions(self._tensors[:laid], compiles=compiles)
-        self._params = Gathered(memory[start:], self._shapes[laid:], compiles=compiles)
-        self._places = places_of(self._loose) if memory.is_cpu else None
+        self._params = Gathered(memory, self._shapes, compiles=compiles)
+        self._places = places_of(self._tensors) if memory.is_cpu else None
         self.params = {self._key: memory}
         self._grads = self._room(first.dtype)
         self._members: array[int] | None = None
@@ -307,7 +300,7 @@ class Pooled(Unit):
         """Gather the gradients, and the parameters."""
         if again and self._own and self._last is not None:
             return self._last
-        self._params.gather(self._loose, self._places)
+        self._params.gather(self._tensors, self._places)
         self._last = {}
         if self._key in grads:  # Then all have one; none in a window that closes.
             self._last = {self._key: self._gathered(grads)}
@@ -345,16 +338,5 @@ class Pooled(Unit):
 
     def _put_back(self) -> None:
         """Write the gathered parameters to their own places, and count it."""
-        seen = self._params.scatter(self._loose, self._places)
-        (self._laid if seen else self._all).bump()
-
-
-def _laid_in(memory: Tensor, tensors: list[Tensor]) -> tuple[int, int]:
-    """Return how many tensors are the first pieces of memory, and their elements."""
-    count = start = 0
-    for tensor in tensors:
-        here = memory.data_ptr() + start * memory.itemsize
-        if tensor.data_ptr() != here or not tensor.numel():
-            break
-        count, start = count + 1, start + tensor.numel()
-    return count, start
+        if not self._params.scatter(self._tensors, self._places):
+            self._all.bump()

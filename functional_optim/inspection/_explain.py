@@ -303,10 +303,6 @@ def _format_bucket(bucket: Bucket, optimizer: TransformOptimizer) -> str:
     params = list(bucket.params.values())
     kinds = Counter(unit.kind for unit in bucket.units)
     cut = ", ".join(pluralize(count, kind) for kind, count in kinds.items())
-    laid = sum(getattr(unit, "laid", 0) for unit in bucket.units)
-    pooled = sum(len(unit.names) for unit in bucket.units if unit.pooled)
-    if pooled and optimizer._layout == "flat":
-        cut += f" ({laid:,} of {pluralize(pooled, 'tensor')} side by side)"
     code = _format_code(bucket) if optimizer._compiles else ""
     return (
         f"{_format_count(params)}, {str(params[0].dtype).removeprefix('torch.')} on "

@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functional_optim.core._apply import apply_updates
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._state_tree import nodes_of
-from functional_optim.torch_optimizer._flat_layout import Laying, check_may_be_flat
 from functional_optim.torch_optimizer._gradients import Shown, Survey
 from functional_optim.torch_optimizer._param_state import (
     entries_of,
@@ -48,8 +46,6 @@ class Engine:
         start: Start,
         *,
         compiling: Compiling | None = None,
-        layout: str = "auto",
-        before: Engine | None = None,
     ) -> None:
         self._transform, self._outline = transform, start.outline
         self._everyone = dict(everyone)
@@ -61,34 +57,20 @@ class Engine:
         params = self.params()
         self.survey = Survey(self.names, compiles=compiling is not None)
         """What looks at parameters and gradients."""
-        self._laying: Laying | None = None
-        if layout == "flat":
-            check_may_be_flat(params)
-            self._laying = Laying({name: param for param, name in self.names.items()})
-            if before is not None:
-                self._laying.disregard(before.executor.views())
         self._executor = Executor(
             params,
             transforms,
             group_of,
             start.state,
             compiling=compiling,
-            apart=layout == "leaves",
-            laying=self._laying,
             check_totals=ShardCheck(self.names, transform).check_totals,
         )
-        self._settle()
         self._store = self._executor.store
         self._keys = start.outline.keys
         self._shown = Shown({}, [])
         self.rest_shown: dict[str, Any] = {}
         """What belongs to the transform as a whole, as it is now."""
         self.show_rest()
-
-    def _settle(self) -> None:
-        """Where parameters lie after a new plan is where they should be."""
-        if self._laying is not None and self._laying.finish():
-            self.survey.restart()
 
     def params(self) -> TensorMap:
         """Return the parameters by name, as they are now."""
@@ -127,7 +109,6 @@ class Engine:
         """Go on with other numbers; see `Executor`."""
         self._transforms = transforms
         self._executor.set_transforms(transforms)
-        self._settle()
 
     def has_new_gradients(self) -> bool:
         """Whether a frozen parameter has its first gradient."""
@@ -213,7 +194,6 @@ class Engine:
     def load(self, nodes: list[Node]) -> None:
         """Take over the numbers of nodes over the same parameters."""
         self._executor.load(nodes)
-        self._settle()
         self.show_rest()
 
     def saved(self, state: Any) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -249,18 +229,5 @@ class Engine:
                 "micro-batch, and step once"
             )
         self._executor.step(grads, context=context, scaling=scaling)
-        self._settle()
         if self._executor.holds:
             self.show_rest()
-
-    def step_recorded(self, grads: Mapping[str, Tensor], *, context: Context) -> None:
-        """Step with a graph: everything at once, out of place."""
-        params: TensorMap = {name: param for param, name in self.names.items()}
-        moved, state = self.transform.update(
-            dict(grads), self.state, params, context=context
-        )
-        new = apply_updates(params, moved, differentiable=True)
-        for name in moved:
-            params[name].copy_(new[name])
-        self._store.replace(state)
-        self.show_rest()

@@ -19,7 +19,7 @@ TRANSFORM_STATE = "transform_state"
 OWN_KEYS = {"params", "param_names", "differentiable", TRANSFORM_STATE}
 """What every group has beside hyperparameters."""
 
-OPTIONS = {"transform", "amp_scaling", "compile", "layout", "notes"}
+OPTIONS = {"transform", "amp_scaling", "compile", "notes"}
 """What an optimizer has among its defaults, but no group."""
 
 _WRITTEN_BY_SCHEDULERS = {

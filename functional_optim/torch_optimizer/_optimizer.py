@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,6 @@ from functional_optim.core._chain import Chain, chain, checked_transform
 from functional_optim.core._context import Context
 from functional_optim.core._readings import readings
 from functional_optim.core._value_class import same_value
-from functional_optim.torch_optimizer._flat_layout import check_options
 from functional_optim.torch_optimizer._gradients import scaling_of, warn_of_no_gradient
 from functional_optim.torch_optimizer._group_keys import checked_notes
 from functional_optim.torch_optimizer._param_groups import Groups
@@ -56,8 +55,6 @@ class TransformOptimizer(Tracking):
             and labels by name then match nothing.
         transform: The transform, such as `adamw(1e-3)` or a `chain(...)` of yours.
             Hyperparameters stand in it.
-        differentiable: Whether autograd records the steps, for parameters that are
-            themselves results. Whole tensors are then updated out of place.
         amp_scaling: Whether a `torch.amp.GradScaler` hands over its scale and its flag
             of overflow instead of reading the flag on the host, as for torch's fused
             optimizers: a step then needs no sync. Lightning refuses to clip for such
@@ -69,16 +66,6 @@ class TransformOptimizer(Tracking):
             without, by an ulp or two. What cannot be compiled, because a rule looks at
             whole tensors or at values, or there is no compiler, runs without, and a
             warning says so in the second case.
-        layout: Where small tensors lie while an elementwise chain updates them; a call
-            for each would cost more than their numbers. Small are those below 32,768
-            elements if compiled, else below 1 MiB. "auto": they are gathered into one
-            piece of memory, and put back. "leaves": none is gathered, unless it has
-            gaps. "flat", on the CPU only: parameters of a multiple of 64 bytes are
-            moved side by side for good, and only gradients are gathered. Each has a
-            storage of its own, so that `torch.save` and `deepcopy` see no other; it
-            cannot be resized. What something else holds in memory (`p.data`, a kept
-            `model.state_dict()`, NumPy) when the optimizer plans stays where it is, and
-            is gathered, so that such views stay right; so does what `torch.load` made.
         notes: Keys of your own in the groups that look like a hyperparameter, such as
             "lrs": a key that is a slip of the pen away from one is refused otherwise.
         **defaults: The rest of the `defaults` of such an optimizer, all of them:
@@ -97,8 +84,7 @@ class TransformOptimizer(Tracking):
         TypeError: `transform` is no transform, a parameter no dense real tensor; a
             hyperparameter that is no part of the transform.
         ValueError: no parameters, one twice, two in one memory, a non-leaf, several
-            devices, a rule that matches nothing, two values for one key of a group; a
-            layout that there is not, or that does not go with the rest.
+            devices, a rule that matches nothing, two values for one key of a group.
 
     Example:
         >>> import functional_optim as fo
@@ -122,22 +108,21 @@ class TransformOptimizer(Tracking):
         params: Iterable[Any],
         transform: Transform | None = None,
         *,
-        differentiable: bool = False,
         amp_scaling: bool = False,
         compile: bool = False,
-        layout: Literal["leaves", "auto", "flat"] = "auto",
         notes: Iterable[str] = (),
         **defaults: Any,
     ) -> None:
-        check_options(layout=layout, compiles=compile, differentiable=differentiable)
+        _check_removed(defaults)
+        if not isinstance(compile, bool):
+            raise ValueError(f"compile must be True or False, got {compile!r}")
         if transform is None:
             raise TypeError(_no_transform(defaults))
         transform = checked_transform("transform", transform_of(transform))
         self._transform = (
             transform if isinstance(transform, Chain) else chain(transform)
         )
-        self._differentiable = differentiable
-        self._compiles, self._layout = compile, layout
+        self._compiles = compile
         self._step_supports_amp_scaling = amp_scaling
         self._notes = checked_notes(notes)
         self._start()
@@ -146,7 +131,7 @@ class TransformOptimizer(Tracking):
         given = list(params)
         grouped = bool(given) and isinstance(given[0], Mapping)
         groups = [read_once(g) for g in given] if grouped else [{"params": given}]
-        members = [members_of(group, differentiable=differentiable) for group in groups]
+        members = [members_of(group) for group in groups]
         check_group_parameters(members)
         everyone = [member for some in members for member in some]
         self._groups = Groups(self._transform, self._notes)
@@ -157,9 +142,7 @@ class TransformOptimizer(Tracking):
             "transform": text_of(self._transform),
             "amp_scaling": amp_scaling,
             "compile": compile,
-            "layout": layout,
             "notes": self._notes,
-            "differentiable": differentiable,
         }
         # What a schedule shows at first was set by no user.
         shown = {k for k in own if k in defaults and same_value(defaults[k], own[k])}
@@ -208,24 +191,18 @@ class TransformOptimizer(Tracking):
             with torch.enable_grad():
                 loss = closure()
         told = loss if isinstance(loss, Tensor) else None
-        if told is not None and not self._differentiable:
-            told = told.detach()
         context = Context(
-            loss=told, weight=weight, last=last, differentiable=self._differentiable
+            loss=None if told is None else told.detach(), weight=weight, last=last
         )
-        records = self._differentiable and torch.is_grad_enabled()
         # What a step allocates must be of use outside of inference mode, too.
-        with torch.inference_mode(mode=False), torch.set_grad_enabled(records):
+        with torch.inference_mode(mode=False), torch.no_grad():
             engine = self._followed()
             grads = engine.survey.gradients()
             if not grads and not self._warned:
                 self._warned = True
                 warn_of_no_gradient()
-            if grads and self._differentiable:
-                engine.step_recorded(grads, context=context)
-            elif grads:
-                engine.step(grads, context=context, scaling=scaling_of(self))
             if grads:
+                engine.step(grads, context=context, scaling=scaling_of(self))
                 self._groups.show_schedules()
                 engine.show_replaced(self.state)
         return loss
@@ -363,6 +340,21 @@ class TransformOptimizer(Tracking):
             self._load(data)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+
+_REMOVED = {
+    "layout": "small tensors are always gathered, as layout='auto' did; leave it out",
+    "differentiable": "an optimizer steps in place; for derivatives through a step "
+    "call transform.update and apply_updates(..., differentiable=True)",
+}
+"""Arguments of earlier versions, and what to do instead."""
+
+
+def _check_removed(given: Mapping[str, Any]) -> None:
+    for name in _REMOVED.keys() & given.keys():
+        raise TypeError(
+            f"TransformOptimizer has no argument {name!r}: {_REMOVED[name]}"
+        )
 
 
 def _no_transform(defaults: Mapping[str, Any]) -> str:

@@ -125,7 +125,7 @@ def _described(value: Any) -> str:
     return repr(value) if isinstance(value, str) else f"a {type(value).__name__}"
 
 
-def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
+def members_of(group: Mapping[str, Any]) -> Members:
     """Return the parameters of a group, with names for all of them or for none."""
     members = pairs_of(group)
     if len({name is None for name, _ in members}) > 1:
@@ -133,11 +133,12 @@ def members_of(group: Mapping[str, Any], *, differentiable: bool) -> Members:
             "some parameters have a name and some have none; give all of them one"
         )
     for index, (name, param) in enumerate(members):
-        if not (differentiable or param.is_leaf or param.retains_grad):
+        if not (param.is_leaf or param.retains_grad):
             raise ValueError(
                 f"can't optimize a non-leaf Tensor: parameter {name or index!r} is the "
-                "result of an operation; pass param.detach().requires_grad_(), or "
-                "differentiable=True"
+                "result of an operation; pass param.detach().requires_grad_(), or, for "
+                "derivatives through a step, call transform.update and "
+                "apply_updates(..., differentiable=True)"
             )
     return members
 

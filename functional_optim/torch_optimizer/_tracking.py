@@ -48,10 +48,7 @@ class Tracking(torch.optim.Optimizer):
     """
 
     _transform: Transform
-    _differentiable: bool
     _compiles: bool
-    _layout: str = "auto"
-    _lays_anew: bool = False
     _groups: Groups
     _engine: Engine | None
     _names: dict[Tensor, str]
@@ -72,7 +69,7 @@ class Tracking(torch.optim.Optimizer):
             with torch.no_grad():
                 self._followed()
         param_group = read_once(param_group)
-        members = members_of(param_group, differentiable=self._differentiable)
+        members = members_of(param_group)
         named = any(name is not None for name, _ in members)
         members = numbered(members, self._names.values())
         check_group_parameters([members], list(self._names.items()))
@@ -159,8 +156,6 @@ class Tracking(torch.optim.Optimizer):
             self._groups.transforms(self.param_groups),
             start,
             compiling=_compiling() if self._compiles else None,
-            layout=self._layout,
-            before=self._engine,
         )
 
     def _install(self, engine: Engine) -> None:
@@ -181,12 +176,10 @@ class Tracking(torch.optim.Optimizer):
         elif self._groups.have_moved(self.param_groups):
             engine = self._engine = self._regrouped()
         elif (
-            self._lays_anew
-            or engine.survey.look()
+            engine.survey.look()
             or engine.has_new_gradients()
             or not engine.follow(self.state, each=each)
         ):
-            self._lays_anew = False
             engine = self._engine = self._built(self._next_start(self._names))
         transforms = self._groups.changed(self.param_groups)
         if transforms is not None:
@@ -318,9 +311,7 @@ class Tracking(torch.optim.Optimizer):
             "param_groups": self.param_groups,
             "state": dict(self.state),
             "_transform": self._transform,
-            "_differentiable": self._differentiable,
             "_compiles": self._compiles,
-            "_layout": self._layout,
             "_step_supports_amp_scaling": self._step_supports_amp_scaling,
             "_notes": self._notes,
             "_first_defaults": self._first_defaults,
@@ -347,8 +338,6 @@ class Tracking(torch.optim.Optimizer):
             self._engine = self._built(
                 self._next_start(self._names, transform_state=saved)
             )
-        # While others of the pickle are made, their makers look at the parameters, too.
-        self._lays_anew = self._layout == "flat"
 
 
 def _copied(found: Mapping[str, Any]) -> dict[str, Any]:

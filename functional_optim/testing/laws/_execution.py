@@ -15,7 +15,6 @@ from functional_optim.execution._executor import Executor
 from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
 from functional_optim.testing._law import law, require
-from functional_optim.torch_optimizer._flat_layout import Laying
 from functional_optim.transforms import Scale
 
 if TYPE_CHECKING:
@@ -58,7 +57,6 @@ def moves_alike(
     example: Example,
     elements: int,
     compiling: Compiling | None = None,
-    layout: str = "auto",
 ) -> None:
     """Require that an executor with units of this size does what `update` does."""
     params, state = example.params, transform.init(example.params)
@@ -72,8 +70,6 @@ def moves_alike(
         transform.init(own),
         unit_bytes=elements * widest,
         compiling=compiling,
-        apart=layout == "leaves",
-        laying=Laying(own) if layout == "flat" else None,
     )
     cause = _CAUSE if transform.scope is Scope.ELEMENTWISE else _CAUSE_WHOLE
     for step, (updates, context) in enumerate(example.steps):

@@ -1,4 +1,4 @@
-"""Wherever small parameters lie, a step does what `update` does."""
+"""A step of small parameters, gathered or alone, does what `update` does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from functional_optim.execution.compiled._compiled_update import Compiling
 from functional_optim.testing import Example, strategies
 from functional_optim.testing.laws._execution import moves_alike
 
-# A line of memory holds 8 of these numbers: some fill lines, some do not.
 SHAPES = {"a": (8,), "b": (3,), "c": (2, 4), "d": (0,), "e": (), "f": (16,)}
 PARAMS = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
 
@@ -24,14 +23,13 @@ PARAMS = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
     transform=strategies.chains(list(SHAPES)),
     example=strategies.examples(PARAMS),
     elements=st.sampled_from([1, 20, 1000]),
-    layout=st.sampled_from(["leaves", "flat"]),
     compiles=st.booleans(),
 )
 def test_every_chain(
-    transform: fo.Chain, example: Example, elements: int, layout: str, compiles: bool
+    transform: fo.Chain, example: Example, elements: int, compiles: bool
 ) -> None:
     """Parameters, state and gradients are those of the pure way, step by step."""
     compiling = Compiling(the_graph) if compiles else None
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "compile=True")
-        moves_alike(transform, example, elements, compiling, layout)
+        moves_alike(transform, example, elements, compiling)
