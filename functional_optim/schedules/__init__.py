@@ -10,10 +10,17 @@ is a schedule too; these are frozen, equal by value, printable and picklable.
 from typing import TYPE_CHECKING
 
 from functional_optim._messages import no_attribute
-from functional_optim.schedules._cosine import cosine_decay, one_cycle, warmup_cosine
-from functional_optim.schedules._decay import exponential, inverse_sqrt
+from functional_optim.schedules._curves import (
+    constant,
+    cosine_decay,
+    exponential,
+    inverse_sqrt,
+    linear,
+    one_cycle,
+    polynomial,
+    warmup_cosine,
+)
 from functional_optim.schedules._join import join, piecewise
-from functional_optim.schedules._polynomial import constant, linear, polynomial
 
 __all__ = [
     "constant",

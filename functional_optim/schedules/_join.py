@@ -2,31 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Sequence, Sized
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, final
 
 import torch
 
-from functional_optim.core._hyperparameters import (
-    Schedule,
-    checked,
-    value_at,
-    value_class,
-)
-from functional_optim.schedules._validation import (
-    check_one_more,
-    checked_boundaries,
-    checked_values,
+from functional_optim.core._hyperparameters import Schedule, checked, value_at
+from functional_optim.schedules._arguments import (
+    check_num_updates,
+    check_real,
     count,
-    sequence,
+    schedule,
 )
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+def _sequence(name: str, value: Any, kind: str, check: Any) -> tuple[Any, ...]:
+    """Validate a sequence and each of its entries."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a tuple of {kind}, got {value!r}")
+    for index, entry in enumerate(value):
+        check(f"{name}[{index}]", entry)
+    return tuple(value)
+
+
+def _check_schedule(name: str, value: Any) -> None:
+    if callable(value) and not isinstance(value, type):
+        return
+    if isinstance(value, type):
+        got = f"a class; write {value.__name__}(...)"
+    else:
+        got = f"{value!r}; write constant({value!r}) for a number"
+    raise TypeError(f"{name} must be a schedule, a function of the step, got {got}")
+
+
+_numbers = functools.partial(_sequence, kind="numbers", check=check_real)
+_schedules = functools.partial(_sequence, kind="schedules", check=_check_schedule)
+_steps = functools.partial(
+    _sequence, kind="ints", check=functools.partial(check_num_updates, ge=1)
+)
+
+
+def _check_boundaries(boundaries: Sequence[int], name: str, parts: Sized) -> None:
+    """Validate that boundaries increase, and that one is between any two parts."""
+    if any(later <= earlier for earlier, later in pairwise(boundaries)):
+        raise ValueError(f"boundaries must be strictly increasing, got {boundaries}")
+    if len(parts) != len(boundaries) + 1:
+        raise ValueError(
+            f"{name} must have one entry more than boundaries, got {len(parts)} "
+            f"{name} and {len(boundaries)} boundaries"
+        )
+
+
 @final
-@value_class
+@schedule
 class piecewise:
     """Constant pieces: `values[i]` from step `boundaries[i - 1]` on.
 
@@ -52,12 +85,11 @@ class piecewise:
         gamma, ...; optax.piecewise_constant_schedule, which is given the ratios.
     """
 
-    values: Sequence[float] = checked(check=checked_values)
-    boundaries: Sequence[int] = checked(check=checked_boundaries)
+    values: Sequence[float] = checked(check=_numbers)
+    boundaries: Sequence[int] = checked(check=_steps)
 
     def _check(self) -> None:
-        """Refuse lengths that do not fit."""
-        check_one_more("values", self.values, self.boundaries)
+        _check_boundaries(self.boundaries, "values", self.values)
 
     def __call__(self, step: float | Tensor) -> Tensor:
         """Return the value at a step, shape (), float64."""
@@ -68,20 +100,8 @@ class piecewise:
         return value
 
 
-def _checked_schedules(name: str, value: Any) -> tuple[Schedule, ...]:
-    for index, part in enumerate(sequence(name, value, "schedules")):
-        which = f"{name}[{index}] must be a schedule, a function of the step"
-        if isinstance(part, type):
-            raise TypeError(f"{which}, got a class; write {part.__name__}(...)")
-        if not callable(part):
-            raise TypeError(
-                f"{which}, got {part!r}; write constant({part!r}) for a number"
-            )
-    return tuple(value)
-
-
 @final
-@value_class
+@schedule
 class join:
     """One schedule after another, each from its own step 0.
 
@@ -110,12 +130,11 @@ class join:
         optax.join_schedules; torch.optim.lr_scheduler.SequentialLR.
     """
 
-    schedules: Sequence[Schedule] = checked(check=_checked_schedules)
-    boundaries: Sequence[int] = checked(check=checked_boundaries)
+    schedules: Sequence[Schedule] = checked(check=_schedules)
+    boundaries: Sequence[int] = checked(check=_steps)
 
     def _check(self) -> None:
-        """Refuse lengths that do not fit."""
-        check_one_more("schedules", self.schedules, self.boundaries)
+        _check_boundaries(self.boundaries, "schedules", self.schedules)
 
     def __call__(self, step: float | Tensor) -> Tensor:
         """Return the value at a step, shape (), float64."""
