@@ -4,8 +4,10 @@ from typing import TYPE_CHECKING
 
 from functional_optim._messages import no_attribute
 from functional_optim.algebra._tensor_map import TensorMap
-from functional_optim.config._build import build_optim_wrapper
-from functional_optim.config._constructor import DefaultOptimWrapperConstructor
+from functional_optim.config._constructor import (
+    DefaultOptimWrapperConstructor,
+    build_optim_wrapper,
+)
 from functional_optim.config._paramwise import paramwise_multipliers
 from functional_optim.config._registries import (
     OPTIM_WRAPPER_CONSTRUCTORS,

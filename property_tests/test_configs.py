@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import functional_optim as fo
-from functional_optim.config._paramwise_cfg import RULE_NAMES
+from functional_optim.config._paramwise import KEYS
 
 
 class DeformConv2d(nn.Module):
@@ -261,7 +261,7 @@ def test_senseless_multipliers_of_keys_are_refused(rule, value, lr) -> None:
     assert f"custom_keys['0'][{rule!r}]" in message
 
 
-@given(RULES, misspelt(RULE_NAMES), MULTIPLIERS, BASES)
+@given(RULES, misspelt(KEYS), MULTIPLIERS, BASES)
 def test_misspelt_rules_are_refused(rules, rule, value, lr) -> None:
     """A rule that does not exist is named, and so is what was probably meant."""
     message = _assert_refused(_cfg(lr, **rules, **{rule: value}), ValueError)

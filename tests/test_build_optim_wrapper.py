@@ -13,7 +13,7 @@ from torch import nn
 
 import functional_optim as fo
 from functional_optim.config._registries import OPTIM_WRAPPERS
-from functional_optim.config._validation import unwrapped
+from functional_optim.config._validation import unwrap_model
 
 SGD = {"type": "SGD", "lr": 0.01, "weight_decay": 0.0001}
 
@@ -354,10 +354,12 @@ class PseudoDataParallel(DistributedDataParallel):
 def test_parallel_wrappers_are_looked_through() -> None:
     """DataParallel, DDP, FSDP by class or name, torch.compile, and nested ones."""
     model = ToyModel()
-    assert unwrapped(model) is model
+    assert unwrap_model(model) is model
     for around in (nn.DataParallel, DistributedDataParallel, PseudoDataParallel):
-        assert unwrapped(around(model)) is model
-    assert unwrapped(torch.compile(PseudoDataParallel(model), backend="eager")) is model
+        assert unwrap_model(around(model)) is model
+    assert (
+        unwrap_model(torch.compile(PseudoDataParallel(model), backend="eager")) is model
+    )
     wrapper = fo.build_optim_wrapper(
         PseudoDataParallel(model), {"optimizer": SGD, "paramwise_cfg": KEYS}
     )
@@ -375,9 +377,9 @@ def test_child_called_module_is_no_wrapper() -> None:
     # Not even if the name says otherwise.
     model = PseudoDataParallel(nn.Linear(1, 1))
     model.head = nn.Linear(1, 1)
-    assert unwrapped(model) is model
+    assert unwrap_model(model) is model
     model.module = None
-    assert unwrapped(model) is model
+    assert unwrap_model(model) is model
 
 
 # -- optimizers ------------------------------------------------------------------------

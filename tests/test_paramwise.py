@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import functional_optim as fo
-from functional_optim.config._paramwise import is_deformable, is_norm, seen_name
+from functional_optim.config._paramwise import is_deformable, is_norm, strip_wrappers
 from functional_optim.core._selection import substrings_of
 
 
@@ -242,7 +242,7 @@ def test_wrappers_within_a_model_do_not_show() -> None:
     inner = "a._checkpoint_wrapped_module"
     assert found[f"{inner}.conv_offset.bias"].lr == 0.5
     assert found[f"{inner}.mix.bias"].lr == 3
-    assert seen_name(f"{inner}.mix.bias") == "a.mix.bias"
+    assert strip_wrappers(f"{inner}.mix.bias") == "a.mix.bias"
 
 
 def test_frozen_and_tied_parameters() -> None:

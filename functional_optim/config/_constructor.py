@@ -1,4 +1,4 @@
-"""The constructor of optimizer wrappers: a group for each parameter."""
+"""Build optimizer wrappers from configs, by default with a group for each parameter."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import nn
 
+from functional_optim.algebra._torch_modes import untraced
 from functional_optim.config._paramwise import (
+    MatchedRules,
+    ModuleParam,
     ParamwiseRules,
-    Place,
-    Verdict,
     children_of,
     is_norm,
-    seen_name,
+    strip_wrappers,
 )
 from functional_optim.config._registries import (
     OPTIM_WRAPPER_CONSTRUCTORS,
@@ -25,11 +26,11 @@ from functional_optim.config._registries import (
 )
 from functional_optim.config._registry import RegistryError
 from functional_optim.config._validation import (
-    check_number,
-    check_places,
-    copied,
-    first_argument_of,
-    unwrapped,
+    check_base_value,
+    check_keys,
+    copy_config,
+    first_argument,
+    unwrap_model,
 )
 from functional_optim.optim_wrapper._errors import ConfigValueError
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
@@ -117,7 +118,7 @@ class DefaultOptimWrapperConstructor:
                 '`optim_wrapper_cfg` must contain "optimizer" config, such as '
                 f"optimizer=dict(type='SGD', lr=0.01), got {dict(optim_wrapper_cfg)!r}"
             )
-        self.optim_wrapper_cfg: dict[str, Any] = copied(optim_wrapper_cfg)
+        self.optim_wrapper_cfg: dict[str, Any] = copy_config(optim_wrapper_cfg)
         self.optimizer_cfg: dict[str, Any] = self.optim_wrapper_cfg.pop("optimizer")
         if not isinstance(self.optimizer_cfg, Mapping):
             raise TypeError(
@@ -126,27 +127,30 @@ class DefaultOptimWrapperConstructor:
                 "OptimWrapper"
             )
         self.paramwise_cfg: dict[str, Any] = (
-            {} if paramwise_cfg is None else copied(paramwise_cfg)
+            {} if paramwise_cfg is None else copy_config(paramwise_cfg)
         )
         self.base_lr = self.optimizer_cfg.get("lr")
         self.base_wd = self.optimizer_cfg.get("weight_decay")
-        self._verdicts: dict[str, Verdict] = {}
-        self._checked_rules: ParamwiseRules | None = None
+        self._matched: dict[str, MatchedRules] = {}
+        self._cached_rules: ParamwiseRules | None = None
         self._validate_cfg()
 
     def _validate_cfg(self) -> None:
+        """Validate the rules, and the base values that they multiply."""
         rules = self._rules()
-        rules.warn_of_unread()
-        needed = (("lr", "lr", self.base_lr), ("decay", "weight_decay", self.base_wd))
-        for kind, key, base in needed:
-            multiplying = rules.of(kind)
-            if base is None and multiplying:
+        rules.warn_unread()
+        for key, kind, base_name in (
+            ("lr", "lr", "base_lr"),
+            ("weight_decay", "decay", "base_wd"),
+        ):
+            base = getattr(self, base_name)
+            if base is None and (multiplying := rules.rules_of(kind)):
                 raise ValueError(
-                    f"base_{'lr' if kind == 'lr' else 'wd'} should not be None: "
-                    f"{multiplying[0]} in paramwise_cfg multiplies {key}, which the "
-                    f"config of the optimizer lacks; write {key}=... into it"
+                    f"{base_name} should not be None: {multiplying[0]} in "
+                    f"paramwise_cfg multiplies {key}, which the config of the "
+                    f"optimizer lacks; write {key}=... into it"
                 )
-            check_number(key, base, multiplied=bool(self.paramwise_cfg))
+            check_base_value(key, base, multiplied=bool(self.paramwise_cfg))
 
     def _rules(self) -> ParamwiseRules:
         # Derived classes may change the config, and have keys of their own in it.
@@ -156,7 +160,7 @@ class DefaultOptimWrapperConstructor:
     def _is_in(
         self, param_group: dict[str, Any], param_group_list: list[dict[str, Any]]
     ) -> bool:
-        """Tell whether a parameter of a group is in a list of groups."""
+        """Whether a parameter of a group is in a list of groups, as in MMEngine."""
         groups = map(pairs_of, param_group_list)
         present = {id(param) for members in groups for _, param in members}
         return any(id(param) in present for _, param in pairs_of(param_group))
@@ -179,70 +183,69 @@ class DefaultOptimWrapperConstructor:
         Raises:
             ValueError: a setting becomes infinite.
         """
-        rules = self._checked_rules or self._rules()
+        rules = self._cached_rules or self._rules()
+        in_deformable = bool(is_dcn_module)
         if rules.bypass_duplicate:
             for given in params:  # An override may have put iterators there.
                 given.update(read_once(given))
         for name, param in module.named_parameters(recurse=False):
-            place = Place(module, name, prefix, bool(is_dcn_module))
+            at = ModuleParam(module, name, prefix, in_deformable, param)
             group: dict[str, Any] = {"params": [param]}
             if rules.bypass_duplicate and self._is_in(group, params):
                 _logger.warning(
                     "%s is duplicate. It is skipped since bypass_duplicate=True "
                     "(parameter %s)",
-                    prefix or place.full_name,
-                    place.full_name,
+                    prefix or at.full_name,
+                    at.full_name,
                 )
-                continue
-            if not param.requires_grad:
+            elif not param.requires_grad:
                 _logger.warning(
-                    "%s is skipped since its requires_grad=False", place.full_name
+                    "%s is skipped since its requires_grad=False", at.full_name
                 )
-                continue
-            verdict = rules.judge(place, param.ndim)
-            self._verdicts[place.full_name] = verdict
-            settings = self._settings_of(verdict, place.full_name)
-            params.append(group | settings)
-            self._log(place, settings)
-        children = children_of(module, prefix, in_deformable=bool(is_dcn_module))
-        for child, child_prefix, in_deformable in children:
-            self.add_params(
-                params, child, prefix=child_prefix, is_dcn_module=in_deformable
-            )
+            else:
+                matched = rules.rules_for(at)
+                self._matched[at.full_name] = matched
+                settings = self._settings(matched, at.full_name)
+                params.append(group | settings)
+                self._log(at, settings)
+        for child, child_prefix, inside in children_of(
+            module, prefix, in_deformable=in_deformable
+        ):
+            self.add_params(params, child, prefix=child_prefix, is_dcn_module=inside)
 
-    def _settings_of(self, verdict: Verdict, name: str) -> dict[str, Any]:
+    def _settings(self, matched: MatchedRules, name: str) -> dict[str, Any]:
+        """Multiply the base values for one parameter, and add its other options."""
         settings = {}
         for key, base, multiplier in (
-            ("lr", self.base_lr, verdict.lr),
-            ("weight_decay", self.base_wd, verdict.weight_decay),
+            ("lr", self.base_lr, matched.lr),
+            ("weight_decay", self.base_wd, matched.weight_decay),
         ):
             if base is None or multiplier is None:
                 continue
-            settings[key] = base * multiplier
-            if isinstance(settings[key], float) and not math.isfinite(settings[key]):
+            value = settings[key] = base * multiplier
+            if isinstance(value, float) and not math.isfinite(value):
                 raise ValueError(
                     f"{key} of {name} would be {base} * {multiplier}, not finite"
                 )
-        return settings | verdict.options
+        return settings | matched.options
 
-    def _log(self, place: Place, settings: dict[str, Any]) -> None:
-        shown: dict[str, Any] = {}
-        if place.name == "bias" and not (place.in_deformable or is_norm(place.module)):
+    def _log(self, at: ModuleParam, settings: dict[str, Any]) -> None:
+        if at.name == "bias" and not (at.in_deformable or is_norm(at.module)):
             # As in MMEngine's guide, whose rules for biases are 1 if not given.
             base = {"lr": self.base_lr, "weight_decay": self.base_wd}
-            shown = {key: value for key, value in base.items() if value is not None}
-        for key, value in (shown | settings).items():
-            _logger.info("paramwise_options -- %s:%s=%s", place.full_name, key, value)
+            settings = {k: v for k, v in base.items() if v is not None} | settings
+        for key, value in settings.items():
+            _logger.info("paramwise_options -- %s:%s=%s", at.full_name, key, value)
 
-    def _added(self, model: nn.Module) -> list[Any]:
-        """Return what `add_params` makes of a model, read once and checked."""
+    def _groups(self, model: nn.Module) -> list[Any]:
+        """Return what `add_params` adds for a model, read once and validated."""
         added: list[Any] = []
-        self._checked_rules = self._rules()  # Once, not for each module.
+        self._cached_rules = self._rules()  # Once, not for each module.
         try:
             self.add_params(added, model)
         finally:
-            self._checked_rules = None
-        groups = as_groups(added)
+            self._cached_rules = None
+        groups = _as_groups(added)
         names: dict[int, list[str]] = {}
         for name, param in model.named_parameters(remove_duplicate=False):
             names.setdefault(id(param), []).append(name)
@@ -252,8 +255,8 @@ class DefaultOptimWrapperConstructor:
             remedy="add it once, or let bypass_duplicate=True in paramwise_cfg keep "
             "the first",
         )
-        if self._verdicts:
-            self._rules().warn_of_idle(self._verdicts.values())
+        if self._matched:
+            self._rules().warn_unused(self._matched.values())
         return groups if added and isinstance(added[0], Mapping) else added
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -272,31 +275,27 @@ class DefaultOptimWrapperConstructor:
             raise TypeError(
                 f"model must be a torch.nn.Module, got a {type(model).__name__}"
             )
-        model = unwrapped(model)
+        model = unwrap_model(model)
         wrapper_cfg = {"type": OptimWrapper.__name__, **self.optim_wrapper_cfg}
         if "type" not in self.optimizer_cfg:
             raise RegistryError(
                 f'optimizer must have a "type", such as "SGD", got {self.optimizer_cfg}'
             )
         kind = OPTIMIZERS.resolve(self.optimizer_cfg["type"])
-        first = first_argument_of(kind)
+        first = first_argument(kind)
         if first in self.optimizer_cfg:
             raise ValueError(
                 f"leave {first} out of optimizer: the parameters are those of the model"
             )
-        check_places(
-            wrapper_cfg,
-            OPTIM_WRAPPERS.resolve(wrapper_cfg["type"]),
-            self.optimizer_cfg,
-            kind,
-        )
-        names = {id(p): seen_name(name) for name, p in model.named_parameters()}
+        wrapper_kind = OPTIM_WRAPPERS.resolve(wrapper_cfg["type"])
+        check_keys(wrapper_cfg, wrapper_kind, self.optimizer_cfg, kind)
+        names = {id(p): strip_wrappers(name) for name, p in model.named_parameters()}
         params: list[Any] = list(model.parameters())
-        self._verdicts = {}
+        self._matched = {}
         if self.paramwise_cfg:
-            params = self._added(model)
-        if params and _goes_by_names(kind):
-            params = with_names(as_groups(params), names)
+            params = self._groups(model)
+        if params and _is_ours(kind):
+            params = _with_names(_as_groups(params), names)
         optimizer = OPTIMIZERS.build({**self.optimizer_cfg, first: params})
         wrapper: OptimWrapper = OPTIM_WRAPPERS.build(
             wrapper_cfg, default_args={"optimizer": optimizer}
@@ -304,32 +303,89 @@ class DefaultOptimWrapperConstructor:
         if hasattr(wrapper, "parameter_names"):
             wrapper.parameter_names = names
         if hasattr(wrapper, "paramwise_sources"):
+            applied = {name: m.applied for name, m in self._matched.items()}
             wrapper.paramwise_sources = {
-                name: ", ".join(self._verdicts[name].rules)
-                if name in self._verdicts
-                else ""
-                for name in names.values()
+                name: ", ".join(applied.get(name, ())) for name in names.values()
             }
         return wrapper
 
 
-def _goes_by_names(kind: Any) -> bool:
+@untraced
+def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrapper:
+    """Build the optimizer wrapper that a config describes.
+
+    Args:
+        model: The model. A parallel wrapper around it, such as DDP, is looked through.
+        cfg: The config, which is not changed. `optimizer` is the config of the
+            optimizer: its `type`, a name in `OPTIMIZERS` or a class, and its arguments.
+            All else may be left out: `type`, a name in `OPTIM_WRAPPERS` or a class,
+            "OptimWrapper" by default, and its arguments, such as `accumulative_counts`
+            and `clip_grad`; `paramwise_cfg` and `constructor`, a name in
+            `OPTIM_WRAPPER_CONSTRUCTORS` or a class, see
+            `DefaultOptimWrapperConstructor`.
+
+    Returns:
+        The wrapper: what the constructor returns.
+
+    Raises:
+        TypeError: an argument is unknown, or of a type that means nothing there.
+        ValueError: a name is not registered, which is a KeyError, too; a rule is
+            misspelt; a number is out of range.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.ModuleDict(dict(backbone=nn.Linear(1, 1), head=nn.Linear(1, 1)))
+        >>> wrapper = build_optim_wrapper(
+        ...     model,
+        ...     dict(
+        ...         optimizer=dict(type="SGD", lr=0.1, momentum=0.9),
+        ...         paramwise_cfg=dict(custom_keys={"backbone": dict(lr_mult=0.5)}),
+        ...     ),
+        ... )
+        >>> [group["lr"] for group in wrapper.optimizer.param_groups]
+        [0.05, 0.05, 0.1, 0.1]
+
+    Source:
+        mmengine.optim.build_optim_wrapper 0.10.
+    """
+    if not isinstance(cfg, Mapping) and hasattr(cfg, "keys"):
+        cfg = {key: cfg[key] for key in cfg}  # MMEngine's Config is no Mapping.
+    if not isinstance(cfg, Mapping):
+        raise TypeError(
+            "cfg must be a dict such as dict(optimizer=dict(type='SGD', lr=0.01)), got "
+            f"{cfg!r}"
+        )
+    wrapper_cfg = copy_config(cfg)
+    # By name, so that another one registered under it is taken.
+    default = DefaultOptimWrapperConstructor.__name__
+    constructor = OPTIM_WRAPPER_CONSTRUCTORS.build(
+        {
+            "type": wrapper_cfg.pop("constructor", default),
+            "paramwise_cfg": wrapper_cfg.pop("paramwise_cfg", None),
+            "optim_wrapper_cfg": wrapper_cfg,
+        }
+    )
+    wrapper: OptimWrapper = constructor(model)
+    return wrapper
+
+
+def _is_ours(kind: Any) -> bool:
     """Whether an optimizer is one of this library, or derived from it."""
     is_ours = isinstance(kind, type) and issubclass(kind, TransformOptimizer)
     return is_ours or isinstance(kind, PresetOptimizer)
 
 
-def as_groups(added: list[Any]) -> list[dict[str, Any]]:
-    """Return groups that may be read again; parameters alone are one group."""
+def _as_groups(added: list[Any]) -> list[dict[str, Any]]:
+    """Return groups that can be read again; parameters alone are one group."""
     if not (added and isinstance(added[0], Mapping)):
         return [{"params": added}]
     return [read_once(group, index) for index, group in enumerate(added)]
 
 
-def with_names(
+def _with_names(
     groups: list[dict[str, Any]], names: Mapping[int, str]
 ) -> list[dict[str, Any]]:
-    """Return groups with a name for each parameter: given, the model's, or a number."""
+    """Return groups with `param_names`: as given, those of the model, or numbers."""
     found, count = [], 0
     taken = set(names.values())
     for index, group in enumerate(groups):

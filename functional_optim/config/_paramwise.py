@@ -1,47 +1,35 @@
-"""What learning rate and weight decay of each parameter are multiplied by.
-
-`paramwise_cfg` speaks of kinds of layers, and of pieces of names. Here stands what each
-of its rules means, for whoever asks: the constructor of optimizer wrappers, and the
-pure way.
-
-For one parameter the rules come in this order; those not given are passed over.
-
-- The longest key of `custom_keys` that the name contains decides alone: none of the
-  rules below counts for this parameter.
-- `lr_mult` and `decay_mult` multiply all others, whatever else decides.
-- Learning rate: `bias_lr_mult`, `dcn_offset_lr_mult`, which exclude each other.
-- Weight decay: `norm_decay_mult`, `bias_decay_mult`, `dwconv_decay_mult`,
-  `flat_decay_mult`; the first that fits the parameter wins.
-
-With `compose=True` nothing switches anything off: every rule that fits multiplies.
-"""
+"""Find the multipliers of each parameter by the rules of a `paramwise_cfg`."""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+import numbers
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from functional_optim.config._paramwise_cfg import (
-    DECAY_RULES,
-    FOR_ALL,
-    LR_RULES,
-    RULES,
-    check_paramwise_cfg,
-    checked_custom_keys,
-    checked_multiplier,
-    is_near_multiplier,
-    label,
-    unread_in,
-)
+from functional_optim._messages import close_matches, did_you_mean
 from functional_optim.core._selection import substrings_of
 from functional_optim.transforms._scaling import Multipliers
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+_GENERAL_RULES = ("lr_mult", "decay_mult")
+_LR_RULES = ("bias_lr_mult", "dcn_offset_lr_mult")
+_DECAY_RULES = (
+    "norm_decay_mult",
+    "bias_decay_mult",
+    "dwconv_decay_mult",
+    "flat_decay_mult",
+)
+_RULES = (*_GENERAL_RULES, *_LR_RULES, *_DECAY_RULES)
+_SWITCHES = ("bypass_duplicate", "compose")
+KEYS = (*_RULES, *_SWITCHES, "custom_keys")
+"""The keys of a `paramwise_cfg`."""
+
+_LEFT_OVER = ("_delete_", "_delete")
+"""Keys of MMEngine's config files that stay where nothing is inherited."""
 
 _NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -50,21 +38,21 @@ _NORMS = (
     nn.LayerNorm,
     nn.RMSNorm,
 )
-
-
 _DEFORMABLE = {"DeformConv2d", "ModulatedDeformConv2d"}
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Where torch.compile, FSDP and activation checkpointing keep a wrapped module."""
+
+_logger = logging.getLogger("functional_optim")
 
 
-_TRANSPARENT = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-class Place(NamedTuple):
-    """Where a parameter stands in a model."""
+class ModuleParam(NamedTuple):
+    """A parameter in the module that has it."""
 
     module: nn.Module
     name: str
     prefix: str
     in_deformable: bool
+    param: nn.Parameter
 
     @property
     def full_name(self) -> str:
@@ -73,58 +61,53 @@ class Place(NamedTuple):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Tell whether a module is a normalization layer.
-
-    Models bring RMS norms of their own, so those are known by the name of the class.
-    """
+    """Whether a module is a normalization layer; RMS norms of models by their name."""
     return isinstance(module, _NORMS) or any(
         cls.__name__.endswith("RMSNorm") for cls in type(module).__mro__
     )
 
 
 def is_deformable(module: nn.Module) -> bool:
-    """Tell whether a module is a deformable convolution, whoever's it is."""
+    """Whether a module is a deformable convolution, by the name of its class."""
     names = {cls.__name__.removesuffix("Pack") for cls in type(module).__mro__}
     return not names.isdisjoint(_DEFORMABLE)
+
+
+def strip_wrappers(name: str) -> str:
+    """Return the name of a parameter without the wrappers inside its model."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def children_of(
     module: nn.Module, prefix: str, *, in_deformable: bool
 ) -> Iterator[tuple[nn.Module, str, bool]]:
-    """Return the children of a module, their prefixes, and what they are children of.
-
-    What `torch.compile`, FSDP and activation checkpointing put between a module and its
-    own name does not show.
-    """
+    """Yield each child, its prefix, and whether a deformable convolution has it."""
     for name, child in module.named_children():
-        if name in _TRANSPARENT:
+        if name in _WRAPPERS:
             yield child, prefix, in_deformable
         else:
             yield child, f"{prefix}.{name}" if prefix else name, is_deformable(module)
 
 
-def seen_name(name: str) -> str:
-    """Return the name of a parameter as the rules see it; see `children_of`."""
-    return ".".join(part for part in name.split(".") if part not in _TRANSPARENT)
-
-
-def places(
+def _module_params(
     module: nn.Module, prefix: str = "", *, in_deformable: bool = False
-) -> Iterator[tuple[Place, nn.Parameter]]:
-    """Return all parameters and where they stand, shared ones wherever they do."""
+) -> Iterator[ModuleParam]:
+    """Yield all parameters of a module, shared ones once for each module."""
     for name, param in module.named_parameters(recurse=False):
-        yield Place(module, name, prefix, in_deformable), param
-    for child in children_of(module, prefix, in_deformable=in_deformable):
-        yield from places(child[0], child[1], in_deformable=child[2])
+        yield ModuleParam(module, name, prefix, in_deformable, param)
+    for child, its_prefix, inside in children_of(
+        module, prefix, in_deformable=in_deformable
+    ):
+        yield from _module_params(child, its_prefix, in_deformable=inside)
 
 
-def kinds_of(place: Place, ndim: int) -> Iterator[str]:
-    """Return the rules for the kind of layer that fit a parameter, by precedence."""
-    module, is_bias, free = place.module, place.name == "bias", not place.in_deformable
+def matching_rules(at: ModuleParam) -> Iterator[str]:
+    """Yield the rules for the kind of layer that match a parameter, by precedence."""
+    module, is_bias, free = at.module, at.name == "bias", not at.in_deformable
     norm, conv = is_norm(module), isinstance(module, nn.Conv2d)
     if is_bias and free and not norm:
         yield "bias_lr_mult"
-    if conv and not free and "conv_offset" in place.prefix:
+    if conv and not free and "conv_offset" in at.prefix:
         yield "dcn_offset_lr_mult"
     if norm:
         yield "norm_decay_mult"
@@ -133,106 +116,111 @@ def kinds_of(place: Place, ndim: int) -> Iterator[str]:
         yield "bias_decay_mult"
     if isinstance(module, nn.Conv2d) and module.in_channels == module.groups:
         yield "dwconv_decay_mult"
-    if ndim == 1 and free:
+    if at.param.ndim == 1 and free:
         yield "flat_decay_mult"
 
 
-logger = logging.getLogger("functional_optim")
-
-
-class Verdict(NamedTuple):
-    """What the rules say about one parameter."""
+class MatchedRules(NamedTuple):
+    """The multipliers and options of one parameter, and the rules that they follow."""
 
     lr: float | None
     weight_decay: float | None
     options: dict[str, Any]
-    rules: tuple[str, ...]
-    fitting: tuple[str, ...]
+    applied: tuple[str, ...]
+    matching: tuple[str, ...]
 
 
 class ParamwiseRules:
-    """The rules of a `paramwise_cfg`, checked."""
+    """The rules of a `paramwise_cfg`, validated."""
 
     def __init__(self, config: Mapping[str, Any], *, strict: bool = True) -> None:
-        check_paramwise_cfg(config, strict=strict)
+        _check_keys(config, strict=strict)
         self._multipliers = {
-            key: checked_multiplier(f"paramwise_cfg[{key!r}]", config[key])
-            for key in RULES
+            key: _checked_multiplier(f"paramwise_cfg[{key!r}]", config[key])
+            for key in _RULES
             # As in MMEngine None is the same as no rule.
             if config.get(key) is not None
         }
         self.bypass_duplicate: bool = config.get("bypass_duplicate", False)
         self._composes: bool = config.get("compose", False)
-        self._custom = checked_custom_keys(config.get("custom_keys", {}))
-        self._unread = list(unread_in(config))
+        self._custom = _checked_custom_keys(config.get("custom_keys", {}))
+        self._config = config
 
-    @property
-    def names(self) -> list[str]:
-        """All rules that multiply something, by name."""
-        return [*self._multipliers, *map(label, self._custom)]
+    def rules_of(self, kind: str) -> list[str]:
+        """Return the rules that multiply a base value: `kind` is "lr" or "decay"."""
+        name = f"{kind}_mult"
+        return [
+            *(rule for rule in self._multipliers if name in rule),
+            *(
+                f"{_label(key)}[{name!r}]"
+                for key, options in self._custom.items()
+                if name in options
+            ),
+        ]
 
-    def of(self, kind: str) -> list[str]:
-        """Return the rules that need a base value: `kind` is "lr" or "decay"."""
-        found = [key for key in self._multipliers if f"{kind}_mult" in key]
-        for key, options in self._custom.items():
-            if f"{kind}_mult" in options:
-                found.append(f"{label(key)}[{f'{kind}_mult'!r}]")
-        return found
-
-    def judge(self, place: Place, ndim: int) -> Verdict:
-        """Return what the rules say about a parameter at a place, of so many dims."""
-        keys = substrings_of(place.full_name, self._custom)
-        kinds = [rule for rule in kinds_of(place, ndim) if rule in self._multipliers]
-        everywhere = [rule for rule in FOR_ALL if rule in self._multipliers]
-        fitting = (*everywhere, *map(label, keys), *kinds)
-        if not self._composes:
-            keys = keys[:1]
-            kinds = [] if keys else kinds
-            everywhere = [] if keys else everywhere
+    def rules_for(self, at: ModuleParam) -> MatchedRules:
+        """Return the multipliers of a parameter, and the rules that it matches."""
+        general = [rule for rule in _GENERAL_RULES if rule in self._multipliers]
+        keys = substrings_of(at.full_name, self._custom)
+        kinds = [rule for rule in matching_rules(at) if rule in self._multipliers]
+        matching = (*general, *map(_label, keys), *kinds)
+        if keys and not self._composes:
+            general, keys, kinds = [], keys[:1], []
         options: dict[str, Any] = {}
         for key in reversed(keys):  # The longest has the last word.
             options |= self._custom[key]
-        deciding = [*everywhere, *map(label, keys)]
+        applied = [*general, *map(_label, keys)]
         products: dict[str, float | None] = {}
-        for name, rules in (("lr_mult", LR_RULES), ("decay_mult", DECAY_RULES)):
+        for name, rules in (("lr_mult", _LR_RULES), ("decay_mult", _DECAY_RULES)):
+            by_key = [self._custom[key].get(name, 1.0) for key in keys]
             if name in options:
-                given = [self._custom[key].get(name, 1.0) for key in keys]
-                options[name] = _product(given)
+                options[name] = _product(by_key)
             kind = [rule for rule in kinds if rule in rules]
             kind = kind if self._composes else kind[:1]
             products[name] = _product(
                 [
-                    *(self._multipliers[rule] for rule in everywhere if rule == name),
-                    *(self._custom[key].get(name, 1.0) for key in keys),
+                    *(self._multipliers[rule] for rule in general if rule == name),
+                    *by_key,
                     *(self._multipliers[rule] for rule in kind),
                 ]
             )
-            deciding += kind
-        return Verdict(
-            lr=products["lr_mult"],
-            weight_decay=products["decay_mult"],
+            applied += kind
+        return MatchedRules(
+            products["lr_mult"],
+            products["decay_mult"],
             options=options,
-            rules=tuple(deciding),
-            fitting=fitting,
+            applied=tuple(applied),
+            matching=matching,
         )
 
-    def warn_of_unread(self) -> None:
-        """Log a warning for every key that MMEngine does not read either."""
-        for warning in self._unread:
-            logger.warning("%s", warning)
+    def warn_unread(self) -> None:
+        """Log a warning for every key that MMEngine allows and does not read."""
+        custom_keys = self._config.get("custom_keys", {})
+        for place, keys in (
+            ("paramwise_cfg", self._config),
+            ("custom_keys", custom_keys),
+        ):
+            for key in filter(_LEFT_OVER.__contains__, keys):
+                _logger.warning(
+                    "%s[%r] is no rule, it is left over from a config file", place, key
+                )
+        for key, options in self._custom.items():
+            for name in filter(_resembles_multiplier, options):
+                hint = did_you_mean(str(name), _GENERAL_RULES)
+                _logger.warning(
+                    "%s[%r] multiplies nothing; %s", _label(key), name, hint
+                )
 
-    def warn_of_idle(self, verdicts: Iterable[Verdict]) -> None:
-        """Log a warning for every rule that decided nothing."""
-        deciding: set[str] = set()
-        fitting: set[str] = set()
-        for verdict in verdicts:
-            deciding.update(verdict.rules)
-            fitting.update(verdict.fitting)
-        for rule in self.names:
-            if rule not in fitting:
-                logger.warning("paramwise_cfg: %s matches no parameter", rule)
-            elif rule not in deciding:
-                logger.warning(
+    def warn_unused(self, found: Iterable[MatchedRules]) -> None:
+        """Log a warning for every rule that was not applied to any parameter."""
+        found = list(found)
+        applied = {rule for matched in found for rule in matched.applied}
+        matching = {rule for matched in found for rule in matched.matching}
+        for rule in (*self._multipliers, *map(_label, self._custom)):
+            if rule not in matching:
+                _logger.warning("paramwise_cfg: %s matches no parameter", rule)
+            elif rule not in applied:
+                _logger.warning(
                     "paramwise_cfg: %s has no effect, because every parameter that it "
                     "matches is decided by another rule",
                     rule,
@@ -283,31 +271,101 @@ def paramwise_multipliers(
             f"model must be a torch.nn.Module, got a {type(model).__name__}"
         )
     rules = ParamwiseRules(paramwise_cfg)
-    rules.warn_of_unread()
+    rules.warn_unread()
     names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
-    verdicts: dict[str, Verdict] = {}
-    for place, param in places(model):
-        name = names.get(id(param))
-        if name is not None and name not in verdicts:
-            verdicts[name] = rules.judge(place, param.ndim)
-    rules.warn_of_idle(verdicts.values())
-    extra = {key for verdict in verdicts.values() for key in verdict.options}
-    extra = {key for key in extra if not is_near_multiplier(key)}
-    for key in sorted(extra - set(FOR_ALL)):
-        logger.warning(
-            "paramwise_cfg: %r in custom_keys is no multiplier; only groups of an "
-            "optimizer can have it",
-            key,
-        )
+    found: dict[str, MatchedRules] = {}
+    for at in _module_params(model):
+        name = names.get(id(at.param))
+        if name is not None and name not in found:
+            found[name] = rules.rules_for(at)
+    rules.warn_unused(found.values())
+    options = {key for matched in found.values() for key in matched.options}
+    for key in sorted(options.difference(_GENERAL_RULES)):
+        if not _resembles_multiplier(key):
+            _logger.warning(
+                "paramwise_cfg: %r in custom_keys is no multiplier; only groups of an "
+                "optimizer can have it",
+                key,
+            )
     return {
         name: Multipliers(
-            1.0 if verdict.lr is None else float(verdict.lr),
-            1.0 if verdict.weight_decay is None else float(verdict.weight_decay),
+            1.0 if matched.lr is None else float(matched.lr),
+            1.0 if matched.weight_decay is None else float(matched.weight_decay),
         )
-        for name, verdict in verdicts.items()
+        for name, matched in found.items()
     }
 
 
 def _product(factors: list[float]) -> float | None:
-    """Return the product, None of nothing; one factor stays what it is."""
+    """Return the product, None of nothing; one factor keeps its type."""
     return math.prod(factors[1:], start=factors[0]) if factors else None
+
+
+# -- validation --------------------------------------------------------------------
+def _check_keys(config: Any, *, strict: bool) -> None:
+    """Validate the keys of a `paramwise_cfg`, and its switches."""
+    if not isinstance(config, Mapping):
+        raise TypeError(
+            "paramwise_cfg should be None or a dict, "
+            f"but got {type(config).__name__} {config!r}"
+        )
+    for key in config:
+        if key in KEYS or key in _LEFT_OVER:
+            continue
+        if strict or difflib.get_close_matches(str(key), KEYS, cutoff=0.9):
+            hint = did_you_mean(str(key), KEYS)
+            raise ValueError(f"paramwise_cfg has no rule {key!r}; {hint}")
+    for key in _SWITCHES:
+        if not isinstance(config.get(key, False), bool):
+            raise TypeError(
+                f"paramwise_cfg[{key!r}] must be a bool, got {config[key]!r}"
+            )
+
+
+def _checked_multiplier(name: str, value: Any) -> Any:
+    """Return a multiplier as it was given, if it is a finite number >= 0."""
+    if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
+    return value
+
+
+def _checked_custom_keys(custom_keys: Any) -> dict[str, dict[str, Any]]:
+    """Return a copy of valid `custom_keys`."""
+    if not isinstance(custom_keys, Mapping):
+        raise TypeError(
+            "If specified, custom_keys must be a dict from a piece of a name to its "
+            f"options, but got {type(custom_keys).__name__} {custom_keys!r}"
+        )
+    found = {key: custom_keys[key] for key in custom_keys if key not in _LEFT_OVER}
+    for key, options in found.items():
+        if not isinstance(key, str):
+            raise TypeError(
+                f"custom_keys must have pieces of parameter names as keys, got {key!r}"
+            )
+        if not isinstance(options, Mapping):
+            raise TypeError(
+                f"{_label(key)} must be a dict such as dict(lr_mult=0.1), got "
+                f"{options!r}"
+            )
+        for name, value in options.items():
+            place = f"{_label(key)}[{name!r}]"
+            if name in _GENERAL_RULES:
+                _checked_multiplier(place, value)
+            elif name in KEYS or name in {"params", "param_names"}:
+                raise ValueError(
+                    f"{place} cannot stand in a custom key, only lr_mult and decay_mult"
+                )
+    return {key: dict(options) for key, options in found.items()}
+
+
+def _resembles_multiplier(name: Any) -> bool:
+    """Whether an option is spelled like `lr_mult` or `decay_mult`, and is neither."""
+    similar = close_matches(str(name), _GENERAL_RULES, cutoff=0.8)
+    return name not in _GENERAL_RULES and bool(similar)
+
+
+def _label(key: str) -> str:
+    """Return the name of a custom key in messages."""
+    return f"custom_keys[{key!r}]"

@@ -1,4 +1,4 @@
-"""The registries that configs choose from, and what is in them from the start."""
+"""The registries of optimizers, wrappers and constructors, with their first entries."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ from functional_optim.optim_wrapper._amp_wrapper import AmpOptimWrapper
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 
-_OF_OPTIMIZER = ("compile", "notes")
-"""What a config says to the optimizer in the midst of a preset's own arguments."""
+_OPTIMIZER_ARGUMENTS = ("compile", "notes")
+"""Arguments of the optimizer that a config has among those of a preset."""
+
+_PACKAGES = (
+    ("dadaptation", ""),
+    ("lion_pytorch", ""),
+    ("Sophia", ""),
+    ("torch_npu.optim", ""),
+    ("bitsandbytes.optim", "bnb_"),
+)
+"""Modules with optimizers, and what precedes their names where torch has the same."""
+
+_logger = logging.getLogger("functional_optim")
 
 
 class PresetOptimizer:
-    """A preset that takes parameters first, and makes a `TransformOptimizer` of them.
-
-    Example:
-        >>> import functional_optim as fo
-        >>> import torch
-        >>> model = torch.nn.Linear(2, 1)
-        >>> PresetOptimizer(fo.sgd)(model.parameters(), lr=0.1).transform
-        chain(ScaleByLearningRate(0.1))
-    """
+    """A preset as an optimizer: called with parameters first, as torch's classes."""
 
     def __init__(self, preset: Callable[..., Transform]) -> None:
         self.preset = preset
@@ -41,7 +44,7 @@ class PresetOptimizer:
         own = inspect.signature(preset)
         params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         of_optimizer = inspect.signature(TransformOptimizer).parameters
-        further = [of_optimizer[name] for name in _OF_OPTIMIZER]
+        further = [of_optimizer[name] for name in _OPTIMIZER_ARGUMENTS]
         self.__signature__ = own.replace(
             parameters=[params, *own.parameters.values(), *further],
             return_annotation=TransformOptimizer,
@@ -52,46 +55,31 @@ class PresetOptimizer:
     ) -> TransformOptimizer:
         """Build the optimizer."""
         given = list(params)
-        own_options = {k: options.pop(k) for k in _OF_OPTIMIZER if k in options}
+        own = {k: options.pop(k) for k in _OPTIMIZER_ARGUMENTS if k in options}
         bound = inspect.signature(self.preset).bind(*args, **options)
         bound.apply_defaults()
         decay = bound.arguments.get("weight_decay")
-        groups = [g for g in given if isinstance(g, Mapping)]
-        own = [g["weight_decay"] for g in groups if "weight_decay" in g]
-        own = [value for value in own if not is_zero(value)]
-        if not own or decay is None or not is_zero(decay):
-            transform = self.preset(*bound.args, **bound.kwargs)
-            return TransformOptimizer(given, transform, **own_options)
+        groups = [group for group in given if isinstance(group, Mapping)]
+        decays = [group["weight_decay"] for group in groups if "weight_decay" in group]
+        decays = [value for value in decays if not is_zero(value)]
         # A preset leaves out what a plain 0 switches off; some groups need it.
-        bound.arguments["weight_decay"] = own[0]
-        optimizer = TransformOptimizer(
-            [{"weight_decay": decay, **group} for group in groups],
-            self.preset(*bound.args, **bound.kwargs),
-            **own_options,
-        )
-        optimizer.defaults["weight_decay"] = decay
+        needs_decay = bool(decays) and is_zero(decay)
+        if needs_decay:
+            bound.arguments["weight_decay"] = decays[0]
+            given = [{"weight_decay": decay, **group} for group in groups]
+        transform = self.preset(*bound.args, **bound.kwargs)
+        optimizer = TransformOptimizer(given, transform, **own)
+        if needs_decay:
+            optimizer.defaults["weight_decay"] = decay
         return optimizer
 
     def __repr__(self) -> str:
         return f"<{self.__name__}>"
 
 
-_ELSEWHERE = (
-    ("dadaptation", ""),
-    ("lion_pytorch", ""),
-    ("Sophia", ""),
-    ("torch_npu.optim", ""),
-    ("bitsandbytes.optim", "bnb_"),
-)
-"""Modules with optimizers, and what precedes their names where torch has the same."""
-
-
-_logger = logging.getLogger("functional_optim")
-
-
 def _find_optimizer(name: str) -> Any:
-    """Look for an optimizer in other packages, as far as they are installed."""
-    for module_name, prefix in _ELSEWHERE:
+    """Look an optimizer up in other packages that are installed."""
+    for module_name, prefix in _PACKAGES:
         if importlib.util.find_spec(module_name.partition(".")[0]) is None:
             continue
         try:
@@ -106,14 +94,14 @@ def _find_optimizer(name: str) -> Any:
 
 
 def _preset_of(kind: Any) -> Any:
-    """Return the optimizer of a preset that stands in a config itself: `fo.adamw`."""
+    """Return the optimizer of a preset that a config has as its type: `fo.adamw`."""
     for registered in OPTIMIZERS.module_dict.values():
         if isinstance(registered, PresetOptimizer) and registered.preset is kind:
             return registered
     return None
 
 
-OPTIMIZERS = Registry("optimizer", find=_find_optimizer, replace=_preset_of)
+OPTIMIZERS = Registry("optimizer", lookup=_find_optimizer, replace=_preset_of)
 """Optimizers: those of torch, of this library, of packages that are installed.
 
 `fo.adamw` and the like build a `TransformOptimizer` from a preset. Those of
@@ -122,19 +110,15 @@ for; where torch has one of the same name, that of bitsandbytes is `bnb_Adam`. t
 Adafactor is `TorchAdafactor`, too; that of transformers is `transformers.Adafactor`.
 """
 
-
 OPTIM_WRAPPERS = Registry("optimizer wrapper")
 """Optimizer wrappers."""
-
-OPTIM_WRAPPERS.register_module(module=OptimWrapper)
-OPTIM_WRAPPERS.register_module(module=AmpOptimWrapper)
-
 
 OPTIM_WRAPPER_CONSTRUCTORS = Registry("optimizer wrapper constructor")
 """Classes that build an optimizer wrapper for a model from a config."""
 
 
-def _fill_optimizers() -> None:
+def _register_all() -> None:
+    """Register torch's optimizers, the presets, and our optimizer and wrappers."""
     for name in dir(torch.optim):
         found = getattr(torch.optim, name)
         if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
@@ -144,6 +128,8 @@ def _fill_optimizers() -> None:
     for name in optimizers.__all__:
         preset = PresetOptimizer(getattr(optimizers, name))
         OPTIMIZERS.register_module(name=f"fo.{name}", module=preset)
+    for wrapper in (OptimWrapper, AmpOptimWrapper):
+        OPTIM_WRAPPERS.register_module(module=wrapper)
 
 
-_fill_optimizers()
+_register_all()

@@ -25,11 +25,11 @@ class RegistryError(KeyError, ValueError):
 class Registry:
     """Classes and functions by name, that configs choose and give their arguments.
 
-    A name with dots that nobody registered is imported: "torch.optim.SGD".
+    A name with dots that is not registered is imported: "torch.optim.SGD".
 
     Args:
         name: What the registry is called in messages.
-        find: Looks up a name that nobody registered; returns None if it finds nothing.
+        lookup: Looks up a name that is not registered; returns None if it has none.
         replace: Returns what is built instead of a class or function that a config
             has as its type; None builds that itself.
 
@@ -52,35 +52,35 @@ class Registry:
         self,
         name: str,
         *,
-        find: Callable[[str], Any] | None = None,
+        lookup: Callable[[str], Any] | None = None,
         replace: Callable[[Any], Any] | None = None,
     ) -> None:
         self._name = name
-        self._finds = [] if find is None else [find]
+        self._lookups = [] if lookup is None else [lookup]
         self._replace = replace
         self._module_dict: dict[str, Callable[..., Any]] = {}
 
     @property
     def name(self) -> str:
-        """What the registry is called."""
+        """The name of the registry in messages."""
         return self._name
 
     @property
     def module_dict(self) -> dict[str, Callable[..., Any]]:
-        """What was registered, by name."""
+        """The registered classes and functions, by name."""
         return self._module_dict
 
     def __len__(self) -> int:
         return len(self._module_dict)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._found(key) is not None
+        return isinstance(key, str) and self._find(key) is not None
 
     def __repr__(self) -> str:
         return f"Registry({self._name!r}, {sorted(self._module_dict)})"
 
     def get(self, key: str) -> Any:
-        """Return what stands under a name, None if nothing does.
+        """Return the class or function of a name, None if there is none.
 
         Args:
             key: The name, or where to import from: "torch.optim.SGD".
@@ -92,65 +92,65 @@ class Registry:
             raise TypeError(
                 f"a name in the {self._name} registry is a string, got {key!r}"
             )
-        found = self._found(key)
+        found = self._find(key)
         if found is None:
-            imported = _imported(key)
-            found = self._in_place_of(imported) if callable(imported) else None
+            imported = _import(key)
+            found = self._replacement(imported) if callable(imported) else None
         if found is None and "." in key:
             # MMEngine's configs may put the name of a package in front.
-            found = self._found(key.partition(".")[2])
+            found = self._find(key.partition(".")[2])
         return found
 
-    def _found(self, key: str) -> Any:
-        found = self._module_dict.get(_name_here(key))
-        for find in self._finds:
+    def _find(self, key: str) -> Any:
+        found = self._module_dict.get(_own_name(key))
+        for lookup in self._lookups:
             if found is None:
-                found = find(key)
+                found = lookup(key)
         return found
 
     def resolve(self, kind: Any) -> Callable[..., Any]:
-        """Return what a config's `type` stands for: a name, a class, a function.
+        """Return the class or function of a config's `type`, which may be a name.
 
         Args:
             kind: The `type`.
 
         Raises:
-            KeyError: nobody registered the name; a ValueError, too.
+            KeyError: the name is not registered; a ValueError, too.
             TypeError: it is neither a name nor can it be called.
         """
-        if isinstance(kind, str):
-            found: Callable[..., Any] | None = self.get(kind)
-            if found is None:
-                raise RegistryError(
-                    f"{kind!r} is not in the {self._name} registry; "
-                    f"{did_you_mean(kind, self._module_dict)}"
+        if not isinstance(kind, str):
+            if not callable(kind):
+                raise TypeError(
+                    f"type must be a name in the {self._name} registry, a class or a "
+                    f"function, got {kind!r}"
                 )
-            return found
-        if not callable(kind):
-            raise TypeError(
-                f"type must be a name in the {self._name} registry, a class or a "
-                f"function, got {kind!r}"
+            return self._replacement(kind)
+        found: Callable[..., Any] | None = self.get(kind)
+        if found is None:
+            raise RegistryError(
+                f"{kind!r} is not in the {self._name} registry; "
+                f"{did_you_mean(kind, self._module_dict)}"
             )
-        return self._in_place_of(kind)
+        return found
 
     @contextlib.contextmanager
     def switch_scope_and_registry(self, scope: str | None) -> Iterator[Registry]:
-        """Return a context that has the registry itself, whatever the scope.
+        """Return a context that has this registry, whatever MMEngine's scope.
 
         Constructors that are written for MMEngine look names up in it.
 
         Args:
-            scope: The scope of MMEngine that is asked for.
+            scope: The scope, which is ignored.
         """
         yield self
 
-    def look_also(self, find: Callable[[str], Any]) -> None:
-        """Look a name up elsewhere, too, where it is not found before.
+    def add_lookup(self, lookup: Callable[[str], Any]) -> None:
+        """Add a function that looks up names that are not found before.
 
         Args:
-            find: Returns what stands under a name, None if nothing does.
+            lookup: Returns the class or function of a name, None if it has none.
         """
-        self._finds.append(find)
+        self._lookups.append(lookup)
 
     def register_module(
         self,
@@ -198,7 +198,7 @@ class Registry:
     def build(
         self, cfg: Mapping[str, Any], default_args: Mapping[str, Any] | None = None
     ) -> Any:
-        """Build what a config describes.
+        """Build an object from a config.
 
         Args:
             cfg: `type`, which is a name, a class or a function, and its arguments. It
@@ -206,7 +206,7 @@ class Registry:
             default_args: Arguments that count where `cfg` lacks them.
 
         Raises:
-            KeyError: `type` is missing, or nobody registered it; a ValueError, too.
+            KeyError: `type` is missing, or not registered; a ValueError, too.
             TypeError: an argument is unknown, or `cfg` is no dict.
         """
         for what, given in (("cfg", cfg), ("default_args", default_args or {})):
@@ -218,7 +218,7 @@ class Registry:
                 f'`cfg` or `default_args` must contain the key "type", a name in the '
                 f"{self._name} registry or a class, but got {dict(cfg)!r}"
             )
-        # Where a name is to be looked for, as MMEngine's runner writes into configs.
+        # MMEngine's runner writes the scope for names into configs.
         args.pop("_scope_", None)
         kind = self.resolve(args.pop("type"))
         try:
@@ -233,20 +233,17 @@ class Registry:
                 f"{label} takes no {unknown[1]}={args[unknown[1]]!r}; {hint}"
             ) from error
 
-    def _in_place_of(self, kind: Callable[..., Any]) -> Callable[..., Any]:
-        """Return what is built instead of a class or function, most often itself."""
+    def _replacement(self, kind: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what replaces a class or function, most often itself."""
         path = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
-        replaced: Callable[..., Any] | None = self._module_dict.get(_name_here(path))
+        replaced: Callable[..., Any] | None = self._module_dict.get(_own_name(path))
         if replaced is None and self._replace is not None:
             replaced = self._replace(kind)
         return kind if replaced is None else replaced
 
 
 def arguments_of(kind: Callable[..., Any]) -> list[str]:
-    """Return the names of the arguments that a class or function takes.
-
-    Where a class passes on what it does not know, those of its bases come behind.
-    """
+    """Return the arguments of a class or function, with those of bases behind `**`."""
     chain: list[Any] = [kind]
     if isinstance(kind, type):
         chain = [vars(c)["__init__"] for c in kind.__mro__ if "__init__" in vars(c)]
@@ -254,7 +251,7 @@ def arguments_of(kind: Callable[..., Any]) -> list[str]:
     for function in chain:
         try:
             parameters = inspect.signature(function).parameters.values()
-        except ValueError:  # Builtins do not tell.
+        except ValueError:  # Builtins have no signature.
             break
         plain = [
             p for p in parameters if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}
@@ -265,8 +262,8 @@ def arguments_of(kind: Callable[..., Any]) -> list[str]:
     return list(names)
 
 
-def _name_here(key: str) -> str:
-    """Return what a class of MMEngine's is called here, if a key is its dotted path.
+def _own_name(key: str) -> str:
+    """Return the name of our counterpart of a class of MMEngine's, by its dotted path.
 
     Configs that are dumped have such paths, such as
     "mmengine.optim.optimizer.optimizer_wrapper.OptimWrapper".
@@ -275,8 +272,8 @@ def _name_here(key: str) -> str:
     return path.rpartition(".")[2] if package == "mmengine" else key
 
 
-def _imported(path: str) -> Any:
-    """Return what a dotted path names, None if there is no such thing."""
+def _import(path: str) -> Any:
+    """Import the object at a dotted path, None if there is none."""
     module, _, name = path.rpartition(".")
     if not module:
         return None

@@ -95,7 +95,7 @@ def register() -> None:
         (registry.OPTIMIZERS, OPTIMIZERS),
     ):
         if "functional_optim" not in root.children:
-            own.look_also(_found_in(root))
+            own.add_lookup(_found_in(root))
             _open_scope("functional_optim", root, own)
             _become_registry(own, registry)
     _open_scope("fo", registry.OPTIMIZERS, OPTIMIZERS)
@@ -153,7 +153,7 @@ def _become_registry(own: Registry, theirs: Any) -> None:
             except RuntimeError:  # It tried to import what it did not find.
                 return None
 
-        self.look_also(find)
+        self.add_lookup(find)
 
     # What MMEngine's `__init__` sets; what it asks by methods, ours come first.
     also = {
