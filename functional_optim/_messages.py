@@ -22,12 +22,7 @@ def format_names(names: Iterable[str], most: int = 5) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Format an error on one line: its type and its first line.
-
-    Example:
-        >>> first_line(ValueError("too long"))
-        'ValueError: too long'
-    """
+    """Format an error on one line: its type and its first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"
 
@@ -75,12 +70,7 @@ def user_stacklevel() -> int:
 
 
 def close_matches(name: str, known: Iterable[str], cutoff: float = 0.6) -> list[str]:
-    """Return the names that are spelled like a wrong one, the closest first.
-
-    Example:
-        >>> close_matches("AdamW", ["adam", "adamw", "sgd"])
-        ['adamw', 'adam']
-    """
+    """Return the names that are spelled like a wrong one, the closest first."""
     folded: dict[str, list[str]] = {}
     for right in known:
         folded.setdefault(right.lower(), []).append(right)
@@ -105,19 +95,12 @@ def did_you_mean(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def no_attribute(module: str, names: Iterable[str]) -> Callable[[str], NoReturn]:
-    """Return a `__getattr__` for a module, with an error that suggests names.
-
-    Example:
-        >>> no_attribute("fo", ["adamw", "sgd"])("AdamW")
-        Traceback (most recent call last):
-        AttributeError: module 'fo' has no attribute 'AdamW'; did you mean 'adamw'?
-    """
+    """Return a `__getattr__` for a module, with an error that suggests names."""
 
     def refuse(name: str) -> NoReturn:
-        msg = f"module {module!r} has no attribute {name!r}"
-        # Python itself looks up names like __wrapped__, and expects nothing.
-        if not name.startswith("_") and close_matches(name, names):
-            msg += f"; {did_you_mean(name, names)}"
-        raise AttributeError(msg)
+        # Python itself looks up names like __wrapped__, and needs no suggestion.
+        similar = [] if name.startswith("_") else close_matches(name, names)
+        hint = f"; {did_you_mean(name, names)}" if similar else ""
+        raise AttributeError(f"module {module!r} has no attribute {name!r}{hint}")
 
     return refuse

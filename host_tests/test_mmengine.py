@@ -434,7 +434,7 @@ def test_gradients_of_other_wrappers_are_saved(tmp_path: pathlib.Path) -> None:
 @pytest.fixture
 def _as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let numbers on the CPU wait for their reader as those on an accelerator do."""
-    monkeypatch.setattr(_deferred_history, "_lies_here", lambda _: False)
+    monkeypatch.setattr(_deferred_history, "_is_on_host", lambda _: False)
 
 
 @pytest.mark.usefixtures("_as_on_a_device")

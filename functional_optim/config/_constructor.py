@@ -46,17 +46,17 @@ _logger = logging.getLogger("functional_optim")
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class DefaultOptimWrapperConstructor:
-    """Builds an optimizer wrapper for a model, with settings parameter by parameter.
+    """A builder of optimizer wrappers, with settings for each parameter.
 
-    Without `paramwise_cfg` all parameters stand in one group. With it each one has its
-    own, whose `lr` and `weight_decay` are those of the optimizer's config, times what
-    the rules say. In `paramwise_cfg` may stand:
+    Without `paramwise_cfg` all parameters are in one group. With it each one has its
+    own group, with the `lr` and `weight_decay` of the optimizer's config, multiplied by
+    these rules:
 
     - `custom_keys`: a dict from a piece of a name to `lr_mult`, `decay_mult` or both.
       The longest key that a name contains counts, ties by alphabet, and none of the
-      rules below. Keys other than these two go into the group as they are; one that is
-      spelt nearly so warns.
-    - `lr_mult`, `decay_mult`: for all parameters, times what else applies below.
+      rules below. Other options go into the group as they are; one that is spelled
+      nearly like these two warns.
+    - `lr_mult`, `decay_mult`: for all parameters, times the rules below that apply.
     - `bias_lr_mult`: biases, but not of norm layers, and not in deformable
       convolutions.
     - `dcn_offset_lr_mult`: the `conv_offset` inside deformable convolutions.
@@ -68,7 +68,7 @@ class DefaultOptimWrapperConstructor:
       convolutions. Of these four the first that applies wins.
     - `bypass_duplicate`: whether a parameter that comes again is skipped.
     - `compose`: whether rules multiply instead of replacing each other: all custom keys
-      that a name contains, and what the kind of its layer asks for.
+      that a name contains, and all rules for its layer.
 
     To add rules of your own, derive from this class and override `add_params`. Rules
     that this class does not know are then yours to read.
@@ -231,7 +231,7 @@ class DefaultOptimWrapperConstructor:
 
     def _log(self, at: ModuleParam, settings: dict[str, Any]) -> None:
         if at.name == "bias" and not (at.in_deformable or is_norm(at.module)):
-            # As in MMEngine's guide, whose rules for biases are 1 if not given.
+            # As in MMEngine's guide, where rules for biases are 1 if not given.
             base = {"lr": self.base_lr, "weight_decay": self.base_wd}
             settings = {k: v for k, v in base.items() if v is not None} | settings
         for key, value in settings.items():
@@ -262,10 +262,8 @@ class DefaultOptimWrapperConstructor:
     def __call__(self, model: nn.Module) -> OptimWrapper:
         """Build the wrapper for a model.
 
-        A parallel wrapper around the model, such as DDP, is looked through.
-
         Args:
-            model: The model.
+            model: The model, which may be in a parallel wrapper, such as DDP.
 
         Raises:
             TypeError: it is no module, or an argument in a config is unknown.
@@ -312,10 +310,10 @@ class DefaultOptimWrapperConstructor:
 
 @untraced
 def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrapper:
-    """Build the optimizer wrapper that a config describes.
+    """Build an optimizer wrapper from a config.
 
     Args:
-        model: The model. A parallel wrapper around it, such as DDP, is looked through.
+        model: The model, which may be in a parallel wrapper, such as DDP.
         cfg: The config, which is not changed. `optimizer` is the config of the
             optimizer: its `type`, a name in `OPTIMIZERS` or a class, and its arguments.
             All else may be left out: `type`, a name in `OPTIM_WRAPPERS` or a class,

@@ -105,8 +105,8 @@ OPTIMIZERS = Registry("optimizer", lookup=_find_optimizer, replace=_preset_of)
 """Optimizers: those of torch, of this library, of packages that are installed.
 
 `fo.adamw` and the like build a `TransformOptimizer` from a preset. Those of
-`dadaptation`, `lion_pytorch`, `Sophia` and `bitsandbytes` are looked for when asked
-for; where torch has one of the same name, that of bitsandbytes is `bnb_Adam`. torch's
+`dadaptation`, `lion_pytorch`, `Sophia` and `bitsandbytes` are imported when needed;
+where torch has one of the same name, that of bitsandbytes is `bnb_Adam`. torch's
 Adafactor is `TorchAdafactor`, too; that of transformers is `transformers.Adafactor`.
 """
 

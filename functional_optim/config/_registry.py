@@ -109,15 +109,7 @@ class Registry:
         return found
 
     def resolve(self, kind: Any) -> Callable[..., Any]:
-        """Return the class or function of a config's `type`, which may be a name.
-
-        Args:
-            kind: The `type`.
-
-        Raises:
-            KeyError: the name is not registered; a ValueError, too.
-            TypeError: it is neither a name nor can it be called.
-        """
+        """Return the class or function of a config's `type`, which may be a name."""
         if not isinstance(kind, str):
             if not callable(kind):
                 raise TypeError(
@@ -138,18 +130,11 @@ class Registry:
         """Return a context that has this registry, whatever MMEngine's scope.
 
         Constructors that are written for MMEngine look names up in it.
-
-        Args:
-            scope: The scope, which is ignored.
         """
         yield self
 
     def add_lookup(self, lookup: Callable[[str], Any]) -> None:
-        """Add a function that looks up names that are not found before.
-
-        Args:
-            lookup: Returns the class or function of a name, None if it has none.
-        """
+        """Add a function that looks a name up, and returns None if it has none."""
         self._lookups.append(lookup)
 
     def register_module(

@@ -46,9 +46,9 @@ def explain(
     """Describe what a transform does to these parameters, as a table to print.
 
     A line for each stage: the transform as written, its scope, the bytes of its state.
-    Below, the bytes of all state, and what every mask, rule and label selects, and what
-    is left: a rule that fits nothing, or an earlier rule that takes everything, shows
-    here.
+    Below, the bytes of all state, and the parameters that every mask, rule and label
+    selects, and those left: a rule that fits nothing can be seen here, and an earlier
+    rule that takes everything.
 
     Nothing is computed and no memory is taken: `init` runs on the meta device. If that
     of your own transform cannot run there, it runs on the parameters as they are, and a
@@ -62,7 +62,7 @@ def explain(
 
     Args:
         tx: Any transform, a `TransformOptimizer`, or an `OptimWrapper` around one.
-        params: Parameters by name; only names, shapes and dtypes are looked at. None
+        params: Parameters by name; only names, shapes and dtypes are used. None
             for an optimizer, which has its own.
 
     Returns:
@@ -257,7 +257,7 @@ def _rule_lines(rules: list[tuple[str, list[str]]], params: TensorMap) -> list[s
 
 
 def _omitted(count: int) -> list[str]:
-    """Return the line that stands for those beyond the most that are listed."""
+    """Return a line with the number of lines that are left out."""
     left = count - _MAX_LINES
     return [f"  ... and {left:,} more"] if left > 0 else []
 

@@ -1,1 +1,1 @@
-"""Connect frameworks to this library, each imported only by who asks for it."""
+"""Connect frameworks to this library; each is imported only where it is used."""

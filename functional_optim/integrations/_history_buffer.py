@@ -1,4 +1,4 @@
-"""Keep histories of numbers on their device until somebody looks."""
+"""Keep histories of logged numbers on their device until they are read."""
 
 from __future__ import annotations
 
@@ -9,24 +9,21 @@ from torch import Tensor
 
 from functional_optim.core._readings import fetch
 
-_MOST = 1024
-"""How many numbers may wait for a reader; each holds a small piece of the device."""
+_MAX_WAITING = 1024
+"""How many numbers may wait to be read; each occupies a small piece of the device."""
 
 
-def _lies_here(value: Tensor) -> bool:
-    """Whether reading a tensor waits for nothing."""
+def _is_on_host(value: Tensor) -> bool:
+    """Whether a tensor is read without waiting for a device."""
     return value.is_cpu
 
 
 class DeferredHistory:
-    """What a MMEngine `HistoryBuffer` does, with tensors that stay where they are.
+    """A base class, before MMEngine's `HistoryBuffer`, that reads numbers when needed.
 
-    MMEngine reads each number on the host when it is noted, so that every step waits
-    for the device. Here all that came since somebody last looked is read in one
-    transfer. A copy, and what is pickled, is a plain `HistoryBuffer`: checkpoints can
-    be loaded where this library is not installed.
-
-    To be derived from together with `HistoryBuffer`, this class first.
+    MMEngine reads each number on the host when it is logged, so that every step waits
+    for the device. Copies and pickles are plain `HistoryBuffer`s: checkpoints load
+    where this library is not installed.
     """
 
     max_length: int
@@ -34,11 +31,11 @@ class DeferredHistory:
     _statistics_methods: dict[str, Any]
 
     def update(self, log_val: float | Tensor, count: int = 1) -> None:
-        """Note a number."""
+        """Append a number."""
         if isinstance(log_val, Tensor):
-            if _lies_here(log_val):
+            if _is_on_host(log_val):
                 log_val = log_val.item()
-            else:  # Whoever noted it may write into it afterwards.
+            else:  # The caller may write into it afterwards.
                 log_val = log_val.detach().reshape(()).clone()
         elif not isinstance(log_val, (int, float)):
             kind = type(log_val).__name__
@@ -46,27 +43,23 @@ class DeferredHistory:
                 f"log_val must be a number or a tensor of one element, got a {kind}"
             )
         self._waiting.append((log_val, count))
-        if len(self._waiting) >= _MOST:
+        if len(self._waiting) >= _MAX_WAITING:
             self._read()
 
     def _read(self) -> None:
-        """Bring to the host what waits."""
+        """Bring the waiting numbers to the host, in one transfer."""
         if not self._waiting:
             return
         values, counts = zip(*self._waiting, strict=True)
         self._waiting = []
-        waiting = {str(i): v for i, v in enumerate(values) if isinstance(v, Tensor)}
-        read = fetch(waiting)
-        numbers: Any = (
-            [read.get(str(i), v) for i, v in enumerate(values)] if read else values
-        )
+        read = fetch({str(i): v for i, v in enumerate(values) if isinstance(v, Tensor)})
+        numbers: list[Any] = [read.get(str(i), v) for i, v in enumerate(values)]
         # Beyond max_length the oldest go.
         start = -self.max_length
         self._log_history = np.append(self._log_history, numbers)[start:]
         self._count_history = np.append(self._count_history, counts)[start:]
 
     # `HistoryBuffer` and statistics that users register read these two.
-
     @property
     def _log_history(self) -> Any:
         self._read()

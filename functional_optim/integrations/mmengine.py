@@ -1,26 +1,4 @@
-"""Let the Runner of MMEngine train with the wrappers of this library: `register()`.
-
-Call it once, before the Runner is built:
-
-    from functional_optim.integrations.mmengine import register
-
-    register()
-    runner = Runner(
-        ...,
-        optim_wrapper=dict(
-            type="functional_optim.OptimWrapper",
-            optimizer=dict(type="SGD", lr=0.01, momentum=0.9),
-            clip_grad=dict(max_norm=1.0),
-        ),
-    )
-
-An instance works as well, and so does `optimizer=dict(type="fo.adamw", lr=1e-3)`. Rules
-in `paramwise_cfg` are read by MMEngine's constructor, as long as the config does not
-have `constructor="functional_optim.DefaultOptimWrapperConstructor"`.
-
-Resuming needs what it needs without this library, too: MMEngine 0.10 saves objects, so
-since torch 2.6 set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 to load what you trust.
-"""
+"""Train with the wrappers of this library in the Runner of MMEngine: `register()`."""
 
 from __future__ import annotations
 
@@ -51,32 +29,42 @@ __all__ = ["register"]
 
 _SCOPES = ("functional_optim", "fo")
 _MARK = "_knows_functional_optim"
-"""What a method has that was replaced; whoever wraps it copies that."""
+"""An attribute of a replaced method, which wrappers of the method copy."""
 
 _logger = logging.getLogger("functional_optim")
 
 
 def register() -> None:
-    """Make this library known to MMEngine, which is as it was until this is called.
+    """Register the classes of this library with MMEngine, before a Runner is built.
 
     - Its registries find `functional_optim.OptimWrapper` and all other names in our
-      registries, and the presets as `fo.adamw` and so on; ours find what is in its.
+      registries, and the presets as `fo.adamw` and so on; ours find the names in its.
     - Ours are registries to it: for `build_from_cfg`, and as parents of others.
-    - Its `isinstance` checks take our wrappers for its own, in Runner and schedulers.
+    - Its `isinstance` checks in Runner and schedulers accept our wrappers.
     - `FSDPStrategy` sets `use_fsdp` for our `AmpOptimWrapper` as for its own: its
       method `build_optim_wrapper` is replaced by one that calls it.
     - The gradient norm goes to its current message hub as `train/grad_norm`, and is
       read on the host only when the Runner writes a line of its log.
-    - What we log goes to its current logger, and nowhere else.
+    - Our log records go to its current logger, and nowhere else.
 
-    Calling it again changes nothing.
+    Rules in `paramwise_cfg` are read by MMEngine's constructor, unless the config has
+    `constructor="functional_optim.DefaultOptimWrapperConstructor"`. Calling it again
+    changes nothing. Resuming needs TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1 since torch 2.6,
+    as it does without this library: MMEngine 0.10 saves objects.
 
     Raises:
         ImportError: MMEngine is not installed.
 
     Example:
         >>> register()  # doctest: +SKIP
-        >>> runner = Runner(..., optim_wrapper=wrapper)  # doctest: +SKIP
+        >>> runner = Runner(  # doctest: +SKIP
+        ...     ...,
+        ...     optim_wrapper=dict(
+        ...         type="functional_optim.OptimWrapper",  # or an instance
+        ...         optimizer=dict(type="SGD", lr=0.01),  # or type="fo.adamw"
+        ...         clip_grad=dict(max_norm=1.0),
+        ...     ),
+        ... )
     """
     try:
         importlib.import_module("mmengine")
@@ -95,7 +83,7 @@ def register() -> None:
         (registry.OPTIMIZERS, OPTIMIZERS),
     ):
         if "functional_optim" not in root.children:
-            own.add_lookup(_found_in(root))
+            own.add_lookup(_lookup_in(root))
             _open_scope("functional_optim", root, own)
             _become_registry(own, registry)
     _open_scope("fo", registry.OPTIMIZERS, OPTIMIZERS)
@@ -103,27 +91,27 @@ def register() -> None:
     if torch.distributed.is_available():  # Importing a Runner imports this as well.
         _follow_fsdp(importlib.import_module("mmengine._strategy").FSDPStrategy)
     if MessageHub.host is None:
-        MessageHub.host = CurrentHub()
+        MessageHub.host = _CurrentHub()
     _connect_logger()
 
 
 def _open_scope(scope: str, root: Any, own: Registry) -> None:
-    """Let a registry of MMEngine find names of one of ours behind a scope and a dot."""
+    """Add the names of our registry to MMEngine's, behind a scope and a dot."""
     if scope in root.children:
         return
     plain = importlib.import_module("mmengine.registry").Registry
 
     def get(_: Any, key: str) -> Any:
-        # As a whole: what is registered under it, such as fo.adamw, or can be imported.
+        # Names such as fo.adamw are registered as a whole.
         return own.get(key) or own.get(f"{scope}.{key}")
 
-    # Looked up in ours each time, where users may register more.
+    # Looked up in ours each time: users may register more.
     kind = type("Scope", (plain,), {"get": get})
     kind(root.name, parent=root, scope=scope)
 
 
-def _found_in(root: Any) -> Callable[[str], Any]:
-    """Return what looks a name up as MMEngine does, in the scope that is set now."""
+def _lookup_in(root: Any) -> Callable[[str], Any]:
+    """Return a function that looks a name up in MMEngine's current scope."""
 
     def find(key: str) -> Any:
         if key.partition(".")[0] in _SCOPES:
@@ -138,9 +126,9 @@ def _found_in(root: Any) -> Callable[[str], Any]:
 
 
 def _become_registry(own: Registry, theirs: Any) -> None:
-    """Let a registry of ours be one of MMEngine's as well; it stays the same object.
+    """Give our registry a class that is MMEngine's as well; it stays the same object.
 
-    `mmengine.registry.build_from_cfg` takes it then, and it can be a parent.
+    `mmengine.registry.build_from_cfg` accepts it then, and it can be a parent.
     """
 
     def add_child(self: Any, child: Any) -> None:
@@ -155,7 +143,7 @@ def _become_registry(own: Registry, theirs: Any) -> None:
 
         self.add_lookup(find)
 
-    # What MMEngine's `__init__` sets; what it asks by methods, ours come first.
+    # The attributes that MMEngine's `__init__` sets; of methods, ours come first.
     also = {
         "_add_child": add_child,
         "_children": {},
@@ -170,10 +158,7 @@ def _become_registry(own: Registry, theirs: Any) -> None:
 
 
 def _follow_fsdp(strategy: Any) -> None:
-    """Let the strategy share one scaler over its processes in our wrapper, too.
-
-    Where a config does not say `use_fsdp`, it sets it for its own class, by its name.
-    """
+    """Make `FSDPStrategy` set `use_fsdp` for our `AmpOptimWrapper`, too."""
     build = strategy.build_optim_wrapper
     if hasattr(build, _MARK):
         return
@@ -191,11 +176,11 @@ def _follow_fsdp(strategy: Any) -> None:
     strategy.build_optim_wrapper = build_optim_wrapper
 
 
-class CurrentHub:
-    """MMEngine's message hub: whichever is the current one, which is the Runner's.
+class _CurrentHub:
+    """MMEngine's current message hub, whichever that is, with deferred histories.
 
-    MMEngine's own wrapper stays with the one that was current when it was built, so
-    that the norm of an instance built before its Runner gets lost.
+    MMEngine's own wrapper keeps the hub that was current when it was built, and loses
+    the norm of an instance that is built before its Runner.
     """
 
     def __init__(self) -> None:
@@ -214,11 +199,11 @@ class CurrentHub:
         return self._hubs.get_current_instance()
 
     def update_scalar(self, key: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Note a number under a name; a tensor is not read before somebody looks."""
+        """Log a number under a name; tensors are read later."""
         hub = self.current
         history = hub.log_scalars.get(key)
         if history is None or not isinstance(value, Tensor):
-            # Whether it is resumed, the hub decides on the first.
+            # With the first number the hub decides whether the history is resumed.
             hub.update_scalar(key, value, *args, **kwargs)
             return
         if type(history) is self._plain:
@@ -228,26 +213,26 @@ class CurrentHub:
 
 
 class _ToCurrentLogger(logging.Handler):
-    """Hands records to MMEngine's current logger, which writes them as its own."""
+    """A handler that passes records to MMEngine's current logger."""
 
     def __init__(self) -> None:
         super().__init__()
         self._loggers: Any = importlib.import_module("mmengine.logging").MMLogger
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hand on a record."""
+        """Pass on a copy of a record."""
         current = self._loggers.get_current_instance()
-        handed = copy.copy(record)
-        # Its filter knows warnings that came before by `msg`.
-        handed.name, handed.msg, handed.args = current.name, record.getMessage(), None
-        current.handle(handed)
+        passed = copy.copy(record)
+        # Its filter recognizes repeated warnings by `msg`.
+        passed.name, passed.msg, passed.args = current.name, record.getMessage(), None
+        current.handle(passed)
 
 
 def _connect_logger() -> None:
     if any(isinstance(handler, _ToCurrentLogger) for handler in _logger.handlers):
         return
     _logger.addHandler(_ToCurrentLogger())
-    # As MMEngine's loggers: a line stands there once, and handlers choose the level.
+    # As MMEngine's loggers: each line is written once, and handlers choose the level.
     _logger.propagate = False
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)

@@ -1,6 +1,6 @@
 """Schedules: pure functions from step count to value.
 
-A schedule stands wherever a hyperparameter does: `adamw(lr=cosine_decay(1e-3, 1000))`.
+A schedule may replace any hyperparameter: `adamw(lr=cosine_decay(1e-3, 1000))`.
 It is evaluated at the number of updates that the transform holding it has emitted, so
 the first update sees `schedule(0)`, and micro-steps and skipped steps do not count.
 Arithmetic is 0-dim float64, on the device of the count. Any function of a 0-dim tensor

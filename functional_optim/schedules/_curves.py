@@ -179,7 +179,7 @@ class exponential:
         value = self.init_value * torch.pow(self.decay_rate, exponent)
         if self.end_value is None:
             return value
-        # The end lies where the values go: a bound on both sides is one on that side.
+        # The values go towards the end: only the bound on that side has an effect.
         low = min(self.init_value, self.end_value)
         return value.clamp(min=low, max=max(self.init_value, self.end_value))
 
