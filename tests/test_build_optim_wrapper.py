@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import functional_optim as fo
+from functional_optim.config._configs import unwrap_model
 from functional_optim.config._registries import OPTIM_WRAPPERS
-from functional_optim.config._validation import unwrap_model
 
 SGD = {"type": "SGD", "lr": 0.01, "weight_decay": 0.0001}
 

@@ -10,6 +10,13 @@ from typing import Any
 from torch import nn
 
 from functional_optim.algebra._torch_modes import untraced
+from functional_optim.config._configs import (
+    check_base_value,
+    check_misplaced_keys,
+    copy_config,
+    first_argument,
+    unwrap_model,
+)
 from functional_optim.config._paramwise import (
     MatchedRules,
     ModuleParam,
@@ -25,13 +32,6 @@ from functional_optim.config._registries import (
     PresetOptimizer,
 )
 from functional_optim.config._registry import RegistryError
-from functional_optim.config._validation import (
-    check_base_value,
-    check_keys,
-    copy_config,
-    first_argument,
-    unwrap_model,
-)
 from functional_optim.optim_wrapper._errors import ConfigValueError
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
@@ -286,7 +286,7 @@ class DefaultOptimWrapperConstructor:
                 f"leave {first} out of optimizer: the parameters are those of the model"
             )
         wrapper_kind = OPTIM_WRAPPERS.resolve(wrapper_cfg["type"])
-        check_keys(wrapper_cfg, wrapper_kind, self.optimizer_cfg, kind)
+        check_misplaced_keys(wrapper_cfg, wrapper_kind, self.optimizer_cfg, kind)
         names = {id(p): strip_wrappers(name) for name, p in model.named_parameters()}
         params: list[Any] = list(model.parameters())
         self._matched = {}

@@ -101,7 +101,7 @@ def _preset_of(kind: Any) -> Any:
     return None
 
 
-OPTIMIZERS = Registry("optimizer", lookup=_find_optimizer, replace=_preset_of)
+OPTIMIZERS = Registry("optimizer", replace=_preset_of)
 """Optimizers: those of torch, of this library, of packages that are installed.
 
 `fo.adamw` and the like build a `TransformOptimizer` from a preset. Those of
@@ -124,6 +124,7 @@ def _register_all() -> None:
         if isinstance(found, type) and issubclass(found, torch.optim.Optimizer):
             names = [name, "TorchAdafactor"] if name == "Adafactor" else [name]
             OPTIMIZERS.register_module(name=names, module=found)
+    OPTIMIZERS.add_lookup(_find_optimizer)
     OPTIMIZERS.register_module(module=TransformOptimizer)
     for name in optimizers.__all__:
         preset = PresetOptimizer(getattr(optimizers, name))

@@ -29,7 +29,6 @@ class Registry:
 
     Args:
         name: What the registry is called in messages.
-        lookup: Looks up a name that is not registered; returns None if it has none.
         replace: Returns what is built instead of a class or function that a config
             has as its type; None builds that itself.
 
@@ -49,14 +48,10 @@ class Registry:
     """
 
     def __init__(
-        self,
-        name: str,
-        *,
-        lookup: Callable[[str], Any] | None = None,
-        replace: Callable[[Any], Any] | None = None,
+        self, name: str, *, replace: Callable[[Any], Any] | None = None
     ) -> None:
         self._name = name
-        self._lookups = [] if lookup is None else [lookup]
+        self._lookups: list[Callable[[str], Any]] = []
         self._replace = replace
         self._module_dict: dict[str, Callable[..., Any]] = {}
 

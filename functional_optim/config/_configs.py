@@ -62,7 +62,7 @@ def copy_config(config: Any) -> Any:
     return config
 
 
-def check_keys(
+def check_misplaced_keys(
     wrapper_cfg: Mapping[str, Any],
     wrapper: Callable[..., Any],
     optimizer_cfg: Mapping[str, Any],
