@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,53 +17,47 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-def same_value(a: object, b: object) -> bool:
-    """Compare by value: tensors by dtype, device and numbers, the rest by `==`.
+def same_value(
+    a: Any, b: Any, *, tensors: Literal["value", "identity"] = "value"
+) -> bool:
+    """Compare by value; tensors by dtype, device and numbers, or by identity.
 
-    Example:
-        >>> same_value({"w": torch.ones(2)}, {"w": torch.ones(2)})
-        True
-    """
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return (
-            isinstance(a, Tensor)
-            and isinstance(b, Tensor)
-            and (a.dtype, a.device) == (b.dtype, b.device)
-            and bool(torch.equal(a, b))
-        )
-    return _same(a, b, same_value)
-
-
-def same_for_good(a: object, b: object) -> bool:
-    """Compare by value, and tensors by identity: others may be written to.
+    By identity no device value is read, and no later write can make two differ.
 
     Example:
         >>> one = torch.ones(2)
-        >>> same_for_good((one, 0.5), (one, 0.5)), same_for_good(one, torch.ones(2))
-        (True, False)
+        >>> same_value({"w": one}, {"w": torch.ones(2)})
+        True
+        >>> same_value((one, 0.5), (torch.ones(2), 0.5), tensors="identity")
+        False
     """
     if a is b:
         return True
     if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return False
-    if type(a) is type(b) and type(a).__eq__ is equal:
-        values: Any = a
-        return all(
-            same_for_good(getattr(a, field.name), getattr(b, field.name))
-            for field in dataclasses.fields(values)
+        return (
+            tensors == "value"
+            and isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and (a.dtype, a.device) == (b.dtype, b.device)
+            and torch.equal(a, b)
         )
-    return _same(a, b, same_for_good)
-
-
-def _same(a: object, b: object, same: Callable[[object, object], bool]) -> bool:
     if type(a) is not type(b):
         return False
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
+    if isinstance(a, dict):
         # In order: the first rule that fits wins.
-        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+        a, b = tuple(a.items()), tuple(b.items())
+    elif vars(type(a)).get("__eq__") is equal:
+        a, b = _field_values(a), _field_values(b)
+    if isinstance(a, tuple):
+        return len(a) == len(b) and all(
+            same_value(one, other, tensors=tensors)
+            for one, other in zip(a, b, strict=True)
+        )
     return bool(a == b)
+
+
+def _field_values(value: Any) -> tuple[Any, ...]:
+    return tuple(getattr(value, field.name) for field in dataclasses.fields(value))
 
 
 def with_fields(value: Any, /, **fields: Any) -> Any:
@@ -76,18 +70,12 @@ def with_fields(value: Any, /, **fields: Any) -> Any:
 
 def equal(self: Any, other: Any) -> Any:
     """`__eq__` of a value."""
-    if type(self) is not type(other):
-        return NotImplemented
-    return all(
-        same_value(getattr(self, field.name), getattr(other, field.name))
-        for field in dataclasses.fields(self)
-    )
+    return same_value(self, other) if type(self) is type(other) else NotImplemented
 
 
 def hash_of(self: Any) -> int:
     """`__hash__` of a value: over its type and plain fields."""
-    values = (getattr(self, field.name) for field in dataclasses.fields(self))
-    return hash((type(self), *map(_hashable, values)))
+    return hash((type(self), *map(_hashable, _field_values(self))))
 
 
 def _hashable(value: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor
 from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._hyperparameters import resolve
 from functional_optim.core._transform import Scope, Static
-from functional_optim.core._value_class import same_for_good
+from functional_optim.core._value_class import same_value
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._state_tree import Kind
 from functional_optim.execution._tensor_memory import (
@@ -187,7 +187,7 @@ class Layout:
             )
             known = found.setdefault(key, [])
             for other, names in known:
-                if same_for_good(other, transform):
+                if same_value(other, transform, tensors="identity"):
                     names.append(name)
                     break
             else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from functional_optim.core._selection import picks
 from functional_optim.core._transform import Transform
-from functional_optim.core._value_class import same_for_good
+from functional_optim.core._value_class import same_value
 from functional_optim.transforms import Masked, Partition
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def joined(
 def _joined(values: dict[str, Any], params: TensorMap) -> Any:
     """Return one value for all names: a transform, or a part of one."""
     first = next(iter(values.values()))
-    if all(same_for_good(value, first) for value in values.values()):
+    if all(same_value(v, first, tensors="identity") for v in values.values()):
         return first
     if isinstance(first, Partition):
         return dataclasses.replace(first, inner=_joined_labels(values, params))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.core._hyperparameters import resolve
-from functional_optim.core._value_class import same_for_good
+from functional_optim.core._value_class import same_value
 from functional_optim.execution._bucketing import Bucket, Cohorts, Layout
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._native import Gradients
@@ -95,7 +95,10 @@ class Plan:
                 for group in chosen.values()
                 for name in [bucket.members[group]]
             ]
-            if not all(same_for_good(other, found[0]) for other in found[1:]):
+            same = [
+                same_value(other, found[0], tensors="identity") for other in found[1:]
+            ]
+            if not all(same):
                 # They part for good: a plan is not for free.
                 self._part_by_group()
                 return

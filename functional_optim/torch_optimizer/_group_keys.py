@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from functional_optim._messages import close_matches, format_names
 from functional_optim.core._hyperparameters import is_schedule, is_zero
 
@@ -145,22 +143,6 @@ def check_written(option: Option, value: Any, place: str) -> None:
         )
     if option.field == "dampening" and is_zero(value) != is_zero(option.value):
         raise ValueError(f"{place}: {fixed(option.key, option.value)}")
-
-
-def same(a: Any, b: Any) -> bool:
-    """Compare without a look at tensors: these are the same, or they may differ.
-
-    Example:
-        >>> same((0.9, 0.999), (0.9, 0.999)), same(0.1, 0.2)
-        (True, False)
-    """
-    if a is b:
-        return True
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return False
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and bool(a == b)
 
 
 def key_of(value: Any) -> Any:

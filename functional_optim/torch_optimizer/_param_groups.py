@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from functional_optim.core._hyperparameters import ScheduleState, evaluate
 from functional_optim.core._traversal import walk
+from functional_optim.core._value_class import same_value
 from functional_optim.torch_optimizer._group_hyperparameters import (
     Choices,
     Option,
@@ -33,7 +35,6 @@ from functional_optim.torch_optimizer._group_keys import (
     inert_value,
     key_of,
     lacking,
-    same,
     two_owners,
 )
 
@@ -164,7 +165,7 @@ class Groups:
         meant = {
             key: value
             for key, value in given.items()
-            if key not in defaults or not same(value, defaults[key])
+            if key not in defaults or not _same(value, defaults[key])
         }
         check_keys(meant, own, self._notes, place, new=True)
         return [
@@ -270,6 +271,7 @@ class Groups:
             except KeyError as error:
                 raise ValueError(lacking(place, error.args)) from None
         self._scheduled.check(groups)
+        # Most steps find the very objects of the step before.
         if all(map(_all_same, seen, self._seen)):
             return None
         transforms = self._built(seen)
@@ -288,7 +290,7 @@ class Groups:
         torch's OneCycleLR and CyclicLR write either of the two into all groups.
         """
         before, self._cycled[index] = self._cycled[index], group["betas"]
-        if "momentum" in self._own[index] and not same(before, group["betas"]):
+        if "momentum" in self._own[index] and not _same(before, group["betas"]):
             group["momentum"] = group["betas"][0]
 
     def settle(self, groups: list[dict[str, Any]]) -> None:
@@ -314,7 +316,7 @@ class Groups:
         changes: dict[Path, dict[str, Any]] = {}
         place = f"param_groups[{index}]"
         for option, value in zip(self._options[index], values, strict=True):
-            if option.scheduled or same(value, option.value):
+            if option.scheduled or _same(value, option.value):
                 continue
             check_written(option, value, place)
             for path in option.paths:
@@ -382,4 +384,9 @@ def _value(option: Option, group: Mapping[str, Any]) -> Any:
 
 
 def _all_same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    return len(now) == len(before) and all(map(same, now, before))
+    if len(now) != len(before):
+        return False
+    return all(map(operator.is_, now, before)) or all(map(_same, now, before))
+
+
+_same = functools.partial(same_value, tensors="identity")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from functional_optim.algebra._torch_modes import untraced
+from functional_optim.core._value_class import same_value
 from functional_optim.torch_optimizer._engine import Engine
-from functional_optim.torch_optimizer._group_keys import OPTIONS, TRANSFORM_STATE, same
+from functional_optim.torch_optimizer._group_keys import OPTIONS, TRANSFORM_STATE
 from functional_optim.torch_optimizer._param_groups import Groups
 from functional_optim.torch_optimizer._param_state import entries_of
 from functional_optim.torch_optimizer._params import (
@@ -81,7 +82,9 @@ class Tracking(torch.optim.Optimizer):
         written = {
             key: value
             for key, value in self.defaults.items()
-            if not same(value, self._first_defaults.get(key, value))
+            if not same_value(
+                value, self._first_defaults.get(key, value), tensors="identity"
+            )
         }
         place = f"param_groups[{len(self.param_groups)}]"
         values = self._groups.values_of_new(

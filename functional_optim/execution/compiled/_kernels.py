@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_optim.core._value_class import same_for_good
+from functional_optim.core._value_class import same_value
 from functional_optim.execution.compiled._constants import as_tensors, lifted
 from functional_optim.execution.compiled._tracing import example_of, traced
 
@@ -132,11 +132,11 @@ class Codes:
         """Return which kind of transform it is, and its numbers as tensors."""
         kind, found = lifted(transform)
         numbers = tuple(found)
-        if not same_for_good(numbers, self._numbers[0]):
+        if not same_value(numbers, self._numbers[0], tensors="identity"):
             self._numbers = numbers, as_tensors(numbers, like)
         kinds = self.library.kinds
         for index, other in enumerate(kinds):
-            if same_for_good(other, kind):
+            if same_value(other, kind, tensors="identity"):
                 self.failure = self.library.failures.get(index, "")
                 return index, self._numbers[1]
         if len(kinds) >= _MOST:  # Each step would look through more of them.
