@@ -329,6 +329,7 @@ class Tracking(torch.optim.Optimizer):
             return
         self._start()
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # torch puts it there.
         self._names = dict(state["_names"])
         self.defaults["transform"] = text_of(self._transform)
         self.state = defaultdict(dict, state["state"])
