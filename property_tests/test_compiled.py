@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functional_optim as fo
-from functional_optim.execution.compiled._compiled_update import Compiling
+from functional_optim.execution.compiled._kernels import KernelCache
 from functional_optim.testing import Example, strategies
 from functional_optim.testing._examples import SHAPES, fixed_examples
 from functional_optim.testing.laws._execution import moves_alike
@@ -32,4 +32,4 @@ def test_every_chain(transform: fo.Chain, example: Example, elements: int) -> No
     """Parameters, state and gradients are those of the pure way, step by step."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "compile=True")
-        moves_alike(transform, example, elements, Compiling(the_graph))
+        moves_alike(transform, example, elements, KernelCache(the_graph))

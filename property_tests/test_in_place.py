@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import functional_optim as fo
 from functional_optim.core._context import local_total
 from functional_optim.execution import _bucketing as _layout
+from functional_optim.execution._bucketing import ExecutionOptions
 from functional_optim.execution._executor import Executor
 from functional_optim.testing import Example, strategies
 from functional_optim.testing._compare import largest_gap, same_bits
@@ -30,7 +31,8 @@ def _executor(
     itemsize = max(p.dtype.itemsize for p in params.values())
     groups = dict.fromkeys(params, 0)
     size = elements * itemsize
-    return Executor(params, [transform], groups, state, unit_bytes=size)
+    options = ExecutionOptions(unit_bytes=size)
+    return Executor(params, [transform], groups, state, options=options)
 
 
 def _copied(state: Any) -> Any:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import functional_optim as fo
-from functional_optim.execution.compiled._compiled_update import Compiling
+from functional_optim.execution.compiled._kernels import KernelCache
 from functional_optim.testing import Example, strategies
 from functional_optim.testing.laws._execution import moves_alike
 
@@ -29,7 +29,7 @@ def test_every_chain(
     transform: fo.Chain, example: Example, elements: int, compiles: bool
 ) -> None:
     """Parameters, state and gradients are those of the pure way, step by step."""
-    compiling = Compiling(the_graph) if compiles else None
+    kernels = KernelCache(the_graph) if compiles else None
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "compile=True")
-        moves_alike(transform, example, elements, compiling)
+        moves_alike(transform, example, elements, kernels)

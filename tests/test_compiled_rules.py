@@ -17,11 +17,9 @@ import torch
 from torch.nn import Parameter
 
 import functional_optim as fo
+from functional_optim.execution._bucketing import ExecutionOptions
 from functional_optim.execution._executor import Executor
-from functional_optim.execution.compiled import _compiled_update as _compiled
 from functional_optim.execution.compiled import _kernels as _codes
-
-_compiled.with_inductor()
 
 
 class _One(NamedTuple):
@@ -273,7 +271,7 @@ def test_code_that_computes_something_else_is_not_run() -> None:
         [fo.chain(fo.sgd(0.1))],
         {"p": 0},
         fo.chain(fo.sgd(0.1)).init({"p": p}),
-        compiling=_compiled.Compiling(runs_twice),
+        options=ExecutionOptions(kernels=_codes.KernelCache(runs_twice)),
     )
     with pytest.warns(UserWarning, match="computes something else"):
         executor.step({"p": torch.ones_like(p)}, context=fo.Context())

@@ -45,37 +45,45 @@ def _floor(room: str) -> int:
     return FLOORS.index(room)
 
 
+def _module(path: pathlib.Path) -> str:
+    name = ".".join(["functional_optim", *path.relative_to(ROOT).with_suffix("").parts])
+    return name.removesuffix(".__init__").removeprefix("functional_optim.")
+
+
+MODULES = {_module(path) for path in FILES}
+
+
 def _imports(path: pathlib.Path) -> set[str]:
     """Return the library's modules that a file imports, types included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            if node.module.startswith("functional_optim."):
-                found.add(node.module.removeprefix("functional_optim."))
-            elif node.module == "functional_optim":
-                found |= {alias.name for alias in node.names}
-    return found
-
-
-def _type_only_imports(path: pathlib.Path) -> set[str]:
-    found = set()
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            for inner in ast.walk(node):
-                if isinstance(inner, ast.ImportFrom) and inner.module:
-                    found.add(inner.module.removeprefix("functional_optim."))
+            package, _, module = node.module.partition(".")
+            if package == "functional_optim":
+                for alias in node.names:
+                    inner = f"{module}.{alias.name}".removeprefix(".")
+                    found.add(inner if inner in MODULES or not module else module)
     return found
 
 
 @each_file
 def test_arrows_go_down(path: pathlib.Path) -> None:
-    """A module imports from lower floors, or its own; types may come from anywhere."""
+    """A module imports from lower floors, or its own, also for annotations only."""
     room = _room(path)
     if room == "__init__":
         return
-    for module in _imports(path) - _type_only_imports(path):
+    for module in _imports(path):
         other = module.split(".")[0]
         assert _floor(other) <= _floor(room), f"{room} imports {module}"
+
+
+def test_no_circles() -> None:
+    """No module imports itself through others, annotations included."""
+    left = {_module(path): _imports(path) for path in FILES}
+    while leaves := [name for name in left if not left[name] & left.keys()]:
+        for name in leaves:
+            del left[name]
+    assert not left, f"{sorted(left)} are in a circle, or import one that is"
 
 
 @each_file

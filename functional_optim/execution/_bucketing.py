@@ -27,17 +27,13 @@ from functional_optim.execution._tensor_memory import (
     own_like,
 )
 from functional_optim.execution._units import Piece, Pooled, Shaped, Source, Unit
+from functional_optim.execution.compiled._kernels import BucketKernels, KernelCache
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
     from functional_optim.execution._reductions import Call
     from functional_optim.execution._state_tree import Field, Node
-    from functional_optim.execution.compiled._compiled_update import (
-        CompiledStep,
-        Compiling,
-    )
-    from functional_optim.execution.compiled._kernels import Codes
 
 _CALM = 100
 """After so many steps with the same gradients old differences are forgotten."""
@@ -87,6 +83,18 @@ class Cohorts:
         return changed
 
 
+@dataclasses.dataclass(frozen=True)
+class ExecutionOptions:
+    """How a plan is made.
+
+    `unit_bytes` is the size of a unit, None for that of the device; `kernels` compiles
+    updates.
+    """
+
+    unit_bytes: int | None = None
+    kernels: KernelCache | None = None
+
+
 @dataclasses.dataclass
 class Bucket:
     """Parameters that one transform, resolved, serves."""
@@ -98,8 +106,8 @@ class Bucket:
     units: list[Unit] = dataclasses.field(default_factory=list)
     columns: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     calls: dict[Hashable, list[Call]] = dataclasses.field(default_factory=dict)
-    codes: Codes | None = None
-    steps: dict[Hashable, CompiledStep] = dataclasses.field(default_factory=dict)
+    kernels: BucketKernels | None = None
+    compiled_steps: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
 
 UNIT_BYTES = {"cpu": 4 * 2**20}
@@ -138,8 +146,7 @@ class Layout:
     template: Any
     nodes: list[Node]
     fields: list[Field]
-    unit_bytes: int | None
-    compiling: Compiling | None = None
+    options: ExecutionOptions
     scratch: Scratch = dataclasses.field(default_factory=lambda: Scratch(SCRATCH_BYTES))
 
     def buckets(self) -> list[Bucket]:
@@ -160,7 +167,8 @@ class Layout:
                 source = self._shared(names)
                 bucket.columns = source.columns
                 bucket.units = self._flat_units(params, source)
-                bucket.codes = self._codes(params)
+                if self.options.kernels and are_plain(params.values()):
+                    bucket.kernels = BucketKernels(self.options.kernels)
             else:
                 bucket.units = self._shaped_units(names)
             buckets.append(bucket)
@@ -223,7 +231,7 @@ class Layout:
 
     def _size(self, param: Tensor) -> int:
         """Return the number of elements of a unit of this kind."""
-        size = self.unit_bytes
+        size = self.options.unit_bytes
         if size is None:
             size = UNIT_BYTES.get(param.device.type, _UNIT_BYTES_ELSEWHERE)
         return max(1, size // param.dtype.itemsize)
@@ -280,7 +288,7 @@ class Layout:
         for name, param in params.items():
             size = self._size(param)
             if param.numel() >= self._least_alone(size) and is_dense(param):
-                own = _LONGEST if self.compiling else size
+                own = _LONGEST if self.options.kernels else size
                 units.extend(self._pieces(name, own, source))
                 continue
             if pool and count + param.numel() > size:
@@ -292,21 +300,16 @@ class Layout:
             units.append(self._pooled(pool, source))
         return units
 
-    def _codes(self, params: TensorMap) -> Codes | None:
-        """Return where the code of a bucket goes, None for what has none."""
-        plain = are_plain(params.values())
-        return self.compiling.codes() if self.compiling and plain else None
-
     def _least_alone(self, size: int) -> int:
         """Return how many elements a tensor has that is not gathered with others."""
         least = -(-size // _POOLED_BELOW)
-        return min(least, _COMPILED_ALONE) if self.compiling else least
+        return min(least, _COMPILED_ALONE) if self.options.kernels else least
 
     def _pooled(self, params: TensorMap, source: Source) -> Unit:
         name = next(iter(params))
         if len(params) == 1 and is_dense(params[name]):
             return self._pieces(name, max(1, params[name].numel()), source)[0]
-        compiles = self.compiling is not None
+        compiles = self.options.kernels is not None
         return Pooled(params, source, self.scratch, compiles=compiles)
 
     def _pieces(self, name: str, size: int, source: Source) -> list[Unit]:

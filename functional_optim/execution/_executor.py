@@ -19,24 +19,23 @@ from functional_optim.algebra._scalars import hoisting
 from functional_optim.core._context import Context
 from functional_optim.core._traversal import walk
 from functional_optim.execution._accumulation import Structure, Windows, statics_of
+from functional_optim.execution._bucketing import ExecutionOptions
 from functional_optim.execution._grad_scaling import Scaling, scaled
 from functional_optim.execution._plan import Plan
-from functional_optim.execution._reductions import through, totals_of
+from functional_optim.execution._reductions import totals_of
 from functional_optim.execution._state_tree import Kind, Store, free
 from functional_optim.execution._tensor_memory import memory_of
 from functional_optim.execution._unit_update import Given, Run
+from functional_optim.execution.compiled._compiled_update import compiled
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
     from functional_optim.execution._bucketing import Bucket
+    from functional_optim.execution._reductions import UnitUpdate
     from functional_optim.execution._state_tree import Node
     from functional_optim.execution._units import Later, Unit
-    from functional_optim.execution.compiled._compiled_update import (
-        CompiledRun,
-        CompiledStep,
-        Compiling,
-    )
+    from functional_optim.execution.compiled._compiled_update import CompiledStep
 
 
 class Executor:
@@ -49,12 +48,11 @@ class Executor:
         group_of: Mapping[str, int],
         state: Any,
         *,
-        unit_bytes: int | None = None,
-        compiling: Compiling | None = None,
+        options: ExecutionOptions | None = None,
         check_totals: Callable[[], None] = lambda: None,
     ) -> None:
         self._check_totals = check_totals
-        self.params, self._compiling = params, compiling
+        self.params, self._options = params, options or ExecutionOptions()
         self._workspace = Workspace()
         self._store = Store(transforms[0], state, params)
         self._has_whole = any(f.kind is Kind.WHOLE for f in self._store.fields)
@@ -62,16 +60,12 @@ class Executor:
             getattr(stage.transform, "error_if_nonfinite", False)
             for stage in walk(transforms[0], self._store.state, params)
         )
+        self._compiles = self._options.kernels is not None and not self._refuses
         self._windows: Windows | None = None
         if any(field.kind is Kind.STATIC for field in self._store.fields):
             self._windows = Windows(transforms[0], self._store.state, params)
         self._plan = Plan(
-            params,
-            transforms,
-            group_of,
-            self._store,
-            unit_bytes=unit_bytes,
-            compiling=compiling,
+            params, transforms, group_of, self._store, options=self._options
         )
 
     @property
@@ -127,7 +121,7 @@ class Executor:
         runs = self._runs(Given(grads, context, scaling), structure, steps)
         try:
             with hoisting():
-                self._run(runs)
+                self._run(runs, steps)
         finally:
             for shared in steps.values():
                 shared.finish()
@@ -135,18 +129,20 @@ class Executor:
         if structure is not None:
             self._advance(structure)
 
-    def _run(self, runs: list[Run | CompiledRun]) -> None:
+    def _run(
+        self, runs: list[UnitUpdate], steps: Mapping[Hashable, CompiledStep]
+    ) -> None:
         """Run the updates of a step, and write what they return."""
         totals = totals_of(runs)
         if totals:
             self._check_totals()
         if self._refuses:
             # An error over a total comes before anything is overwritten.
-            for run in {(id(run.bucket), run.key): run for run in runs}.values():
-                through(run, totals)
+            for run in {run.key: run for run in runs}.values():
+                run.stop(totals)
+        for shared in steps.values():
+            shared.next_pass(totals)  # The last one is compiled before anything, too.
         later: Later = {}
-        for run in runs:
-            run.prepare(totals)
         for run in runs:
             nodes = run.apply(totals, later)
             if self._has_whole and nodes is not None:
@@ -161,7 +157,7 @@ class Executor:
         given: Given,
         structure: Structure | None,
         steps: dict[Hashable, CompiledStep],
-    ) -> list[Run | CompiledRun]:
+    ) -> list[UnitUpdate]:
         """Return what runs in this step."""
         scaling = given.scaling
         form = None if scaling is None else scaling.grad_scale is None
@@ -172,11 +168,9 @@ class Executor:
             else scaled(bucket.transform, scaling.grad_scale, scaling.found_inf)
             for bucket in self._plan.buckets
         }
-        compiling = self._compiling
-        if self._refuses or is_in_torch_dispatch_mode():
-            # What follows torch's operations, as make_fx does, would not see code.
-            compiling = None
-        runs: list[Run | CompiledRun] = []
+        # A dispatch mode, as of make_fx, would not see what compiled code does.
+        compiles = self._compiles and not is_in_torch_dispatch_mode()
+        runs: list[UnitUpdate] = []
         for bucket, unit in self._plan.units:
             pushed = any(name in given.grads for name in unit.names)
             touched = structure is not None and any(
@@ -191,13 +185,10 @@ class Executor:
                     transforms[id(bucket)],
                     self._workspace,
                     given,
-                    key=(key, names),
+                    kind=(key, names),
                     alone=not pushed,
                 )
-                if compiling is None:
-                    runs.append(run)
-                else:
-                    runs.append(compiling.run(run, given, steps))
+                runs.append(compiled(run, given, steps) if compiles else run)
         return runs
 
     def _collect(self, unit: Unit, nodes: list[Node], later: Later) -> None:

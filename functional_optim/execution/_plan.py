@@ -11,7 +11,12 @@ from torch import Tensor
 
 from functional_optim.core._hyperparameters import resolve
 from functional_optim.core._value_class import same_value
-from functional_optim.execution._bucketing import Bucket, Cohorts, Layout
+from functional_optim.execution._bucketing import (
+    Bucket,
+    Cohorts,
+    ExecutionOptions,
+    Layout,
+)
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._native import Gradients
 
@@ -20,7 +25,6 @@ if TYPE_CHECKING:
     from functional_optim.core._transform import Transform
     from functional_optim.execution._state_tree import Store
     from functional_optim.execution._units import Unit
-    from functional_optim.execution.compiled._compiled_update import Compiling
 
 _dtype = operator.attrgetter("dtype")
 
@@ -35,14 +39,13 @@ class Plan:
         group_of: Mapping[str, int],
         store: Store,
         *,
-        unit_bytes: int | None,
-        compiling: Compiling | None,
+        options: ExecutionOptions,
     ) -> None:
         self._params, self._transforms, self._group_of = params, transforms, group_of
         self._store = store
         self.buckets: list[Bucket] = []
         self.units: list[tuple[Bucket, Unit]] = []
-        self._unit_bytes, self._compiling = unit_bytes, compiling
+        self._options = options
         self._cohorts = Cohorts()
         self._given: tuple[list[str], list[torch.dtype]] = ([], [])
         self._wanted: dict[str, torch.dtype | None] = {}
@@ -68,8 +71,7 @@ class Plan:
             self._store.state,
             self._store.nodes,
             self._store.fields,
-            self._unit_bytes,
-            self._compiling,
+            self._options,
         )
         self.buckets = layout.buckets()
         self._scratch = layout.scratch
@@ -95,10 +97,9 @@ class Plan:
                 for group in chosen.values()
                 for name in [bucket.members[group]]
             ]
-            same = [
+            if not all(
                 same_value(other, found[0], tensors="identity") for other in found[1:]
-            ]
-            if not all(same):
+            ):
                 # They part for good: a plan is not for free.
                 self._part_by_group()
                 return

@@ -8,7 +8,7 @@ pass runs through.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from functional_optim.core._context import Reducer
-    from functional_optim.execution._unit_update import Run
-    from functional_optim.execution.compiled._compiled_update import CompiledRun
+    from functional_optim.execution._state_tree import Node
+    from functional_optim.execution._units import Later, Unit
 
 Call: TypeAlias = tuple[tuple[int | str, ...], int]
 """A call of `reduce`: the path of the context, and how many came before it there."""
@@ -36,6 +36,23 @@ class Stop(NamedTuple):
     call: Call
     partial: Tensor
     op: ReduceOp
+
+
+class UnitUpdate(Protocol):
+    """One update of one unit in one step, run once for each total and once to write."""
+
+    unit: Unit
+    key: Hashable
+    """Updates with equal keys make the same calls of `reduce`."""
+
+    def calls(self) -> Sequence[Call]:
+        """Return the calls of `reduce`."""
+
+    def stop(self, totals: Totals) -> Stop | None:
+        """Run up to the first total that is not known; return where that was."""
+
+    def apply(self, totals: Totals, later: Later) -> list[Node] | None:
+        """Move parameters and state; return the nodes of the new state."""
 
 
 class StopError(BaseException):
@@ -138,7 +155,7 @@ def through(run: Callable[[Reducer], R], totals: Totals) -> R:
     raise _disordered(call)
 
 
-def collected(runs: Sequence[Run | CompiledRun], call: Call, totals: Totals) -> Tensor:
+def collected(runs: Sequence[UnitUpdate], call: Call, totals: Totals) -> Tensor:
     """Run updates up to a call, and return the total over them."""
     partials: list[Tensor] = []
     op: ReduceOp = "sum"
@@ -151,23 +168,17 @@ def collected(runs: Sequence[Run | CompiledRun], call: Call, totals: Totals) -> 
     return local_total(torch.cat(partials), op)
 
 
-def totals_of(runs: Sequence[Run | CompiledRun]) -> Totals:
+def totals_of(updates: Sequence[UnitUpdate]) -> Totals:
     """Return the totals that updates ask for, with a pass for each."""
-    left: dict[tuple[int, Hashable], tuple[list[Call], list[Any]]] = {}
-    for run in runs:
-        kind = id(run.bucket), run.key
-        calls = run.calls()
-        left.setdefault(kind, (list(calls), []))[1].append(run)
+    left: dict[Hashable, list[Call]] = {}
+    for update in updates:
+        left.setdefault(update.key, list(update.calls()))
     totals: Totals = {}
-    while True:
-        waiting = [entry for entry in left.values() if entry[0]]
-        if not waiting:
-            return totals
-        call = next_call([calls for calls, _ in waiting])
-        taking = [entry for entry in waiting if entry[0][0] == call]
-        chosen = {id(run) for _, some in taking for run in some}
-        totals[call] = collected(
-            [run for run in runs if id(run) in chosen], call, totals
-        )
-        for calls, _ in taking:
-            del calls[0]
+    while waiting := [calls for calls in left.values() if calls]:
+        call = next_call(waiting)
+        keys = {key for key, calls in left.items() if calls and calls[0] == call}
+        chosen = [update for update in updates if update.key in keys]
+        totals[call] = collected(chosen, call, totals)
+        for key in keys:
+            del left[key][0]
+    return totals

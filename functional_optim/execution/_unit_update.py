@@ -61,10 +61,11 @@ class Run:
         workspace: Workspace,
         given: Given,
         *,
-        key: Hashable,
+        kind: Hashable,
         alone: bool,
     ) -> None:
-        self.bucket, self.unit, self.key = bucket, unit, key
+        self.bucket, self.unit, self.kind = bucket, unit, kind
+        self.key: Hashable = (id(bucket), kind)
         self.transform, self._workspace = transform, workspace
         self._given, self.alone = given, alone
         self._again = False
@@ -75,16 +76,16 @@ class Run:
     def calls(self) -> Sequence[Call]:
         """Return the calls of `reduce`: always the same, so tried once."""
         known = self.bucket.calls
-        if self.key not in known:
+        if self.kind not in known:
             if len(known) >= _MOST_KNOWN:
                 known.clear()
             calls: list[Call] = []
             self(Recorded(calls))
-            known[self.key] = calls
-        if known[self.key] and self.transform.scope is not Scope.ELEMENTWISE:
+            known[self.kind] = calls
+        if known[self.kind] and self.transform.scope is not Scope.ELEMENTWISE:
             self._memory = Memory()
             self.transform = remembered(self.transform, self._memory)
-        return known[self.key]
+        return known[self.kind]
 
     def stop(self, totals: Totals) -> Stop | None:
         """Run up to the first total that is not known; return where that was."""
@@ -93,9 +94,6 @@ class Run:
         except StopError as stop:
             return stop.at
         return None
-
-    def prepare(self, totals: Totals) -> None:
-        """Get ready for `apply`: what can fail in another way than the update."""
 
     def apply(self, totals: Totals, later: Later) -> list[Node]:
         """Run the update when all totals are known, and write what it returns."""

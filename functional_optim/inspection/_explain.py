@@ -312,12 +312,15 @@ def _format_bucket(bucket: Bucket, optimizer: TransformOptimizer) -> str:
 
 def _format_code(bucket: Bucket) -> str:
     """Say whether a bucket is compiled, and if not, why."""
-    if bucket.codes is None:
+    kernels = bucket.kernels
+    if kernels is None:
         parts = inner_transforms(bucket.transform) or (bucket.transform,)
         widest = max(parts, key=lambda part: part.scope)
         if widest.scope > Scope.ELEMENTWISE:
             return f", not compiled ({widest!r} looks at whole tensors)"
         return ", not compiled (tensors of another class, or numbers as parameters)"
-    if bucket.codes.failure:
-        return f", not compiled ({bucket.codes.failure})"
-    return ", compiled" if bucket.steps else ", to be compiled at the first step"
+    if kernels.failure:
+        return f", not compiled ({kernels.failure})"
+    return (
+        ", compiled" if bucket.compiled_steps else ", to be compiled at the first step"
+    )

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._context import Context
     from functional_optim.core._transform import Transform
+    from functional_optim.execution._bucketing import ExecutionOptions
     from functional_optim.execution._grad_scaling import Scaling
     from functional_optim.execution._state_tree import Node
-    from functional_optim.execution.compiled._compiled_update import Compiling
 
 
 class Engine:
@@ -45,7 +45,7 @@ class Engine:
         transforms: list[Transform],
         start: Start,
         *,
-        compiling: Compiling | None = None,
+        options: ExecutionOptions,
     ) -> None:
         self._transform, self._outline = transform, start.outline
         self._everyone = dict(everyone)
@@ -55,14 +55,14 @@ class Engine:
         self._group_of = group_of
         self._transforms = transforms
         params = self.params()
-        self.survey = Survey(self.names, compiles=compiling is not None)
+        self.survey = Survey(self.names, compiles=options.kernels is not None)
         """What looks at parameters and gradients."""
         self._executor = Executor(
             params,
             transforms,
             group_of,
             start.state,
-            compiling=compiling,
+            options=options,
             check_totals=ShardCheck(self.names, transform).check_totals,
         )
         self._store = self._executor.store

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.core._value_class import same_value
+from functional_optim.execution._bucketing import ExecutionOptions
+from functional_optim.execution.compiled._kernels import KernelCache
 from functional_optim.torch_optimizer._engine import Engine
 from functional_optim.torch_optimizer._group_keys import OPTIONS, TRANSFORM_STATE
 from functional_optim.torch_optimizer._param_groups import Groups
@@ -38,7 +40,6 @@ from functional_optim.torch_optimizer._state_dict import (
 
 if TYPE_CHECKING:
     from functional_optim.core._transform import Transform
-    from functional_optim.execution.compiled._compiled_update import Compiling
 
 
 class Tracking(torch.optim.Optimizer):
@@ -158,7 +159,7 @@ class Tracking(torch.optim.Optimizer):
             group_of,
             self._groups.transforms(self.param_groups),
             start,
-            compiling=_compiling() if self._compiles else None,
+            options=ExecutionOptions(kernels=_kernels() if self._compiles else None),
         )
 
     def _install(self, engine: Engine) -> None:
@@ -354,10 +355,7 @@ def _copied(found: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _compiling() -> Compiling:
+def _kernels() -> KernelCache:
     # Imported when it is needed: the compiler takes seconds.
-    module = importlib.import_module(
-        "functional_optim.execution.compiled._compiled_update"
-    )
-    compiling: Compiling = module.with_inductor()
-    return compiling
+    inductor = importlib.import_module("functional_optim.execution.compiled._inductor")
+    return KernelCache(inductor.compile_graph)

@@ -1,12 +1,11 @@
-"""What the units of a bucket have in common in a compiled step.
+"""Run the update of a unit as compiled code.
 
-All run the same code. Everything that changes from step to step goes in as a tensor:
-hyperparameters, counts, totals.
+All units of a bucket run the same code. Everything that changes from step to step goes
+in as a tensor: hyperparameters, counts, totals.
 """
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,9 @@ from functional_optim.execution._state_tree import Kind, nodes_of, rebuilt
 from functional_optim.execution.compiled._constants import (
     as_tensors,
     is_frozen,
-    lowered,
+    with_constants,
 )
-from functional_optim.execution.compiled._kernels import Code, Codes, Library
+from functional_optim.execution.compiled._kernels import CompiledPass
 from functional_optim.execution.compiled._tracing import example_of
 
 if TYPE_CHECKING:
@@ -34,75 +33,140 @@ if TYPE_CHECKING:
 
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._context import ReduceOp, Reducer
-    from functional_optim.execution._reductions import Call, Totals
+    from functional_optim.execution._reductions import Call, Totals, UnitUpdate
     from functional_optim.execution._state_tree import Field, Node
     from functional_optim.execution._unit_update import Given, Run
     from functional_optim.execution._units import Later
-    from functional_optim.execution.compiled._kernels import Compiler
+    from functional_optim.execution.compiled._kernels import BucketKernels
+
+_MOST_KINDS = 16
+"""Kinds of steps that are kept; where each is another, none comes again."""
 
 
-class Pass:
-    """A pass of a step: its code, and the numbers that it runs with."""
+class StepPass:
+    """A compiled pass with the single numbers of a step."""
 
     __slots__ = ("call", "code", "crossing", "early", "op")
 
     def __init__(
-        self, call: Call | None, code: Code, op: ReduceOp, numbers: tuple[Any, Any]
+        self, call: Call | None, code: CompiledPass, op: ReduceOp, short: list[Tensor]
     ) -> None:
         self.call, self.code, self.op = call, code, op
-        self.crossing, self.early = numbers
+        self.crossing, self.early = code.run_prologue(short)
 
 
 class CompiledStep:
-    """What the units of a bucket have in common in a step."""
+    """The code and the numbers that all units of a bucket share in a step."""
 
-    def __init__(self, codes: Codes, run: Run, given: Given) -> None:
-        self.codes = codes
-        self._run_key, self._known, self._unit = run.key, run.bucket.calls, run.unit
+    def __init__(self, kernels: BucketKernels, run: Run, given: Given) -> None:
+        self.kernels = kernels
+        self._run_kind, self._known, self._unit = run.kind, run.bucket.calls, run.unit
         self._transform = run.transform
         ((self._name, param),) = run.unit.params.items()
-        self._kind, self._numbers = codes.kind_of(run.transform, param)
+        self._kind, self._numbers = kernels.kind_of(run.transform, param)
         self._dtype = dtype_of(given.grads, run.unit.names[0])
         self._is_frozen = is_frozen(run.transform)
-        self._made: dict[tuple[Call, ...], tuple[Call | None, Code, ReduceOp]] = {}
+        self._made: dict[tuple[Call, ...], tuple[CompiledPass, ReduceOp]] = {}
         self._start(given)
         self._signature = self._signature_of()
 
     def _start(self, given: Given) -> None:
         (param,) = self._unit.params.values()
-        told = given.context.loss, given.context.weight
-        self._has_told = [x is not None for x in told]
-        beside = as_tensors([x for x in told if x is not None], param)
-        self._beside = [x.to(param.device) for x in beside]
+        optional = given.context.loss, given.context.weight
+        self._is_given = [x is not None for x in optional]
+        tensors = as_tensors([x for x in optional if x is not None], param)
+        self._context_tensors = [x.to(param.device) for x in tensors]
         self._context = given.context
         self._scaling = given.scaling
-        self._passes: dict[int, Pass] = {}
-        self.is_told = False
-        """Whether a unit has given the state that all share."""
+        self._passes: dict[int, StepPass] = {}
+        self._is_shared = False
 
     def _signature_of(self) -> Hashable:
-        beside = [(x.dtype, x.device, x.shape) for x in self._beside]
-        return *self._has_told, *beside
+        tensors = [(x.dtype, x.device, x.shape) for x in self._context_tensors]
+        return *self._is_given, *tensors
 
     def restart(self, run: Run, given: Given) -> bool:
-        """Go on to the next step, if it is like the last one."""
+        """Begin the next step, if it runs the same code as the last one."""
         same = self._is_frozen and run.transform is self._transform
-        if not same or self.codes.failure:
+        if not same or self.kernels.failure:
             return False
         self._start(given)
         return self._signature_of() == self._signature
 
-    def calls(self) -> list[Call]:
-        """Return the calls of `reduce`: always the same, so tried once."""
-        if self._run_key not in self._known:
-            calls: list[Call] = []
-            try_out = self._function(lambda _: Recorded(calls), [], [])
+    def finish(self) -> None:
+        """Release the context of the step."""
+        self._context = Context()
+        self._scaling = None
+        self._context_tensors = []
+        self._passes = {}
+
+    def calls(self) -> list[Call] | None:
+        """Return the calls of `reduce`, recorded once; None if that failed."""
+        if self._run_kind in self._known or self.kernels.failure:
+            return self._known.get(self._run_kind)
+        calls: list[Call] = []
+        try:
+            function = self._function(lambda _: Recorded(calls), [], [])
             with torch.random.fork_rng(devices=[]):  # It must not be seen.
-                try_out(*[example_of(x) for x in self._examples()], *self._short({}))
-            self._known[self._run_key] = calls
-        return self._known[self._run_key]
+                function(*map(example_of, self._examples()), *self._short({}))
+        except Exception as error:
+            self._fail(error)
+            return None
+        return self._known.setdefault(self._run_kind, calls)
+
+    def next_pass(self, totals: Totals) -> StepPass | None:
+        """Return the pass to the first unknown total, or the end; None if it failed."""
+        known = self._passes.get(len(totals))
+        if known is None and not self.kernels.failure:
+            try:
+                known = self._passes[len(totals)] = self._new_pass(totals)
+            except Exception as error:
+                self._fail(error)
+        return known
+
+    def _new_pass(self, totals: Totals) -> StepPass:
+        calls = self._known[self._run_kind]
+        own = {call: totals[call] for call in calls if call in totals}
+        short = self._short(own)
+        made = tuple(own)
+        if made not in self._made:
+            self._made[made] = self._compiled(made, short)
+        code, op = self._made[made]
+        call = next((call for call in calls if call not in own), None)
+        return StepPass(call, code, op, short)
+
+    def _compiled(
+        self, known: tuple[Call, ...], short: list[Tensor]
+    ) -> tuple[CompiledPass, ReduceOp]:
+        """Return the code of a pass, and the operation of the total where it stops."""
+        examples = self._examples()
+        ops: list[ReduceOp] = ["sum"]
+        cache = self.kernels.cache
+
+        def make() -> tuple[CompiledPass, ReduceOp]:
+            function = self._function(Supplied, list(known), ops)
+            return CompiledPass(function, examples, short, cache.compiler), ops[-1]
+
+        nodes = nodes_of(self._unit.state)
+        key = (
+            self._kind,
+            self._run_kind,
+            *self._is_given,
+            len(known),
+            tuple(len(node) if isinstance(node, dict) else -1 for node in nodes),
+            # Whether these parameters are among the names of an open window.
+            tuple(
+                self._name in node.value
+                for node in nodes
+                if isinstance(node, Static) and isinstance(node.value, tuple)
+            ),
+            tuple((x.dtype, x.device, x.shape) for x in short),
+            tuple((x.dtype, x.device) for x in examples),
+        )
+        return cache.get(key, make)
 
     def _examples(self) -> list[Tensor]:
+        """Return tensors with the dtypes of gradient, parameter and state."""
         (param,) = self._unit.params.values()
         return [param.new_empty(0, dtype=self._dtype), *self._unit.long()]
 
@@ -116,72 +180,13 @@ class CompiledStep:
                 entries.append(node)
             elif field.kind is Kind.EACH and isinstance(node, dict):
                 entries.extend(node.values())
-        return [*entries, *self._numbers, *self._beside, *totals.values()]
+        return [*entries, *self._numbers, *self._context_tensors, *totals.values()]
 
-    def next_pass(self, totals: Totals) -> Pass:
-        """Return the pass to the first total that is not known, or the last one."""
-        if len(totals) not in self._passes:
-            self._passes[len(totals)] = self._new_pass(totals)
-        return self._passes[len(totals)]
-
-    def _new_pass(self, totals: Totals) -> Pass:
-        own = {call: totals[call] for call in self.calls() if call in totals}
-        short = self._short(own)
-        made = tuple(own)
-        if made not in self._made:
-            self._made[made] = self._made_for(made, short)
-        call, code, op = self._made[made]
-        return Pass(call, code, op, code.numbers(short))
-
-    def _made_for(
-        self, known: tuple[Call, ...], short: list[Tensor]
-    ) -> tuple[Call | None, Code, ReduceOp]:
-        """Return where a pass ends, its code, and what it brings to a total."""
-        examples = self._examples()
-        ops: list[ReduceOp] = ["sum"]
-
-        def make() -> tuple[Code, ReduceOp]:
-            function = self._function(Supplied, list(known), ops)
-            code = Code(function, examples, short, self.codes.library.compiler)
-            return code, ops[-1]
-
-        entries = [
-            len(node) if isinstance(node, dict) else -1
-            for node in nodes_of(self._unit.state)
-        ]
-        # Whether these parameters are among the names of an open window.
-        listed = [
-            self._name in node.value
-            for node in nodes_of(self._unit.state)
-            if isinstance(node, Static) and isinstance(node.value, tuple)
-        ]
-        inputs = [(x.dtype, x.device, x.shape) for x in short]
-        inputs += [(x.dtype, x.device, torch.Size()) for x in examples]
-        key = (
-            self._kind,
-            self._run_key,
-            *self._has_told,
-            len(known),
-            tuple(entries),
-            tuple(listed),
-            tuple(inputs),
-        )
-        code, op = self.codes.library.code(key, make)
-        call = next((call for call in self.calls() if call not in known), None)
-        return call, code, op
-
-    def finish(self) -> None:
-        """Let go of what the step was given."""
-        self._context = Context()
-        self._scaling = None
-        self._beside = []
-        self._passes = {}
-
-    def fail(self, error: Exception) -> None:
-        """Let this kind of transform run without code from now on, and say so."""
+    def _fail(self, error: Exception) -> None:
+        """Run this kind of transform without code from now on, with one warning."""
         why = first_line(error)
-        failures = self.codes.library.failures
-        self.codes.failure = why
+        failures = self.kernels.cache.failures
+        self.kernels.failure = why
         if self._kind not in failures:
             warnings.warn(
                 f"compile=True: no code could be made for {self._transform!r} ({why}); "
@@ -190,9 +195,14 @@ class CompiledStep:
             )
         failures[self._kind] = why
 
-    def share(self, done: Pass, late: Sequence[Tensor], later: Later) -> list[Node]:
-        """Keep the single numbers of the new state; return its nodes."""
-        unit, results = self._unit, iter(done.code.results(late, done.early))
+    def share(
+        self, done: StepPass, late: Sequence[Tensor], later: Later
+    ) -> list[Node] | None:
+        """Keep the numbers of the new state that units share; return its nodes once."""
+        if self._is_shared:
+            return None
+        self._is_shared = True
+        unit, results = self._unit, iter(done.code.merge_results(late, done.early))
         nodes: list[Node] = []
         for field, node in zip(unit.fields, nodes_of(unit.state), strict=True):
             if isinstance(node, Tensor):
@@ -212,8 +222,8 @@ class CompiledStep:
     ) -> Callable[..., list[Tensor]]:
         """Return a pass as a function of tensors.
 
-        It returns what the units bring to a total, and leaves its operation in `ops`.
-        The last one writes parameters and states, and returns the single numbers.
+        It returns the partial of a total, and leaves its operation in `ops`. The last
+        one writes parameters and states, and returns the single numbers.
         """
         name, transform_now = self._name, self._transform
         now, scaling = self._context, self._scaling
@@ -232,11 +242,12 @@ class CompiledStep:
                     elif kind is Kind.EACH and isinstance(node, Tensor):
                         filled[index] = next(inputs)
             old = [filled.get(index, node) for index, node in enumerate(nodes)]
-            transform = lowered(transform_now, lambda _: next(inputs))
-            changes: dict[str, Any] = {}
-            for field_name in ("loss", "weight"):
-                if getattr(now, field_name) is not None:
-                    changes[field_name] = next(inputs)
+            transform = with_constants(transform_now, lambda _: next(inputs))
+            changes: dict[str, Any] = {
+                field_name: next(inputs)
+                for field_name in ("loss", "weight")
+                if getattr(now, field_name) is not None
+            }
             totals = {call: next(inputs) for call in known}
             context = now.with_reducer(reducer(totals), **changes)
             state = rebuilt(unit.state, iter(old))
@@ -264,15 +275,14 @@ def _written(
 ) -> list[Tensor]:
     """Write parameters and states in a trace; return the single numbers of the state.
 
-    What is written may be what another entry was, so all is read first.
+    A written tensor may be the old value of another entry, so all are read first.
     """
     if any(update.shape != params[name].shape for name, update in moved.items()):
         # The run without code says whose it is.
         raise ValueError("an update must keep its shape")
     results: list[Tensor] = []
-    pairs: list[tuple[Tensor, Tensor]] = []
     after = over(params, at=moved).add(moved).to_map(like=params)
-    pairs += [(params[name], after[name]) for name in after]
+    pairs = [(params[name], after[name]) for name in after]
     for field, before, node in zip(fields, old, new, strict=True):
         if isinstance(before, Tensor) and isinstance(node, Tensor):
             results.append(node)
@@ -288,43 +298,38 @@ def _written(
     return results
 
 
-_MOST_KINDS = 16
-"""Kinds of steps that are known; where each is another, none comes again."""
-
-
-class CompiledRun:
-    """One update of one unit in one step; what `Run` is, compiled."""
+class CompiledUpdate:
+    """One update of one unit in one step, by compiled code where that can be made."""
 
     def __init__(
         self, step: CompiledStep, run: Run, grads: Mapping[str, Tensor]
     ) -> None:
-        self.bucket, self.unit, self.key = run.bucket, run.unit, run.key
+        self.unit, self.key = run.unit, run.key
         self._step, self._run, self._grads = step, run, grads
         self._long: list[Tensor] | None = None
 
     def calls(self) -> Sequence[Call]:
         """Return the calls of `reduce`."""
-        if not self._step.codes.failure:
-            try:
-                return self._step.calls()
-            except Exception as error:
-                self._step.fail(error)
-        return self._run.calls()
+        calls = self._step.calls()
+        return self._run.calls() if calls is None else calls
 
-    def prepare(self, totals: Totals) -> None:
-        """Compile the last pass, before anything is written."""
-        self._next_pass(totals)
+    def stop(self, totals: Totals) -> Stop | None:
+        """Run up to the first unknown total; return its call and partial."""
+        found = self._step.next_pass(totals)
+        if found is None or found.call is None:
+            return self._run.stop(totals)
+        late = found.code(self._inputs(), found.crossing)
+        (partial,) = found.code.merge_results(late, found.early)
+        return Stop(found.call, partial, found.op)
 
-    def _next_pass(self, totals: Totals) -> Pass | None:
-        """Return the next pass, None if there is no code for it."""
-        step = self._step
-        if step.codes.failure:
-            return None
-        try:
-            return step.next_pass(totals)
-        except Exception as error:
-            self._step.fail(error)
-            return None
+    def apply(self, totals: Totals, later: Later) -> list[Node] | None:
+        """Write the new parameters and state; return its nodes for one of the units."""
+        found = self._step.next_pass(totals)
+        if found is None:
+            return self._run.apply(totals, later)
+        late = found.code(self._inputs(), found.crossing)
+        self.unit.after_write()
+        return self._step.share(found, late, later)
 
     def _inputs(self) -> list[Tensor]:
         if self._long is None or self.unit.pooled:
@@ -333,78 +338,28 @@ class CompiledRun:
             self._long = [_plain(grad), *self.unit.long()]
         return self._long
 
-    def __call__(self, reducer: Reducer) -> Any:
-        """Run up to the first total that is not known, and stop there."""
-        if isinstance(reducer, Supplied):
-            stop = self._stopped(reducer.totals)
-            if stop is not None:
-                raise StopError(stop)
-        return self._run(reducer)
-
-    def stop(self, totals: Totals) -> Stop | None:
-        """Run up to the first total that is not known; return where that was."""
-        return self._stopped(totals) or self._run.stop(totals)
-
-    def _stopped(self, totals: Totals) -> Stop | None:
-        """Return where the code stops, None if there is none or it does not."""
-        found = self._next_pass(totals)
-        if found is None or found.call is None:
-            return None
-        late = found.code(self._inputs(), found.crossing)
-        (partial,) = found.code.results(late, found.early)
-        return Stop(found.call, partial, found.op)
-
-    def apply(self, totals: Totals, later: Later) -> list[Node] | None:
-        """Move parameters and state."""
-        found = self._next_pass(totals)
-        if found is None:
-            return self._run.apply(totals, later)
-        late = found.code(self._inputs(), found.crossing)
-        self.unit.after_write()
-        if self._step.is_told:
-            return None
-        self._step.is_told = True
-        return self._step.share(found, late, later)
-
 
 def _plain(grad: Tensor) -> Tensor:
-    """Return a gradient whose memory holds its numbers, one after the other."""
+    """Return a gradient with its own values one after the other in memory."""
     if grad.is_contiguous() and not grad.is_neg() and not grad._is_zerotensor():
         return grad
     return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-class Compiling:
-    """Lets code run in the place of transforms, where it can be made."""
-
-    def __init__(self, compiler: Compiler) -> None:
-        self._library = Library(compiler)
-
-    def codes(self) -> Codes:
-        """Return the code of a new bucket: none yet."""
-        return Codes(self._library)
-
-    def run(
-        self, run: Run, given: Given, steps: dict[Hashable, CompiledStep]
-    ) -> Run | CompiledRun:
-        """Return what runs in the place of a run, or itself."""
-        codes = run.bucket.codes
-        if codes is None or codes.failure or run.alone:
-            return run
-        if not any(param.numel() for param in run.unit.params.values()):
-            return run  # Code for any length is not code for none.
-        key = id(run.bucket), run.key, dtype_of(given.grads, run.unit.names[0])
-        if key not in steps:
-            known = run.bucket.steps.get(key)
-            if known is None or not known.restart(run, given):
-                if len(run.bucket.steps) >= _MOST_KINDS:
-                    run.bucket.steps.clear()
-                known = run.bucket.steps[key] = CompiledStep(codes, run, given)
-            steps[key] = known
-        return CompiledRun(steps[key], run, given.grads)
-
-
-def with_inductor() -> Compiling:
-    """Return what makes code by TorchInductor."""
-    inductor = importlib.import_module("functional_optim.execution.compiled._inductor")
-    return Compiling(inductor.compiled)
+def compiled(run: Run, given: Given, steps: dict[Hashable, CompiledStep]) -> UnitUpdate:
+    """Return an update as compiled code, or itself where there is none."""
+    kernels = run.bucket.kernels
+    if kernels is None or kernels.failure or run.alone:
+        return run
+    if not any(param.numel() for param in run.unit.params.values()):
+        return run  # Code for any length is not code for none.
+    key = run.key, dtype_of(given.grads, run.unit.names[0])
+    if key not in steps:
+        bucket_steps = run.bucket.compiled_steps
+        known = bucket_steps.get(key)
+        if known is None or not known.restart(run, given):
+            if len(bucket_steps) >= _MOST_KINDS:
+                bucket_steps.clear()
+            known = bucket_steps[key] = CompiledStep(kernels, run, given)
+        steps[key] = known
+    return CompiledUpdate(steps[key], run, given.grads)

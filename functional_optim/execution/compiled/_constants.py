@@ -1,8 +1,7 @@
-"""The numbers of a transform, taken out and put in again.
+"""Replace the hyperparameters of a transform by inputs of compiled code.
 
-Compiled code is made once for a kind of transform. What may change from step to step
-goes in from outside: numbers in hyperparameters, and tensors wherever they stand. What
-is left, the kind, is compared by value.
+Compiled code is made once for a kind of transform. Numbers in hyperparameters and all
+tensors may change from step to step; the rest, the kind, is compared by value.
 """
 
 from __future__ import annotations
@@ -21,49 +20,40 @@ if TYPE_CHECKING:
 
 Number: TypeAlias = float | Tensor
 
-
-class _Place:
-    """Where a number was taken out."""
-
-    def __repr__(self) -> str:
-        return "_"
-
-
-PLACE = _Place()
+_PLACE = object()
 """Stands in a kind where a number goes."""
 
 
-def lifted(value: Any) -> tuple[Any, list[Number]]:
+def split_constants(transform: Any) -> tuple[Any, list[Number]]:
     """Return the kind of a transform, and the numbers in it.
 
     Example:
-        >>> from functional_optim import ScaleByAdam, chain, sgd
-        >>> lifted(sgd(0.1))[1], lifted(ScaleByAdam())[1]
+        >>> from functional_optim import ScaleByAdam, sgd
+        >>> split_constants(sgd(0.1))[1], split_constants(ScaleByAdam())[1]
         ([0.1], [0.9, 0.999, 1e-08])
     """
     numbers: list[Number] = []
 
-    def take(number: Number) -> Any:
+    def take(number: Number) -> Number:
         numbers.append(number)
         return number
 
-    with_places = _mapped(value, take, _as_kind)
-    return with_places, numbers
+    return _mapped(transform, take, _as_kind), numbers
 
 
-def lowered(value: Any, put: Callable[[Number], Number]) -> Any:
+def with_constants(transform: Any, put: Callable[[Number], Number]) -> Any:
     """Return a transform with other numbers in the same places.
 
     Example:
         >>> from functional_optim import sgd
-        >>> lowered(sgd(0.1), lambda number: 2 * number)
+        >>> with_constants(sgd(0.1), lambda number: 2 * number)
         chain(ScaleByLearningRate(0.2))
     """
-    return _mapped(value, put, _replaced)
+    return _mapped(transform, put, _replaced)
 
 
 def as_tensors(numbers: Iterable[Number], like: Tensor) -> list[Tensor]:
-    """Return numbers as code takes them: in float64, where they are no tensors."""
+    """Return numbers as inputs of compiled code: Python's are float64."""
     return [
         number
         if isinstance(number, Tensor)
@@ -73,10 +63,10 @@ def as_tensors(numbers: Iterable[Number], like: Tensor) -> list[Tensor]:
 
 
 def is_frozen(value: Any) -> bool:
-    """Whether nobody can write into a transform.
+    """Whether a transform cannot be written into.
 
-    Frozen dataclasses and tuples of such are; so is what has no update, such as a
-    schedule: what that closes over is no part of the kind.
+    Frozen dataclasses and tuples of such are; so is a value without an update, such as
+    a schedule: its closure is no part of the kind.
 
     Example:
         >>> from functional_optim import sgd
@@ -113,13 +103,14 @@ def _mapped(
     *,
     is_number: bool = False,
 ) -> Any:
+    """Return a value with its numbers changed, its dataclasses built anew."""
     is_kind = build is _as_kind
     if isinstance(value, Tensor):
         changed = change(value)
-        return (PLACE, value.dtype, value.device, value.shape) if is_kind else changed
+        return (_PLACE, value.dtype, value.device, value.shape) if is_kind else changed
     if is_number and isinstance(value, float):
         changed = change(value)
-        return PLACE if is_kind else changed
+        return _PLACE if is_kind else changed
     if isinstance(value, tuple):
         parts = [_mapped(part, change, build, is_number=is_number) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
@@ -130,25 +121,22 @@ def _mapped(
         }
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         if is_kind and hasattr(value, "update") and hasattr(value, "__dict__"):
-            return value, dict(vars(value))  # Somebody may write into it.
+            return value, dict(vars(value))  # It may be written into.
         return value
     changes = {
         field.name: _mapped(
             getattr(value, field.name),
             change,
             build,
-            is_number=_is_lifted(value, field),
+            is_number=_is_input(value, field),
         )
         for field in dataclasses.fields(value)
     }
     return build(value, **changes)
 
 
-def _is_lifted(value: Any, field: dataclasses.Field[Any]) -> bool:
-    """Whether a number in a field goes in from outside.
-
-    A plain 0 that switches something off makes another kind.
-    """
+def _is_input(value: Any, field: dataclasses.Field[Any]) -> bool:
+    """Whether a number in a field is an input; a plain 0 may make another kind."""
     own = getattr(type(value), "__post_init__", None)
     if own is not None and own is not after_init:
         return False  # What it made of the number cannot be known.

@@ -1,4 +1,4 @@
-"""Graphs compiled by TorchInductor, for units of any length."""
+"""Compile graphs with TorchInductor, for units of any length."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ with warnings.catch_warnings():
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable
 
-    from functional_optim.execution.compiled._tracing import Example, Graph
+    from functional_optim.execution.compiled._tracing import Graph, TensorSpec
 
 _LONG = 2**22 + 3
-"""Elements of the unit that code is made for: it runs on all threads. Nothing is ever
+"""Elements of the unit that is compiled for: enough for all threads. Nothing is ever
 written there, so that it takes no memory."""
 
 _known: dict[Hashable, Callable[..., Any]] = {}
 
 
-def compiled(graph: Graph) -> Callable[..., Any]:
-    """Return a graph as compiled code, which is made once in a process."""
+def compile_graph(graph: Graph) -> Callable[..., Any]:
+    """Return a graph as compiled code, made once in a process."""
     if any(node.op == "get_attr" for node in graph.module.graph.nodes):
-        return _compiled(graph)  # The text of the code does not tell its constants.
+        return _compiled(graph)  # Its constants are not in the text of the code.
     key = (
         graph.module.code,
         tuple(graph.inputs),
@@ -48,7 +48,7 @@ def compiled(graph: Graph) -> Callable[..., Any]:
 
 def _compiled(graph: Graph) -> Callable[..., Any]:
     mode = FakeTensorMode(shape_env=ShapeEnv())
-    inputs = [_fake(mode, example) for example in graph.inputs]
+    inputs = [_fake(mode, spec) for spec in graph.inputs]
     inner: list[tuple[int, Any]] = []
 
     def inner_compile(module: Any, given: Any, **options: Any) -> Any:
@@ -70,8 +70,8 @@ def _compiled(graph: Graph) -> Callable[..., Any]:
     return lambda tensors: outer(*tensors)
 
 
-def _fake(mode: Any, example: Example) -> Tensor:
-    dtype, device, shape = example
+def _fake(mode: Any, spec: TensorSpec) -> Tensor:
+    dtype, device, shape = spec
     if shape is None:
         long = torch.empty(_LONG, dtype=dtype, device=device)
         any_length: Any = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DUCK])

@@ -1,4 +1,4 @@
-"""Compiled passes over units, made once for a kind of transform."""
+"""Compile the passes of an update, once for a kind of transform."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.core._value_class import same_value
-from functional_optim.execution.compiled._constants import as_tensors, lifted
+from functional_optim.execution.compiled._constants import as_tensors, split_constants
 from functional_optim.execution.compiled._tracing import example_of, traced
 
 if TYPE_CHECKING:
@@ -21,11 +21,19 @@ if TYPE_CHECKING:
     from functional_optim.execution.compiled._tracing import Graph
 
 Compiler: TypeAlias = "Callable[[Graph], Callable[[list[Tensor]], Any]]"
-"""Makes code of a graph; or raises, if it cannot."""
+"""Compiles a graph, or raises."""
+
+_MOST = 128
+"""Where every step is of another kind, compiling takes longer than it saves."""
+
+_BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4}
+"""Far more than rounding, far less than another formula."""
+
+_lock = threading.RLock()
 
 
-class Code:
-    """One pass over units: first what follows from numbers, then every unit."""
+class CompiledPass:
+    """One pass over units: a prologue on single numbers, a kernel on every unit."""
 
     def __init__(
         self,
@@ -41,106 +49,103 @@ class Code:
         self._check(long, short)
 
     def _check(self, long: list[Tensor], short: list[Tensor]) -> None:
-        """Let the code do what its graph does once, and compare."""
+        """Compare compiled code with its graph on examples."""
         examples = [example_of(x, place + 1) for place, x in enumerate(long)]
-        found = [short[place] for place in self._graph.short]
+        numbers = [short[place] for place in self._graph.short]
         module = self._graph.prologue.module
-        told = module(*found)
-        others = [0.7 * x + 0.17 if x.is_floating_point() else x for x in found]
-        for numbers in (found, others):  # Those of now may be zeros.
-            if not all(map(_is_close, self._prologue([*numbers]), module(*numbers))):
+        expected = module(*numbers)
+        others = [0.7 * x + 0.17 if x.is_floating_point() else x for x in numbers]
+        for given in (numbers, others):  # Those of now may be zeros.
+            if not all(map(_is_close, self._prologue([*given]), module(*given))):
                 # Compilers keep float32 numbers in doubles: here that would be seen.
                 self._prologue = lambda inputs: module(*inputs)
         inputs = [examples[place] for place in self._graph.long]
-        crossing = told[: self._graph.told]
         wanted = [x.clone() for x in inputs]
-        results = self._graph.kernel.module(*wanted, *crossing)
-        late = self(examples, self.numbers(short)[0])
+        results = self._graph.kernel.module(
+            *wanted, *expected[: self._graph.num_crossing]
+        )
+        late = self(examples, self.run_prologue(short)[0])
         pairs = zip([*inputs, *late], [*wanted, *results], strict=True)
         if not all(_is_close(a, b) for a, b in pairs):
             raise RuntimeError("the compiler's code computes something else")
 
-    def numbers(self, short: list[Tensor]) -> tuple[Any, Any]:
-        """Return what the kernel needs to know, and results that do not need it."""
-        found = self._prologue([short[place] for place in self._graph.short])
-        return found[: self._graph.told], found[self._graph.told :]
+    def run_prologue(self, short: list[Tensor]) -> tuple[Any, Any]:
+        """Return the numbers that the kernel takes, and the results that are known."""
+        results = self._prologue([short[place] for place in self._graph.short])
+        return results[: self._graph.num_crossing], results[self._graph.num_crossing :]
 
     def __call__(self, long: list[Tensor], crossing: Sequence[Tensor]) -> Any:
-        """Run on a unit; returns those results that it takes the unit to know."""
+        """Run the kernel on a unit; return its results."""
         if not self._takes_all:
             long = [long[place] for place in self._graph.long]
         return self._kernel([*long, *crossing])
 
-    def results(self, late: Sequence[Tensor], early: Sequence[Tensor]) -> list[Tensor]:
-        """Return all results in order."""
-        of_kernel, of_numbers = iter(late), iter(early)
+    def merge_results(
+        self, late: Sequence[Tensor], early: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return the results of kernel and prologue in order."""
+        of_kernel, of_prologue = iter(late), iter(early)
         return [
-            next(of_kernel) if is_late else next(of_numbers)
-            for is_late in self._graph.results
+            next(of_kernel) if is_late else next(of_prologue)
+            for is_late in self._graph.is_late
         ]
 
 
 def _is_close(some: Tensor, others: Tensor) -> bool:
-    """Whether numbers are the same but for rounding, of the largest among them."""
+    """Whether numbers are equal up to rounding of the largest among them."""
     a, b = some.double(), others.double()
     size = b.abs().nan_to_num(0.0, 0.0, 0.0).amax() if b.numel() else 0.0
     bound = _BOUNDS.get(some.dtype, 0.1)
     return torch.allclose(a, b, rtol=bound, atol=float(size) * bound, equal_nan=True)
 
 
-_BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-4}
-"""Far more than rounding, far less than another formula."""
-
-
-class Library:
-    """The code of an optimizer, made when it is first needed, for all its buckets."""
+class KernelCache:
+    """The compiled passes of an optimizer, shared by its buckets."""
 
     def __init__(self, compiler: Compiler) -> None:
         self.compiler = compiler
         self.kinds: list[Any] = []
         self.failures: dict[int, str] = {}
-        self._codes: dict[Hashable, tuple[Code, ReduceOp]] = {}
+        self._passes: dict[Hashable, tuple[CompiledPass, ReduceOp]] = {}
 
-    def code(
-        self, key: Hashable, make: Callable[[], tuple[Code, ReduceOp]]
-    ) -> tuple[Code, ReduceOp]:
-        """Return code by its key; made if there is none."""
+    def get(
+        self, key: Hashable, make: Callable[[], tuple[CompiledPass, ReduceOp]]
+    ) -> tuple[CompiledPass, ReduceOp]:
+        """Return the pass of a key, compiled at its first use."""
         with _lock:  # Tracing and compiling keep what they know in one place.
-            if key not in self._codes:
-                if len(self._codes) >= _MOST:
+            if key not in self._passes:
+                if len(self._passes) >= _MOST:
                     raise RuntimeError(
                         f"this would be the code of a step of kind {_MOST + 1}"
                     )
-                self._codes[key] = make()
-            return self._codes[key]
+                self._passes[key] = make()
+            return self._passes[key]
 
 
-_lock = threading.RLock()
+class BucketKernels:
+    """The compiled code of one bucket."""
 
-_MOST = 128
-"""Where every step is of another kind, compiling takes longer than it saves."""
-
-
-class Codes:
-    """The code of a bucket."""
-
-    def __init__(self, library: Library) -> None:
-        self.library, self.failure = library, ""
+    def __init__(self, cache: KernelCache) -> None:
+        self.cache, self.failure = cache, ""
         self._numbers: tuple[tuple[Number, ...], list[Tensor]] = ((), [])
 
     def kind_of(self, transform: Transform, like: Tensor) -> tuple[int, list[Tensor]]:
-        """Return which kind of transform it is, and its numbers as tensors."""
-        kind, found = lifted(transform)
+        """Return the kind of a transform, and its numbers as tensors."""
+        kind, found = split_constants(transform)
         numbers = tuple(found)
         if not same_value(numbers, self._numbers[0], tensors="identity"):
             self._numbers = numbers, as_tensors(numbers, like)
-        kinds = self.library.kinds
-        for index, other in enumerate(kinds):
-            if same_value(other, kind, tensors="identity"):
-                self.failure = self.library.failures.get(index, "")
-                return index, self._numbers[1]
-        if len(kinds) >= _MOST:  # Each step would look through more of them.
+        kinds = self.cache.kinds
+        same = (
+            index
+            for index, other in enumerate(kinds)
+            if same_value(other, kind, tensors="identity")
+        )
+        index = next(same, len(kinds))
+        if index >= _MOST:  # Each step would look through more of them.
             self.failure = f"it is the transform of kind {_MOST + 1}"
-            return len(kinds), self._numbers[1]
-        kinds.append(kind)
-        return len(kinds) - 1, self._numbers[1]
+        else:
+            if index == len(kinds):
+                kinds.append(kind)
+            self.failure = self.cache.failures.get(index, "")
+        return index, self._numbers[1]

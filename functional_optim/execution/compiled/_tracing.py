@@ -1,9 +1,7 @@
-"""An update as a graph of tensor operations, in two parts.
+"""Trace an update into two graphs of tensor operations.
 
-What is computed from single numbers alone, a step count or a total, is a *prologue*: it
-runs once a step. What is left, the *kernel*, runs on every unit, and finds the numbers
-among its inputs. Compiled with the numbers inside, a kernel would compute them again
-for each element of the parameters: ResNet-50's step takes 1.5 times as long then.
+Operations on single numbers alone, step counts or totals, are the *prologue*: it runs
+once a step. The rest, the *kernel*, runs on every unit, with the numbers as inputs.
 """
 
 from __future__ import annotations
@@ -25,15 +23,15 @@ _MOST = 64
 """Elements that a tensor of single numbers has at most."""
 
 _EXAMPLE = 1003
-"""Elements of the units that a trace is made with: a number nothing else has."""
+"""Elements of the units that a trace is made with: a number that nothing else has."""
 
 
 class NoCodeError(Exception):
-    """Says why an update cannot be made into code; it can run without."""
+    """An update cannot be compiled; it can run without."""
 
 
-class Example(NamedTuple):
-    """What an input of a graph is like."""
+class TensorSpec(NamedTuple):
+    """Dtype, device and shape of an input; None is the shape of a unit."""
 
     dtype: torch.dtype
     device: torch.device
@@ -41,28 +39,32 @@ class Example(NamedTuple):
 
 
 class Graph(NamedTuple):
-    """Operations on tensors."""
+    """Tensor operations, and what their inputs are like."""
 
     module: fx.GraphModule
-    inputs: list[Example]
+    inputs: list[TensorSpec]
 
 
-class Traced(NamedTuple):
-    """A function of tensors as a graph."""
+class SplitGraph(NamedTuple):
+    """A traced function: the prologue on single numbers, the kernel on units."""
 
     prologue: Graph
     kernel: Graph
     long: list[int]
+    """Which of the long inputs the kernel takes."""
     short: list[int]
-    told: int
-    results: list[bool]
+    """Which of the short inputs the prologue takes."""
+    num_crossing: int
+    """How many of the prologue's results the kernel takes."""
+    is_late: list[bool]
+    """Whether a result is one of the kernel's."""
 
 
 def traced(
     function: Callable[..., Sequence[Tensor]],
     long: Sequence[Tensor],
     short: Sequence[Tensor],
-) -> Traced:
+) -> SplitGraph:
     """Trace a function that may write into its inputs."""
     if any(x.numel() != 1 for x in short):
         raise NoCodeError(
@@ -73,7 +75,7 @@ def traced(
         with _Refusing():
             return function(*tensors)
 
-    # What is remembered here is no tensor that anybody else can use.
+    # Tensors memoized here are traced ones: nothing else can use them.
     with hoisting():
         graph = make_fx(
             functionalize(watched),
@@ -85,15 +87,15 @@ def traced(
 
 
 class _Refusing(TorchDispatchMode):
-    """Refuses what would be computed once, when code is made, and never again."""
+    """Refuses operations whose result would be a constant of the code."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # torch's has no types.
         TorchDispatchMode.__init__(self)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operation, unless it asks for a value or draws numbers."""
+        """Run an operation, unless it reads a value or draws random numbers."""
         if func is torch.ops.aten._local_scalar_dense.default:
             raise NoCodeError("it reads the value of a tensor on the host")
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -129,7 +131,7 @@ _SAME = {
 
 
 def example_of(long: Tensor, seed: int = 0) -> Tensor:
-    """Return a tensor to try on a function instead of one of any length."""
+    """Return a tensor of a fixed length, with the dtype and device of another."""
     numbers = torch.arange(_EXAMPLE, dtype=torch.float64) * (seed + 1) % 97 + 1.0
     return (numbers / 50.0).to(device=long.device, dtype=long.dtype)
 
@@ -144,8 +146,8 @@ def _is_small(value: Any) -> bool:
     )
 
 
-def _split(module: fx.GraphModule, count: int) -> Traced:
-    """Split a graph whose first inputs are long."""
+def _split(module: fx.GraphModule, count: int) -> SplitGraph:
+    """Split a graph by its inputs: the first `count` are long."""
     nodes = list(module.graph.nodes)
     small = _small_nodes(nodes)
     inputs = [node for node in nodes if node.op == "placeholder"]
@@ -163,7 +165,7 @@ def _split(module: fx.GraphModule, count: int) -> Traced:
     others = [node for node in nodes if node not in small and node not in inputs]
     first = _graph(module, short, [n for n in nodes if n in small], [*crossing, *early])
     second = _graph(module, [*long, *crossing], others, late)
-    return Traced(
+    return SplitGraph(
         first,
         second,
         [inputs.index(node) for node in long],
@@ -186,12 +188,12 @@ def _graph(
             known[node] = graph.node_copy(node, known.__getitem__)
     graph.output(tuple(known[result] for result in results))
     graph.eliminate_dead_code()
-    examples = [_example(node.meta["val"]) for node in inputs]
-    return Graph(fx.GraphModule(module, graph), examples)
+    specs = [_spec(node.meta["val"]) for node in inputs]
+    return Graph(fx.GraphModule(module, graph), specs)
 
 
 def _small_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
-    """Return what is computed from single numbers alone."""
+    """Return the nodes that are computed from single numbers alone."""
     small: set[fx.Node] = set()
     for node in nodes:
         is_input = node.op in {"placeholder", "get_attr"}
@@ -204,6 +206,6 @@ def _small_nodes(nodes: list[fx.Node]) -> set[fx.Node]:
     return small
 
 
-def _example(value: Tensor) -> Example:
+def _spec(value: Tensor) -> TensorSpec:
     shape = tuple(value.shape) if _is_small(value) else None
-    return Example(value.dtype, value.device, shape)
+    return TensorSpec(value.dtype, value.device, shape)

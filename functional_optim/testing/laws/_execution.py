@@ -11,6 +11,7 @@ from functional_optim.core._apply import apply_updates
 from functional_optim.core._chain import chain
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Scope, Transform
+from functional_optim.execution._bucketing import ExecutionOptions
 from functional_optim.execution._executor import Executor
 from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
@@ -18,7 +19,7 @@ from functional_optim.testing._law import law, require
 from functional_optim.transforms import Scale
 
 if TYPE_CHECKING:
-    from functional_optim.execution.compiled._compiled_update import Compiling
+    from functional_optim.execution.compiled._kernels import KernelCache
 
 _ROUNDING = 1e-12
 """Units change the order of sums: n * eps of float64, n < 4000."""
@@ -56,7 +57,7 @@ def moves_alike(
     transform: Transform,
     example: Example,
     elements: int,
-    compiling: Compiling | None = None,
+    kernels: KernelCache | None = None,
 ) -> None:
     """Require that an executor with units of this size does what `update` does."""
     params, state = example.params, transform.init(example.params)
@@ -68,8 +69,7 @@ def moves_alike(
         [transform],
         dict.fromkeys(own, 0),
         transform.init(own),
-        unit_bytes=elements * widest,
-        compiling=compiling,
+        options=ExecutionOptions(unit_bytes=elements * widest, kernels=kernels),
     )
     cause = _CAUSE if transform.scope is Scope.ELEMENTWISE else _CAUSE_WHOLE
     for step, (updates, context) in enumerate(example.steps):
