@@ -27,7 +27,6 @@ from functional_optim.core._readings import fetch, readings, state_of
 from functional_optim.core._selection import Rules, Selection, exclude
 from functional_optim.core._state_dict import load_state_dict, state_dict
 from functional_optim.core._transform import Role, Scope, Static, Transform
-from functional_optim.core._traversal import Part
 from functional_optim.inspection._explain import explain
 from functional_optim.optim_wrapper._amp_wrapper import AmpOptimWrapper
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
@@ -88,7 +87,6 @@ __all__ = [
     "Observe",
     "OptimWrapper",
     "OptimWrapperDict",
-    "Part",
     "Partition",
     "ReduceOp",
     "Reducer",

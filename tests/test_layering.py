@@ -140,3 +140,13 @@ def test_recording_stands_in_two_places() -> None:
     # init and update of a chain, and apply_updates; `detach` also hands tensors out.
     assert places.count("_chain.py") == 2
     assert set(places) == {"_chain.py", "_apply.py", "_state_dict.py"}, places
+
+
+@each_file
+def test_no_combinator_is_special(path: pathlib.Path) -> None:
+    """Combinators are known by their methods, so that a user's is one, too."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+            asked = set(re.findall(r"\w+", ast.unparse(node.args[1])))
+            found = asked & {"Chain", "Masked", "Named", "Partition", "SkipNonfinite"}
+            assert not found or path.name == "_chain.py", f"{found}: {node.lineno}"

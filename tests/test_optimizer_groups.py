@@ -81,8 +81,12 @@ def test_the_keys_are_those_of_torch() -> None:
         shown = optimizer.param_groups[0]
         group = theirs(parameters().values(), lr=0.1).param_groups[0]
         assert set(group) - set(shown) <= {
-            "foreach", "capturable", "fused", "decoupled_weight_decay",
-        }  # fmt: skip
+            "foreach",
+            "capturable",
+            "fused",
+            "decoupled_weight_decay",
+            "differentiable",
+        }
         assert type(shown["lr"]) is float
 
 

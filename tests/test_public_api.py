@@ -16,7 +16,7 @@ from transform_cases import CASES
 
 import functional_optim as fo
 from functional_optim import optimizers, schedules, testing, transforms
-from functional_optim.core._transform import inner_transforms
+from functional_optim.core._traversal import walk
 
 MODULES = [fo, transforms, optimizers, schedules, testing, testing.strategies]
 
@@ -31,10 +31,7 @@ def test_all_is_sorted_and_exact(module) -> None:
 
 
 def _instances(transform: object) -> list[object]:
-    found = [transform]
-    for inner in inner_transforms(transform):
-        found += _instances(inner)
-    return found
+    return [node.transform for node in walk(transform)]
 
 
 def test_every_transform_is_in_the_table() -> None:

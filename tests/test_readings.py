@@ -16,7 +16,7 @@ from transform_cases import CASES
 import functional_optim as fo
 from functional_optim import schedules
 from functional_optim.testing._compare import same_bits, tensors
-from functional_optim.testing._law import run
+from functional_optim.testing.laws._purity import run
 
 PARAMS = {"a.weight": torch.tensor([[3.0, -4.0]]), "a.bias": torch.tensor([12.0])}
 
@@ -257,21 +257,26 @@ class Twice:
     def update(self, updates, state, params, *, context=fo.Context()):
         """Return inner(inner(u))."""
         first, second = state
-        at = context.at("first"), context.at("second")
+        at = context.child("first"), context.child("second")
         updates, first = self.inner.update(updates, first, params, context=at[0])
         updates, second = self.inner.update(updates, second, params, context=at[1])
         return updates, (first, second)
 
-    def parts(self, state, params):
-        """Return the same transform twice, as plain tuples."""
-        return [
-            (name, name, self.inner, part, params)
-            for name, part in zip(("first", "second"), state, strict=True)
-        ]
+    def children(self):
+        """Return the same transform twice."""
+        return {"first": self.inner, "second": self.inner}
+
+    def with_children(self, children):
+        """Return two runs of the first."""
+        return Twice(children["first"])
+
+    def split_state(self, state):
+        """Return both states."""
+        return dict(zip(("first", "second"), state, strict=True))
 
 
 def test_users_transforms_tell_too() -> None:
-    """A plain class with `readings` and one with `parts` take part."""
+    """A plain class with `readings` and a combinator take part."""
     tx = fo.chain(Twice(fo.ClipByGlobalNorm(6.5)), Loud({"level": 3}))
     told = fo.readings(tx, stepped(tx))
     expected = {"first.norm": 13.0, "second.norm": 6.5, "level": 3.0}
@@ -430,7 +435,7 @@ def test_state_by_name() -> None:
     [
         (
             "typo",
-            r"no part has the name 'typo'; the names are \['first', 'x', 'y', 'x.dir",
+            r"no part has the name 'typo'; the names are \['first', 'x', 'x.dir",
         ),
         ("direction", "2 parts have the name 'direction'.* the names on the way too"),
         ("", "no part has the name ''"),

@@ -9,9 +9,9 @@ from functional_optim.algebra._buffers import Donated, current
 from functional_optim.algebra._tensor_map import copied
 from functional_optim.core._apply import recording
 from functional_optim.core._context import Context
-from functional_optim.core._hyperparameters import checked, resolve, value_class
+from functional_optim.core._hyperparameters import checked, value_class
 from functional_optim.core._transform import Role, Scope, Transform, missing_members
-from functional_optim.core._traversal import Part
+from functional_optim.core._traversal import Label
 from functional_optim.core._validation import (
     check_parameters,
     check_states,
@@ -21,9 +21,7 @@ from functional_optim.core._validation import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor
+    from collections.abc import Iterator, Mapping, Sequence
 
     from functional_optim.algebra._tensor_map import TensorMap
 
@@ -34,12 +32,6 @@ def _checked_members(name: str, members: Sequence[Any]) -> tuple[Transform, ...]
         transform = checked_transform(f"{name}[{index}]", member)
         flat.extend(transform.members if isinstance(transform, Chain) else [transform])
     return tuple(flat)
-
-
-def _resolve_members(
-    members: tuple[Transform, ...], name: str, param: Tensor
-) -> tuple[Transform, ...]:
-    return tuple(resolve(member, name, param) for member in members)
 
 
 @final
@@ -66,9 +58,7 @@ class Chain:
         ClipByValue(1.0)
     """
 
-    members: tuple[Transform, ...] = checked(
-        check=_checked_members, resolve=_resolve_members
-    )
+    members: tuple[Transform, ...] = checked(check=_checked_members)
 
     consumes_state: ClassVar[bool] = True
 
@@ -147,20 +137,23 @@ class Chain:
                 if index and current.memory is not None:
                     updates = _given_up(updates, self.members[index - 1], member)
                 result = member.update(
-                    updates, state[index], params, context=context.at(index)
+                    updates, state[index], params, context=context.child(index)
                 )
                 updates, new_state[index] = _checked_result(member, result, params)
         return updates, tuple(new_state)
 
-    def parts(self, state: Any, params: TensorMap) -> list[Part]:
-        """Return the members with their states."""
+    def children(self) -> dict[Label, Transform]:
+        """Return the members by position."""
+        return dict(enumerate(self.members))
+
+    def with_children(self, children: Mapping[Label, Transform]) -> Chain:
+        """Return a chain of other members."""
+        return Chain(tuple(children.values()))
+
+    def split_state(self, state: Any) -> dict[Label, Any]:
+        """Return the states of the members by position."""
         check_states(state, len(self.members), "member")
-        return [
-            Part(index, "", member, part, params)
-            for index, (member, part) in enumerate(
-                zip(self.members, state, strict=True)
-            )
-        ]
+        return dict(enumerate(state))
 
 
 def _given_up(updates: TensorMap, maker: Transform, taker: Transform) -> TensorMap:
@@ -171,7 +164,7 @@ def _given_up(updates: TensorMap, maker: Transform, taker: Transform) -> TensorM
     kind = type(maker)
     new = getattr(kind, "consumes_updates", False) or (
         # A combinator may hand on what it was given.
-        getattr(kind, "consumes_state", False) and not hasattr(kind, "parts")
+        getattr(kind, "consumes_state", False) and not hasattr(kind, "children")
     )
     if new and getattr(type(taker), "consumes_updates", False):
         return Donated(updates)
@@ -202,6 +195,11 @@ def chain(*transforms: Transform) -> Chain:
         chain(ClipByGlobalNorm(1.0), Trace(0.9), ScaleByLearningRate(0.1))
     """
     return Chain(transforms)
+
+
+def as_chain(transform: Transform) -> Chain:
+    """Return a transform as a chain; one that is none becomes its only member."""
+    return transform if isinstance(transform, Chain) else chain(transform)
 
 
 def checked_transform(name: str, transform: Any) -> Transform:

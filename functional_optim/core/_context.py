@@ -181,19 +181,19 @@ class Context:
         """
         return self.reducer is not None
 
-    def at(self, part: int | str) -> Context:
-        """Return the context for a member: the same, one step further down the path.
+    def child(self, label: int | str) -> Context:
+        """Return the context for a child: the same, one step further down the path.
 
         Args:
-            part: Index or label of the member.
+            label: Position or name of the child in its combinator.
 
         Example:
-            >>> Context(reducer=lambda path, partial, op: partial.sum()).at(2).path
+            >>> Context(reducer=lambda path, partial, op: partial.sum()).child(2).path
             (2,)
         """
         if self.reducer is None:  # Nobody will ask for the path.
             return self
-        return self._replaced(path=(*self.path, part))
+        return self._replaced(path=(*self.path, label))
 
     def with_reducer(self, reducer: Reducer, **changes: Any) -> Context:
         """Return the context of an update that runs on a part of the parameters.

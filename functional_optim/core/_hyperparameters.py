@@ -20,6 +20,7 @@ from typing_extensions import dataclass_transform
 
 from functional_optim.algebra._scalars import once
 from functional_optim.algebra._tensor_map import device_of, is_readable, lookup
+from functional_optim.core._traversal import children_of, map_children, routes
 from functional_optim.core._validation import check_by_name, check_parameters
 from functional_optim.core._value_class import equal, hash_of, repr_of, with_fields
 
@@ -263,12 +264,13 @@ def resolve(transform: T, name: str, param: Tensor) -> T:
         >>> resolve(decay, "b", torch.zeros(3))
         AddDecayedWeights(0.0)
     """
-    if not dataclasses.is_dataclass(transform) or isinstance(transform, type):
-        return transform
     own = getattr(transform, "resolved", None)
     if own is not None:
         chosen: T = own(name, param)
         return chosen
+    transform = _resolved_children(transform, name, param)
+    if not dataclasses.is_dataclass(transform) or isinstance(transform, type):
+        return transform
     changes = {
         field.name: field.metadata["resolve"](
             getattr(transform, field.name), name, param
@@ -277,6 +279,20 @@ def resolve(transform: T, name: str, param: Tensor) -> T:
         if "resolve" in field.metadata
     }
     return dataclasses.replace(transform, **changes) if changes else transform
+
+
+def _resolved_children(transform: T, name: str, param: Tensor) -> T:
+    """Return a combinator with the children that serve a parameter resolved for it."""
+    combinator: Any = transform
+    served = set(children_of(transform))
+    if routes(transform):
+        served = {combinator.route(name, param)}
+    changed: Any = map_children(
+        combinator,
+        lambda label, child: resolve(child, name, param) if label in served else child,
+    )
+    resolved: T = changed
+    return resolved
 
 
 def resolved_number(value: Any, name: str, param: Tensor) -> Any:

@@ -53,15 +53,15 @@ def readings(tx: Transform, state: Any) -> TensorMap:
     device = _device_of(state)
     found: TensorMap = {}
     owners: dict[str, Transform] = {}
-    for stage in walk(tx, state, {}):
-        tell = getattr(stage.transform, "readings", None)
-        if tell is None:
+    for node in walk(tx, state):
+        own = getattr(node.transform, "readings", None)
+        if own is None:
             continue
-        for name, value in _checked_readings(stage.transform, tell(stage.state)):
-            key = ".".join([*stage.labels, name])
+        for name, value in _checked_readings(node.transform, own(node.state)):
+            key = ".".join([*node.names, name])
             if key in owners:
-                raise ValueError(_same_name(key, owners[key], stage.transform))
-            owners[key] = stage.transform
+                raise ValueError(_same_name(key, owners[key], node.transform))
+            owners[key] = node.transform
             found[key] = _on(device, value)
     return found
 
@@ -183,10 +183,9 @@ def state_of(tx: Transform, state: Any, name: str) -> Any:
         {'w': tensor([0., 0.])}
     """
     named = [
-        (".".join([*stage.labels, part.label]), part.state)
-        for stage in walk(tx, state, {})
-        for part in stage.parts
-        if part.label
+        (".".join(node.names), node.state)
+        for node in walk(tx, state)
+        if node.path and isinstance(node.path[-1], str)
     ]
     found = [s for path, s in named if path == name or path.endswith(f".{name}")]
     if len(found) == 1:

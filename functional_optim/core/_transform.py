@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Mapping
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from torch.utils import _pytree
@@ -66,14 +65,22 @@ class Transform(Protocol):
     Inputs never change, and outputs share no memory with them (state carried over
     from the old state excepted). An empty map of updates means hold.
 
-    More members are optional, and looked for on users' transforms as on ours: `role`,
-    for the order of a chain; `stands_for`, a tuple of transforms whose roles count in
-    its place; `resolved(name, param)`, see `resolve`; `readings(state)`, see
-    `readings`; `parts(state, params)`, see `Part`; `selections(params)`, see `explain`;
-    `hyperparameters`, a tuple of names of a dataclass' fields that each group of a
-    `TransformOptimizer` may have its own value of. Where an executor lends memory,
-    `consumes_updates` and `consumes_state` allow to overwrite: they say that `update`
-    reads each entry of its updates, or of its state, once, and returns new updates.
+    More members are optional, and looked for on users' transforms as on ours:
+
+    - `role`, for the order of a chain; `stands_for`, a tuple of transforms whose roles
+      count in its place.
+    - `hyperparameters`, a tuple of names of a dataclass' fields that each group of a
+      `TransformOptimizer` may have its own value of; `resolved(name, param)`, see
+      `resolve`.
+    - `readings(state)`, see `readings`; `selections(params)`, see `explain`.
+    - A combinator, a transform made of transforms, has `children() -> {label:
+      transform}`, `with_children(children)`, which returns it with others inside, and
+      `split_state(state) -> {label: state}`; `route(name, param) -> label or None` if
+      one child at most serves a parameter. It gives `context.child(label)` to a child.
+      A label is a position (int) or a name (string).
+    - `consumes_updates` and `consumes_state` allow to overwrite, where an executor
+      lends memory: `update` reads each entry of its updates, or of its state, once,
+      and returns new updates.
 
     Example:
         >>> class Double:
@@ -159,61 +166,3 @@ _pytree.register_pytree_node(
     serialized_type_name="functional_optim.Static",
     flatten_with_keys_fn=lambda static: ([], static.value),
 )
-
-
-def inner_transforms(transform: object) -> tuple[Transform, ...]:
-    """Return the transforms that a combinator was built from, in field order.
-
-    Example:
-        >>> from functional_optim.transforms import Masked, Scale
-        >>> inner_transforms(Masked(Scale(2.0), mask="*.bias"))
-        (Scale(2.0),)
-    """
-    if not dataclasses.is_dataclass(transform):
-        return ()
-    found: list[Transform] = []
-    for field in dataclasses.fields(transform):
-        value = getattr(transform, field.name)
-        parts = value if isinstance(value, tuple) else (value,)
-        if isinstance(value, Mapping):
-            parts = tuple(value.values())
-        # A look at all members of each number of a map by name would take seconds.
-        candidates = (part for part in parts if type(part) is not float)
-        found.extend(part for part in candidates if is_transform(part))
-    return tuple(found)
-
-
-def with_inner(transform: T, change: Callable[[Transform], Transform]) -> T:
-    """Return a combinator with other transforms inside; the same one if none differs.
-
-    Example:
-        >>> from functional_optim.transforms import Masked, Scale
-        >>> with_inner(Masked(Scale(2.0), mask="*.bias"), lambda inner: Scale(3.0))
-        Masked(Scale(3.0), '*.bias')
-    """
-    if not dataclasses.is_dataclass(transform) or isinstance(transform, type):
-        return transform
-    changes: dict[str, Any] = {}
-    for field in dataclasses.fields(transform):
-        old = getattr(transform, field.name)
-        new = _changed(old, change)
-        if new is not old:
-            changes[field.name] = new
-    return dataclasses.replace(transform, **changes) if changes else transform
-
-
-def _changed(value: Any, change: Callable[[Transform], Transform]) -> Any:
-    """Change a transform, or those of a tuple or map, if any differs."""
-    if is_transform(value) and not isinstance(value, type):
-        return change(value)
-    if isinstance(value, tuple):
-        parts = tuple(_changed(part, change) for part in value)
-        return (
-            parts
-            if any(a is not b for a, b in zip(parts, value, strict=True))
-            else value
-        )
-    if isinstance(value, dict):
-        entries = {key: _changed(part, change) for key, part in value.items()}
-        return entries if any(entries[k] is not value[k] for k in value) else value
-    return value

@@ -1,88 +1,117 @@
-"""A transform together with its state, part by part.
+"""Walk through the transforms inside a transform.
 
-A combinator says what it is made of by a method `parts(state, params)`. It is optional
-and open to users' transforms: one without it is a whole.
+A combinator is a transform made of transforms, ours or a user's. It has three methods:
+
+    children() -> {label: transform}
+    with_children(children) -> the same combinator of other transforms
+    split_state(state) -> {label: state of that child}
+
+and a fourth, `route(name, param) -> label | None`, if only one child, or none, serves a
+parameter; without it all children do, one after the other. A label is a position, an
+int, or a name, a string: a prefix of readings, and of keys in `param_groups`. The names
+that `route` returns put parameters into groups of their own.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from functional_optim.core._transform import Transform
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
+
+    from torch import Tensor
 
     from functional_optim.algebra._tensor_map import TensorMap
 
+Label: TypeAlias = "int | str"
+Path: TypeAlias = "tuple[Label, ...]"
+"""The labels on the way from the outermost transform to one inside it."""
 
-class Part(NamedTuple):
-    """A transform inside a combinator, with its share of state and parameters.
 
-    What a method `parts(state, params)` returns a list of.
+class Node(NamedTuple):
+    """A transform at some depth, with its state and the parameters that it serves."""
 
-    Attributes:
-        at: What the combinator gives to `Context.at` when it updates this part.
-        label: The user's name for it, "" if there is none: a prefix of its readings.
-        transform: The transform.
-        state: Its state.
-        params: The parameters that it sees.
-
-    Example:
-        >>> from functional_optim.transforms import Masked, Scale
-        >>> part = Masked(Scale(2.0), "*.bias").parts((), {})[0]
-        >>> part.at, part.transform
-        ('inner', Scale(2.0))
-    """
-
-    at: int | str
-    label: str
+    path: Path
     transform: Transform
     state: Any
     params: TensorMap
 
+    @property
+    def names(self) -> list[str]:
+        """The names that users gave on the way, outermost first."""
+        return [label for label in self.path if isinstance(label, str)]
 
-class Stage(NamedTuple):
-    """A transform at some depth."""
 
-    path: tuple[int | str, ...]
-    place: tuple[int, ...]
-    labels: tuple[str, ...]
-    label: str
-    transform: Transform
-    state: Any
-    params: TensorMap
-    parts: list[Part]
+def children_of(transform: object) -> Mapping[Label, Transform]:
+    """Return the transforms inside a combinator by label; none inside a leaf."""
+    children: Callable[[], Mapping[Label, Transform]] | None
+    children = getattr(transform, "children", None)
+    return {} if children is None else children()
+
+
+def routes(transform: object) -> bool:
+    """Whether a parameter is served by one of the children at most."""
+    return hasattr(transform, "route")
+
+
+def map_children(
+    transform: Transform, change: Callable[[Label, Transform], Transform]
+) -> Transform:
+    """Return a combinator of changed children; the same one if none differs."""
+    old = children_of(transform)
+    new = {label: change(label, child) for label, child in old.items()}
+    if all(new[label] is child for label, child in old.items()):
+        return transform
+    combinator: Any = transform
+    changed: Transform = combinator.with_children(new)
+    return changed
 
 
 def walk(
-    transform: Transform,
-    state: Any,
-    params: TensorMap,
-    path: tuple[int | str, ...] = (),
-    labels: tuple[str, ...] = (),
-    *,
-    place: tuple[int, ...] = (),
-    label: str = "",
-) -> Iterator[Stage]:
-    """Yield a transform and all that it is made of, in the order in which they run.
+    transform: Transform, state: Any = None, params: TensorMap | None = None
+) -> Iterator[Node]:
+    """Yield a transform and all inside it, in the order in which they run.
 
     Example:
         >>> import functional_optim as fo
         >>> pipeline = fo.chain(fo.Masked(fo.Scale(2.0), "*.bias"))
-        >>> [stage.path for stage in walk(pipeline, ((),), {})]
-        [(), (0,), (0, 'inner')]
+        >>> [node.path for node in walk(pipeline)]
+        [(), (0,), (0, 0)]
     """
-    tell = getattr(transform, "parts", None)
-    parts = [] if tell is None else [Part(*part) for part in tell(state, params)]
-    yield Stage(path, place, labels, label, transform, state, params, parts)
-    for index, part in enumerate(parts):
-        yield from walk(
-            part.transform,
-            part.state,
-            part.params,
-            (*path, part.at),
-            (*labels, part.label) if part.label else labels,
-            place=(*place, index),
-            label=part.label,
-        )
+    yield from _below(Node((), transform, state, params or {}))
+
+
+def _below(node: Node) -> Iterator[Node]:
+    children = children_of(node.transform)
+    combinator: Any = node.transform
+    states: Mapping[Label, Any] = {}
+    if children and node.state is not None:
+        states = combinator.split_state(node.state)  # Refuses that of another one.
+    yield node
+    served = dict.fromkeys(children, node.params)
+    if routes(combinator):
+        served = {label: {} for label in children}
+        for name, param in node.params.items():
+            label = combinator.route(name, param)
+            if label is not None:
+                served[label][name] = param
+    for label, child in children.items():
+        path = (*node.path, label)
+        yield from _below(Node(path, child, states.get(label), served[label]))
+
+
+def routes_of(
+    transform: object, name: str, param: Tensor, path: Path = ()
+) -> Iterator[tuple[Path, Label | None]]:
+    """Yield where each router sends a parameter, with the path of the router."""
+    children = children_of(transform)
+    served = list(children)
+    if routes(transform):
+        router: Any = transform
+        label = router.route(name, param)
+        yield path, label
+        served = [] if label is None else [label]
+    for label in served:
+        yield from routes_of(children[label], name, param, (*path, label))

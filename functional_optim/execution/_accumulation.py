@@ -14,17 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim.core._chain import Chain
 from functional_optim.core._context import Context
-from functional_optim.core._transform import (
-    Scope,
-    Static,
-    Transform,
-    inner_transforms,
-    with_inner,
-)
+from functional_optim.core._transform import Scope, Static, Transform
+from functional_optim.core._traversal import Label, children_of, map_children, routes
 from functional_optim.execution._state_tree import mapped, nodes_of, rebuilt
-from functional_optim.transforms import Masked, Named, Partition
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -151,20 +144,20 @@ def from_window(transform: Transform, state: Any) -> Transform:
         >>> from_window(windowed, windowed.init({"w": torch.ones(1)}))
         chain(_Resting(inner=Scale(2.0)), Accumulate(2), Scale(3.0))
     """
-    if isinstance(transform, Chain):
-        holds = [_has_static(part) for part in state]
-        if True not in holds:
-            return transform
-        first = holds.index(True)
-        before, (window, *after) = transform.members[:first], transform.members[first:]
-        resting = map(_Resting, before)
-        return Chain((*resting, from_window(window, state[first]), *after))
-    if not isinstance(transform, (Masked, Named, Partition)):
+    labels = list(children_of(transform))
+    if not labels or not _has_static(state):
         return transform
-    states = state if isinstance(transform, Partition) else (state,)
-    pairs = zip(inner_transforms(transform), states, strict=True)
-    parts = iter([from_window(inner, part) for inner, part in pairs])
-    return with_inner(transform, lambda _: next(parts))
+    combinator: Any = transform
+    states = combinator.split_state(state)
+    holding = next(label for label in labels if _has_static(states[label]))
+
+    def change(label: Label, child: Transform) -> Transform:
+        if routes(transform) or label == holding:
+            return from_window(child, states[label])
+        is_before = labels.index(label) < labels.index(holding)
+        return _Resting(child) if is_before else child
+
+    return map_children(transform, change)
 
 
 def _has_static(state: Any) -> bool:

@@ -17,14 +17,15 @@ from torch import Tensor
 from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._hyperparameters import resolve
 from functional_optim.core._transform import Scope, Static
+from functional_optim.core._traversal import routes_of
 from functional_optim.core._value_class import same_value
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._state_tree import Kind
 from functional_optim.execution._tensor_memory import (
-    ScratchMemory,
+    Scratch,
     copied_alone,
     is_dense,
-    relayout_like,
+    own_like,
 )
 from functional_optim.execution._units import Piece, Pooled, Shaped, Source, Unit
 from functional_optim.execution.compiled._kernels import BucketKernels, KernelCache
@@ -147,9 +148,7 @@ class Layout:
     nodes: list[Node]
     fields: list[Field]
     options: ExecutionOptions
-    scratch: ScratchMemory = dataclasses.field(
-        default_factory=lambda: ScratchMemory(SCRATCH_BYTES)
-    )
+    scratch: Scratch = dataclasses.field(default_factory=lambda: Scratch(SCRATCH_BYTES))
 
     def buckets(self) -> list[Bucket]:
         """Return the buckets with their units, in the order of the parameters."""
@@ -184,6 +183,7 @@ class Layout:
             transform = resolve(self.transforms[self.group_of[name]], name, param)
             key: Hashable = (
                 _hash(transform),
+                tuple(routes_of(transform, name, param)),
                 param.dtype,
                 param.device,
                 self.cohorts.key(name),
@@ -320,7 +320,7 @@ class Layout:
             if field.kind is not Kind.ELEMENTWISE or not isinstance(node, dict):
                 continue
             if name in node:
-                node[name] = relayout_like(node[name], param)
+                node[name] = own_like(node[name], param)
         return [
             Piece({name: param}, slice(start, start + size), source)
             for start in range(0, max(1, param.numel()), size)

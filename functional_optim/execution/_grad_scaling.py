@@ -49,7 +49,7 @@ class SkipOn:
     ) -> tuple[TensorMap, Any]:
         """Return inner(u), or -0.0 and the old state."""
         ok = self.found_inf.reshape(()) == 0
-        context = (context or Context()).at("inner")
+        context = (context or Context()).child("inner")
         return guarded(ok, self.inner, updates, state, params, context=context)
 
 

@@ -15,10 +15,9 @@ from torch import Tensor
 from functional_optim._messages import format_names
 from functional_optim.algebra._buffers import Donated, Workspace
 from functional_optim.algebra._tensor_map import foreach_applies
-from functional_optim.core._chain import Chain
 from functional_optim.execution._grad_scaling import scaled, wrapped_state
 from functional_optim.execution._state_tree import mapped, tensors_of
-from functional_optim.execution._tensor_memory import storage_ptr
+from functional_optim.execution._tensor_memory import memory_of
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -61,10 +60,10 @@ class GradientExecutor:
 
 def _consumes(transform: Transform) -> bool:
     """Whether the first to see the gradients may overwrite them."""
-    while isinstance(transform, Chain):
-        if not transform.members:
+    while hasattr(transform, "stands_for"):
+        if not transform.stands_for:
             return False
-        transform = transform.members[0]
+        transform = transform.stands_for[0]
     return getattr(type(transform), "consumes_updates", False) is True
 
 
@@ -95,8 +94,8 @@ def _kept(state: Any, *maps: TensorMap) -> Any:
     """Return a state that shares no memory with what others overwrite."""
     if not any(tensor.ndim for tensor in tensors_of(state)):
         return state
-    taken = {storage_ptr(t) for tensors in maps for t in tensors.values() if t.numel()}
-    return mapped(state, lambda t: t.clone() if storage_ptr(t) in taken else t)
+    taken = {memory_of(t) for tensors in maps for t in tensors.values() if t.numel()}
+    return mapped(state, lambda t: t.clone() if memory_of(t) in taken else t)
 
 
 def _write(moved: TensorMap, grads: TensorMap) -> None:
@@ -105,9 +104,9 @@ def _write(moved: TensorMap, grads: TensorMap) -> None:
     if not pairs:
         return
     targets, sources = map(list, zip(*pairs, strict=True))
-    taken = {storage_ptr(target) for target in targets if target.numel()}
+    taken = {memory_of(target) for target in targets if target.numel()}
     # What is written first may be what is read after.
-    sources = [s.clone() if storage_ptr(s) in taken else s for s in sources]
+    sources = [s.clone() if memory_of(s) in taken else s for s in sources]
     if foreach_applies(targets) and foreach_applies(sources):
         torch._foreach_copy_(targets, sources)
     else:

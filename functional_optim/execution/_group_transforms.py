@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from functional_optim.core._selection import picks
 from functional_optim.core._transform import Transform
+from functional_optim.core._traversal import Label, children_of, routes
 from functional_optim.core._value_class import same_value
-from functional_optim.transforms import Masked, Partition
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -35,34 +34,32 @@ def joined(
 
 
 def _joined(values: dict[str, Any], params: TensorMap) -> Any:
-    """Return one value for all names: a transform, or a part of one."""
+    """Return one value for all names: a transform, or the value of a field."""
     first = next(iter(values.values()))
     if all(same_value(v, first, tensors="identity") for v in values.values()):
         return first
-    if isinstance(first, Partition):
-        return dataclasses.replace(first, inner=_joined_labels(values, params))
-    if isinstance(first, Masked):
-        # Inside nobody knows the names outside.
-        inside = {
-            n: v.inner for n, v in values.items() if picks(first.mask, n, params[n])
+    if children_of(first):
+        children = {
+            label: _joined(served, params) if served else child
+            for label, child in children_of(first).items()
+            for served in [_served(values, label, params)]
         }
-        return dataclasses.replace(first, inner=_joined(inside, params))
+        values = {n: value.with_children(children) for n, value in values.items()}
+        first = next(iter(values.values()))
+        if not dataclasses.is_dataclass(first):
+            return first  # No group has a value of its own of what is no field.
     if isinstance(first, tuple):
         columns = range(len(first))
         return tuple(
             _joined({n: value[i] for n, value in values.items()}, params)
             for i in columns
         )
-    if isinstance(first, dict):
-        return {
-            key: _joined({n: value[key] for n, value in values.items()}, params)
-            for key in first
-        }
     if dataclasses.is_dataclass(first) and not isinstance(first, type):
-        names = [field.name for field in dataclasses.fields(first)]
         changes = {
-            field: _joined({n: getattr(v, field) for n, v in values.items()}, params)
-            for field in names
+            field.name: _joined(
+                {n: getattr(v, field.name) for n, v in values.items()}, params
+            )
+            for field in dataclasses.fields(first)
         }
         try:
             return dataclasses.replace(first, **changes)
@@ -73,12 +70,12 @@ def _joined(values: dict[str, Any], params: TensorMap) -> Any:
     return values
 
 
-def _joined_labels(values: dict[str, Any], params: TensorMap) -> dict[str, Transform]:
-    """Return the transforms of a `Partition`, each for the names with its label."""
-    inner: dict[str, Transform] = {}
-    first = next(iter(values.values()))
-    labels = {name: first.label_of(name, params[name]) for name in values}
-    for label, transform in first.inner.items():
-        own = {n: v.inner[label] for n, v in values.items() if labels[n] == label}
-        inner[label] = _joined(own, params) if own else transform
-    return inner
+def _served(
+    values: dict[str, Any], label: Label, params: TensorMap
+) -> dict[str, Transform]:
+    """Return the child with a label, for each name that it serves."""
+    return {
+        name: children_of(value)[label]
+        for name, value in values.items()
+        if not routes(value) or value.route(name, params[name]) == label
+    }

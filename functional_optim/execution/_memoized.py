@@ -7,12 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, final
 
 from functional_optim.core._context import Context
-from functional_optim.core._transform import (
-    Scope,
-    Transform,
-    inner_transforms,
-    with_inner,
-)
+from functional_optim.core._transform import Scope, Transform
+from functional_optim.core._traversal import children_of, map_children
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -83,6 +79,6 @@ def remembered(transform: Transform, memory: Memory) -> Transform:
     """
     if transform.scope is Scope.ELEMENTWISE:
         return transform
-    if not inner_transforms(transform):
+    if not children_of(transform):
         return _Remembered(transform, memory)
-    return with_inner(transform, lambda inner: remembered(inner, memory))
+    return map_children(transform, lambda _, child: remembered(child, memory))

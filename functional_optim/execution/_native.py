@@ -143,7 +143,7 @@ def dtype_of(grads: Mapping[str, Tensor], name: str) -> torch.dtype:
     return grads[name].dtype if dtype is None else dtype
 
 
-class GradientScan:
+class Scan:
     """Looks at parameters and gradients."""
 
     def __init__(self, params: TensorMap, native: Native) -> None:
@@ -174,7 +174,7 @@ class GradientScan:
             *map(address, arrays),
         )
 
-    def scan(self) -> Gradients | None:
+    def look(self) -> Gradients | None:
         """Return the gradients; None if one is not as its parameter, or all failed."""
         told = self._told()
         self.moved = bool(told & (_MOVED | _FAILED))

@@ -16,9 +16,9 @@ from functional_optim._messages import (
     pluralize,
 )
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.core._chain import Chain, chain, checked_transform
-from functional_optim.core._transform import Scope, Transform, inner_transforms
-from functional_optim.core._traversal import walk
+from functional_optim.core._chain import chain, checked_transform
+from functional_optim.core._transform import Scope, Transform
+from functional_optim.core._traversal import children_of, routes, walk
 from functional_optim.core._validation import check_parameters
 from functional_optim.core._value_class import shown_value, written
 from functional_optim.execution._state_tree import tensors_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator
 
     from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.core._traversal import Stage
+    from functional_optim.core._traversal import Node, Path
     from functional_optim.execution._bucketing import Bucket
     from functional_optim.torch_optimizer._engine import Engine
 
@@ -142,14 +142,16 @@ def _transform_blocks(tx: Transform, params: TensorMap) -> list[list[str]]:
 
 
 # -- stages ------------------------------------------------------------------------
-def _stage_lines(stages: list[Stage], sizes: list[int]) -> list[str]:
+def _stage_lines(stages: list[Node], sizes: list[int]) -> list[str]:
     """Return a line for each stage, indented; members of a chain replace the chain."""
     rows: list[tuple[str, ...]] = [("stage", "scope", "state")]
-    depths: dict[tuple[int | str, ...], int] = {}
+    depths: dict[Path, int] = {}
+    routers = {stage.path for stage in stages if routes(stage.transform)}
     for stage, size in zip(stages, sizes, strict=True):
         depth = depths.get(stage.path[:-1], 0)
-        label = _label(stage)
-        is_chain = isinstance(stage.transform, Chain)
+        is_branch = bool(stage.path) and stage.path[:-1] in routers
+        label = f"{stage.path[-1]}:" if is_branch and stage.path[-1] != 0 else ""
+        is_chain = _is_sequence(stage.transform)
         depths[stage.path] = depth + (bool(label) or not is_chain)
         if is_chain and not label:
             continue
@@ -164,11 +166,12 @@ def _stage_lines(stages: list[Stage], sizes: list[int]) -> list[str]:
     return format_columns(rows, "<<>")
 
 
-def _label(stage: Stage) -> str:
-    """Return the label of a branch, with a colon; "" for what is no branch."""
-    # A Partition has its labels as places; inside a name the place is "inner".
-    is_branch = stage.path and stage.label == stage.path[-1] != "inner"
-    return f"{stage.label}:" if is_branch else ""
+def _is_sequence(transform: Transform) -> bool:
+    """Whether a transform is its children one after another, as a chain is."""
+    labels = children_of(transform)
+    return hasattr(transform, "stands_for") and not any(
+        isinstance(label, str) for label in labels
+    )
 
 
 def _format(transform: Transform) -> str:
@@ -176,7 +179,7 @@ def _format(transform: Transform) -> str:
     text = repr(transform)
     if text.startswith("<"):  # A plain class without a repr of its own.
         return type(transform).__qualname__
-    return written(transform, _format_argument) if inner_transforms(transform) else text
+    return written(transform, _format_argument) if children_of(transform) else text
 
 
 def _format_argument(value: Any) -> str:
@@ -192,9 +195,13 @@ def _shorten(text: str, width: int) -> str:
 
 
 # -- sizes -------------------------------------------------------------------------
-def _own_bytes(stage: Stage) -> int:
-    """Return the bytes of the state of a stage without those of its parts."""
-    tensors = _own_tensors(stage.state, [part.state for part in stage.parts])
+def _own_bytes(stage: Node) -> int:
+    """Return the bytes of the state of a stage without those of its children."""
+    combinator: Any = stage.transform
+    inner: list[Any] = []
+    if children_of(combinator):
+        inner = list(combinator.split_state(stage.state).values())
+    tensors = _own_tensors(stage.state, inner)
     return _num_bytes({id(tensor): tensor for tensor in tensors}.values())
 
 
@@ -218,7 +225,7 @@ def _format_count(tensors: Collection[Tensor]) -> str:
 
 
 # -- selections --------------------------------------------------------------------
-def _selection_blocks(stages: list[Stage]) -> list[list[str]]:
+def _selection_blocks(stages: list[Node]) -> list[list[str]]:
     """Return a block for each stage that selects parameters."""
     blocks = []
     for stage in stages:
@@ -293,10 +300,8 @@ def _plan_lines(optimizer: TransformOptimizer, engine: Engine) -> list[str]:
         for number, bucket in enumerate(buckets[:_MAX_LINES], start=1)
     )
     lines += _omitted(len(buckets))
-    if engine.collector.failure:
-        lines.append(
-            f"not compiled: the look at gradients ({engine.collector.failure})"
-        )
+    if engine.survey.failure:
+        lines.append(f"not compiled: the look at gradients ({engine.survey.failure})")
     return lines
 
 
@@ -316,7 +321,7 @@ def _format_code(bucket: Bucket) -> str:
     """Say whether a bucket is compiled, and if not, why."""
     kernels = bucket.kernels
     if kernels is None:
-        parts = inner_transforms(bucket.transform) or (bucket.transform,)
+        parts = [*children_of(bucket.transform).values()] or [bucket.transform]
         widest = max(parts, key=lambda part: part.scope)
         if widest.scope > Scope.ELEMENTWISE:
             return f", not compiled ({widest!r} looks at whole tensors)"

@@ -14,4 +14,6 @@ class ConfigTypeError(TypeError, AssertionError):
 class ConfigKeyError(KeyError, AssertionError):
     """A name is unknown."""
 
-    __str__ = Exception.__str__  # A KeyError would put the message into quotes.
+    def __str__(self) -> str:
+        """Return the message, which a KeyError would put into quotes."""
+        return str(self.args[0])

@@ -1,8 +1,14 @@
-"""Step parameter groups with equal settings as one, while torch's optimizers step."""
+"""Groups with equal settings, stepped as one.
+
+A group for every parameter is what rules by name make, and costs a loop over groups in
+each step. Merged copies take their place while an optimizer of torch steps; nobody else
+sees them.
+"""
 
 from __future__ import annotations
 
 import itertools
+import math
 import operator
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,21 +21,24 @@ from torch.optim.optimizer import (
 )
 
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.optim_wrapper._settings import LISTS, is_torch_optimizer
+from functional_optim.optim_wrapper._checkpoint import is_of_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Collection, Hashable
+
+_LISTS = ("params", "param_names")
 
 
 class MergedGroups:
-    """A context in which groups with equal settings are one group.
+    """Let groups with equal settings be one group until the end of the block.
 
-    Every parameter takes the same step, bit for bit. Nothing is merged where a step may
-    look at the groups: an optimizer that is not torch's own, or has step hooks.
+    Every parameter takes the same step, bit for bit. Nothing is merged where others
+    look at the groups during a step: an optimizer that is not torch's own, or has step
+    hooks.
     """
 
     # A generator would cost more than the rest of it, in a loop that leaves no cache.
-    __slots__ = ("_groups", "_optimizer")
+    __slots__ = ("_optimizer", "_own")
 
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
@@ -37,20 +46,20 @@ class MergedGroups:
     @untraced
     def __enter__(self) -> None:
         optimizer = self._optimizer
-        self._groups = groups = optimizer.param_groups
-        if len(groups) > 1 and _may_merge(optimizer):
-            merged = _merged_now(optimizer)
-            if len(merged) < len(groups):
+        self._own = own = optimizer.param_groups
+        if len(own) > 1 and _may_merge(optimizer):
+            merged = _merging_of(optimizer).merged
+            if len(merged) < len(own):
                 optimizer.param_groups = merged
 
     def __exit__(self, *_: object) -> None:
-        self._optimizer.param_groups = self._groups
+        self._optimizer.param_groups = self._own
 
 
 def _may_merge(optimizer: Any) -> bool:
     step = vars(optimizer).get("step")
     return (
-        is_torch_optimizer(optimizer)
+        is_of_torch(optimizer)
         and not isinstance(optimizer, torch.optim.LBFGS)
         and not optimizer._optimizer_step_pre_hooks
         and not optimizer._optimizer_step_post_hooks
@@ -61,13 +70,13 @@ def _may_merge(optimizer: Any) -> bool:
 
 
 class _Merging(NamedTuple):
-    """Merged groups, and the groups as they were when they were merged."""
+    """Merged groups, and what the groups held that they were made of."""
 
     merged: list[dict[str, Any]]
-    firsts: list[int]
-    """For each merged group, the position of the first group in it."""
+    places: tuple[int, ...]
+    """For every group, the first one of those that it is merged with."""
     values: list[Any]
-    """The settings of all groups in a row."""
+    """Those of all groups in a row."""
     params: list[Tensor]
     sizes: list[int]
 
@@ -75,11 +84,14 @@ class _Merging(NamedTuple):
 _last: weakref.WeakKeyDictionary[Any, _Merging] = weakref.WeakKeyDictionary()
 
 
-def _merged_now(optimizer: Any) -> list[dict[str, Any]]:
-    """Return the merged groups, those of the last step if nothing else has changed."""
+def _merging_of(optimizer: Any) -> _Merging:
+    """Return how the groups are merged now.
+
+    Looking whether it is as in the last step takes a tenth of the time of merging.
+    """
     groups, last = optimizer.param_groups, _last.get(optimizer)
-    flat = itertools.chain.from_iterable
     # Not the keys: those that torch reads are there in every group, from the start.
+    flat = itertools.chain.from_iterable
     values = list(flat(map(dict.values, groups)))
     lists = [group["params"] for group in groups]
     params, sizes = list(flat(lists)), list(map(len, lists))
@@ -87,65 +99,77 @@ def _merged_now(optimizer: Any) -> list[dict[str, Any]]:
         last is None
         or sizes != last.sizes
         or not all(map(operator.is_, params, last.params))
-        or not _follow_values(last, groups, values)
+        or not _holds(last, groups, values)
     ):
-        _last[optimizer] = last = _Merging(*_merge(groups), values, params, sizes)
-    return last.merged
+        _last[optimizer] = last = _Merging(*_merged(groups), values, params, sizes)
+    return last
 
 
-def _follow_values(
-    last: _Merging, groups: list[dict[str, Any]], values: list[Any]
-) -> bool:
-    """Write changed settings into the merged groups, if the same groups are equal."""
+def _holds(last: _Merging, groups: list[dict[str, Any]], values: list[Any]) -> bool:
+    """Whether the same groups have equal settings; takes over what schedules wrote."""
     if _are_equal(values, last.values):
         return True
-    width, *others = set(map(len, [*groups, *last.merged]))
+    (count, *others) = set(map(len, groups))
     if others or len(values) != len(last.values):
         return False
-    for index in range(width):
-        column, before = values[index::width], last.values[index::width]
+    for index in range(count):
+        column, before = values[index::count], last.values[index::count]
         if _are_equal(column, before):
             continue
-        if _first_equal(column) != _first_equal(before):
+        if not _is_told_by_equality(column) or not _is_told_by_equality(before):
             return False
-        for group, first in zip(last.merged, last.firsts, strict=True):
-            group[list(group)[index]] = column[first]
+        same = operator.itemgetter(*last.places)(column) == tuple(column)
+        if not same or len(set(column)) < len(set(before)):  # Fewer: merge more.
+            return False
+        for merged, place in zip(last.merged, sorted(set(last.places)), strict=True):
+            merged[list(groups[place])[index]] = column[place]
     last.values[:] = values
     return True
 
 
-def _are_equal(values: Any, others: Any) -> bool:
-    """Compare values, those that are the same object without a look at them."""
+def _are_equal(some: Any, others: Any) -> bool:
+    """Whether values are equal; those that are the same object are not looked at."""
     try:
-        return bool(values == others)
+        return bool(some == others)
     except RuntimeError:  # Tensors that cannot be compared.
         return False
 
 
-def _merge(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int]]:
-    merged: dict[Hashable, dict[str, Any]] = {}
-    firsts = []
-    for position, group in enumerate(groups):
-        key = tuple((k, _identity(v)) for k, v in group.items() if k not in LISTS)
-        if key not in merged:
-            merged[key] = {**group, "params": []}
-            firsts.append(position)
-        merged[key]["params"].extend(group["params"])
-    return list(merged.values()), firsts
+def _is_told_by_equality(values: Collection[Any]) -> bool:
+    """Whether values that are equal are sure to do the same."""
+    kinds = set(map(type, values))
+    if kinds == {tuple}:
+        return _is_told_by_equality(list(itertools.chain.from_iterable(values)))
+    return kinds == {float} and 0.0 not in values  # 0.0 equals -0.0.
 
 
-def _first_equal(values: Sequence[Any]) -> list[int]:
-    """Return for each value the position of the first one that has the same effect."""
-    first: dict[Hashable, int] = {}
-    return [first.setdefault(_identity(value), i) for i, value in enumerate(values)]
+def _merged(
+    groups: list[dict[str, Any]],
+) -> tuple[list[dict[str, Any]], tuple[int, ...]]:
+    found: dict[Hashable, tuple[int, dict[str, Any]]] = {}
+    told: dict[int, Hashable] = {}  # Most values are the same object in all groups.
+    places = []
+    for place, group in enumerate(groups):
+        key: list[Hashable] = [tuple(group)]
+        for name, value in group.items():
+            if name in _LISTS:
+                continue
+            index = id(value)
+            if index not in told:
+                told[index] = _told_apart(value)
+            key.append(told[index])
+        first, known = found.setdefault(tuple(key), (place, {**group, "params": []}))
+        known["params"].extend(group["params"])
+        places.append(first)
+    return [known for _, known in found.values()], tuple(places)
 
 
-def _identity(value: Any) -> Hashable:
-    """Return a key that is equal only for values that have the same effect."""
-    if type(value) is float and value:
-        return value
+def _told_apart(value: Any) -> Hashable:
+    """Return what is equal only for values that do the same, also inside a tuple."""
     if isinstance(value, tuple):
-        return tuple(map(_identity, value))
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return type(value), repr(value)  # 0.0 equals -0.0, and False.
-    return Tensor, id(value)
+        return tuple(map(_told_apart, value))
+    if isinstance(value, float):
+        return type(value), value, math.copysign(1.0, value)  # 0.0 is not -0.0 here.
+    if value is None or isinstance(value, (bool, int, str)):
+        return type(value), value
+    return (Tensor, id(value))

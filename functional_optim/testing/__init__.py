@@ -3,15 +3,7 @@
 Needs hypothesis: `pip install 'functional_optim[testing]'`.
 """
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
-
-if find_spec("hypothesis") is None:
-    raise ModuleNotFoundError(
-        "functional_optim.testing needs hypothesis: pip install "
-        "'functional_optim[testing]'",
-        name="hypothesis",
-    )
 
 from functional_optim._messages import no_attribute
 from functional_optim.testing._check import check_transform

@@ -1,4 +1,4 @@
-"""Check that a pipeline and a plain PyTorch loop train alike."""
+"""`check_equivalent`: a pipeline against a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import hypothesis
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 from functional_optim.algebra._tensor_map import TensorMap
@@ -21,8 +19,9 @@ from functional_optim.core._transform import Transform
 from functional_optim.testing import strategies
 from functional_optim.testing._compare import largest_gap, same_bits
 from functional_optim.testing._examples import Example
+from functional_optim.testing._hypothesis import hypothesis, st
 from functional_optim.testing._law import check_protocol
-from functional_optim.testing._repro import report
+from functional_optim.testing._repro import context_import, transform_code
 from functional_optim.testing._search import Search, drawn_examples, kinds_of
 
 Loop: TypeAlias = Callable[[torch.nn.Module, Sequence[TensorMap]], Any]
@@ -54,39 +53,58 @@ class NotEquivalentError(AssertionError):
         0 a.weight ()
     """
 
-    def __init__(
-        self, gap: Gap, max_ulps: float, transform: Any, loop: Loop, example: Example
-    ) -> None:
+    def __init__(self, gap: Gap, transform: Any, loop: Loop, example: Example) -> None:
         self.step, self.name, self.index = gap.step, gap.name, gap.index
         self.ulps, self.example = gap.ulps, example
-        called = getattr(loop, "__name__", "torch_loop")
-        when = "at the end" if gap.step is None else f"first after step {gap.step}"
-        element = f"element {gap.index} of " if gap.index else ""
-        bound = f"{max_ulps:g} ulp" if max_ulps else "no difference in any bit"
-        what = (
-            f"What: {element}{gap.name!r} is {gap.ours!r} in the pipeline and "
-            f"{gap.theirs!r} in the loop: {gap.ulps:.3g} ulp apart, allowed: {bound}"
-        )
-        summary = [
-            f"{transform!r} is not {called}: they part {when}.",
-            "",
-            what,
-        ]
-        option = f", max_ulps={max_ulps:g}" if max_ulps else ""
-        call = f"check_equivalent(transform, {called}, example=example{option})"
-        super().__init__(report(summary, transform, example, "check_equivalent", call))
+        super().__init__(_report(gap, transform, loop, example))
 
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """The first step and the element in which two runs differ, and by how much."""
+    """Where two runs part."""
 
     step: int | None
     name: str
     index: tuple[int, ...]
     ulps: float
+    allowed: float
     ours: float
     theirs: float
+
+
+def _report(gap: Gap, transform: Any, loop: Loop, example: Example) -> str:
+    """Return where two runs part, and the program in which they do."""
+    when = "at the end" if gap.step is None else f"first after step {gap.step}"
+    element = f"element {gap.index} of " if gap.index else ""
+    bound = f"{gap.allowed:g} ulp" if gap.allowed else "no difference in any bit"
+    imports, made = transform_code(transform)
+    called = getattr(loop, "__name__", "torch_loop")
+    program = [
+        "import torch",
+        "from functional_optim.testing import Example, check_equivalent",
+        *imports,
+        *context_import(example),
+        "",
+        f"transform = {made}",
+        *f"example = {example!r}".splitlines(),
+        f"check_equivalent(transform, {called}, example=example"
+        + (f", max_ulps={gap.allowed:g})" if gap.allowed else ")"),
+    ]
+    what = (
+        f"What: {element}{gap.name!r} is {gap.ours!r} in the pipeline and "
+        f"{gap.theirs!r} in the loop: {gap.ulps:.3g} ulp apart, allowed: {bound}"
+    )
+    return "\n".join(
+        [
+            f"{transform!r} is not {called}: they part {when}.",
+            "",
+            what,
+            "",
+            "The smallest case found, to paste and run:",
+            "",
+            *(f"    {line}".rstrip() for line in program),
+        ]
+    )
 
 
 def backward(model: torch.nn.Module, gradients: TensorMap) -> None:
@@ -182,7 +200,7 @@ def check_equivalent(
             example = dataclasses.replace(example, contexts=ends)
         gap = _first_gap(transform, torch_loop, example.copied(), max_ulps)
         if gap is not None:
-            raise NotEquivalentError(gap, max_ulps, transform, torch_loop, example)
+            raise NotEquivalentError(gap, transform, torch_loop, example)
 
     with torch.enable_grad():
         if example is not None:
@@ -210,25 +228,27 @@ def check_equivalent(
 
 
 def _first_gap(
-    transform: Transform, loop: Loop, example: Example, max_ulps: float
+    transform: Transform, loop: Loop, example: Example, allowed: float
 ) -> Gap | None:
-    """Return the largest difference after the first step that has one."""
+    """Return where a transform and a loop first part on an example."""
     theirs, yields = _loop_steps(loop, example)
-    ours = _pipeline_steps(transform, example)
+    ours = _pure_steps(transform, example)
     before = example.params
-    for step, there in enumerate(theirs):
-        here = ours[step] if yields else ours[-1]
+    for step, now in enumerate(theirs):
+        mine = ours[step] if yields else ours[-1]
         gaps = []
-        for name, p in there.items():
-            if _same(here[name], p) or not p.numel():
+        for name, there in now.items():
+            exact = _same(mine[name], there)
+            if exact or not there.numel():
                 continue
-            ulps, index = largest_gap(here[name], p, before[name])
-            if ulps > max_ulps or max_ulps == 0:
-                numbers = float(here[name][index]), float(p[index])
-                gaps.append(Gap(step if yields else None, name, index, ulps, *numbers))
+            ulps, index = largest_gap(mine[name], there, before[name])
+            if ulps > allowed or allowed == 0:
+                numbers = float(mine[name][index]), float(there[index])
+                at = step if yields else None
+                gaps.append(Gap(at, name, index, ulps, allowed, *numbers))
         if gaps:
             return max(gaps, key=lambda gap: gap.ulps)
-        before = there
+        before = now
     return None
 
 
@@ -238,7 +258,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
     return same_bits(torch.where(nan, 0.0, ours), torch.where(nan, 0.0, theirs))
 
 
-def _pipeline_steps(transform: Transform, example: Example) -> list[TensorMap]:
+def _pure_steps(transform: Transform, example: Example) -> list[TensorMap]:
     """Return the parameters after each step of the pipeline."""
     chained = chain(transform)
     params, made = example.params, []
@@ -251,7 +271,10 @@ def _pipeline_steps(transform: Transform, example: Example) -> list[TensorMap]:
 
 
 def _loop_steps(loop: Loop, example: Example) -> tuple[list[TensorMap], bool]:
-    """Return the parameters after each step or at the end, and whether it yielded."""
+    """Return the parameters after each step of the loop, or only those at its end.
+
+    And whether it yielded after each.
+    """
     model = _model(example.params)
     names = list(example.params)
 

@@ -1,4 +1,4 @@
-"""Try a law on a transform, and report a transform that breaks it."""
+"""What a law is, how it is tried, and how a transform that breaks it is reported."""
 
 from __future__ import annotations
 
@@ -6,20 +6,18 @@ import dataclasses
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import hypothesis
 import torch
-from hypothesis import strategies as st
 
 from functional_optim.core._chain import checked_transform
 from functional_optim.core._context import Context
 from functional_optim.core._validation import check_parameters
 from functional_optim.testing import strategies
-from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example, fixed_examples
-from functional_optim.testing._repro import report
+from functional_optim.testing._hypothesis import hypothesis, st
+from functional_optim.testing._repro import program
 from functional_optim.testing._search import Search, drawn_examples, kinds_of
 
 if TYPE_CHECKING:
@@ -27,12 +25,8 @@ if TYPE_CHECKING:
     from functional_optim.core._transform import Transform
 
 
-ROUNDING = 1e-12
-"""Bound on the effect of another order of sums: n * eps of float64, n < 4000."""
-
-
 class ViolationError(AssertionError):
-    """A broken law, raised inside it: what is broken, and the likely cause."""
+    """What is broken and where, and why that is likely; `Law` makes the report."""
 
     def __init__(self, what: str, cause: str) -> None:
         super().__init__(what)
@@ -42,15 +36,12 @@ class ViolationError(AssertionError):
 def require(condition: object, what: str, cause: str) -> None:
     """Raise a `ViolationError` unless a condition holds."""
     if not condition:
-        raise ViolationError(what, cause)
+        refuse(what, cause)
 
 
-def require_equal(
-    what: str, a: Any, b: Any, cause: str, rtol: float | None = None
-) -> None:
-    """Raise a `ViolationError` if two trees differ, with the first difference."""
-    gap = difference(a, b, rtol)
-    require(not gap, f"{what}{gap}", cause)
+def refuse(what: str, cause: str) -> NoReturn:
+    """Raise a `ViolationError`."""
+    raise ViolationError(what, cause)
 
 
 class BrokenLawError(AssertionError):
@@ -85,17 +76,22 @@ class BrokenLawError(AssertionError):
         self.law, self.statement = law.name, law.statement
         self.what, self.cause = violation.what, violation.cause
         self.transform, self.example = transform, example
-        summary = [
-            f"{transform!r} breaks the law of {law.name}: {law.statement}",
-            "",
-            f"What: {self.what}",
-            f"Likely cause: {self.cause}",
-        ]
-        call = f"laws.{law.name}(transform, example)"
-        super().__init__(report(summary, transform, example, "laws", call))
+        super().__init__(self._report())
 
-
-_LOCK = threading.RLock()
+    def _report(self) -> str:
+        code = program(self.law, self.transform, self.example)
+        return "\n".join(
+            [
+                f"{self.transform!r} breaks the law of {self.law}: {self.statement}",
+                "",
+                f"What: {self.what}",
+                f"Likely cause: {self.cause}",
+                "",
+                "The smallest case found, to paste and run:",
+                "",
+                *(f"    {line}".rstrip() for line in code.splitlines()),
+            ]
+        )
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -191,62 +187,77 @@ class Law:
                 self._try(transform, example)
                 return 1
             # They have every kind of shape; drawn ones may miss some.
-            tried = fixed_examples(params, full=not self.omit)
+            tried = tuple(fixed_examples(params, full=not self.omit))
             if self.drawn:
                 tried += drawn_examples(search)
-            try:
-                for one in tried:
-                    self._try(transform, one, contexts)
-            except BrokenLawError as broken:
-                found = broken
+            for one in tried:
+                found = self._broken_on(transform, _at(one, contexts))
+                if found is not None:
+                    break
             else:
                 return len(tried)
             if self.drawn:
                 found = self._smallest(found, search, contexts)
         raise found.with_traceback(None)
 
-    def _try(
-        self, transform: Transform, example: Example, contexts: Sequence[Context] = ()
-    ) -> None:
-        """Try one example; blame the most basic law that does not hold on it."""
-        if contexts:
-            example = dataclasses.replace(example, contexts=contexts)
-        broken = self._violation(transform, example)
-        if broken is None:
-            return
-        for name in itertools.takewhile(lambda name: name != self.name, _BASIC):
-            basic = LAWS[name]._violation(transform, example)
-            if basic is not None and basic.__cause__ is None:  # It raised no error.
-                raise BrokenLawError(LAWS[name], basic, transform, example)
-        raise BrokenLawError(self, broken, transform, example) from broken.__cause__
-
     def _violation(
         self, transform: Transform, example: Example
     ) -> ViolationError | None:
-        """Return how an example breaks the law, be it by an error; None if it holds."""
-        try:  # On a copy: what is reported must not have been changed.
+        """Return what is broken on an example; an error is no reason for another."""
+        try:
             self.holds(transform, example.copied())
         except ViolationError as violation:
             return violation
-        except Exception as error:
-            broken = ViolationError(error_line(error), self.hint)
-            broken.__cause__ = error
+        except Exception:
+            return None
+        return None
+
+    def _broken_on(
+        self, transform: Transform, example: Example
+    ) -> BrokenLawError | None:
+        try:
+            self._try(transform, example)
+        except BrokenLawError as broken:
             return broken
         return None
 
     def _smallest(
         self, found: BrokenLawError, search: Search, contexts: Sequence[Context]
     ) -> BrokenLawError:
-        """Return the failure on the smallest example that hypothesis finds."""
+        """Let hypothesis look for the smallest example on which a law is broken."""
         transform = found.transform
+
+        def check(example: Example) -> None:
+            self._try(transform, _at(example, contexts))
+
         try:
-            smaller = search.smallest(
-                lambda example: self._try(transform, example, contexts), BrokenLawError
-            )
+            return search.smallest(check, BrokenLawError) or found
         except hypothesis.errors.Flaky:  # The same inputs broke it once, and not again.
-            broken = ViolationError(found.what + ", but not each time", HIDDEN)
-            return BrokenLawError(LAWS["determinism"], broken, transform, found.example)
-        return smaller or found
+            violation = ViolationError(found.what + ", but not each time", HIDDEN)
+            return BrokenLawError(
+                LAWS["determinism"], violation, transform, found.example
+            )
+
+    def _try(self, transform: Transform, example: Example) -> None:
+        """Try one example; blame the most basic law that does not hold on it."""
+        given = example.copied()  # What is reported must not have been changed.
+        reason: Exception | None = None
+        try:
+            self.holds(transform, given)
+        except ViolationError as violation:
+            broken = violation
+        except Exception as error:
+            broken, reason = ViolationError(raised(error), self.hint), error
+        else:
+            return
+        for name in itertools.takewhile(lambda name: name != self.name, _BASIC):
+            more_basic = LAWS[name]._violation(transform, example)
+            if more_basic is not None:
+                raise BrokenLawError(LAWS[name], more_basic, transform, example)
+        raise BrokenLawError(self, broken, transform, example) from reason
+
+
+_LOCK = threading.RLock()
 
 
 HIDDEN = (
@@ -255,8 +266,10 @@ HIDDEN = (
     "a function of a seed and a counter in the state (not a torch.Generator)"
 )
 
+
 LAWS: dict[str, Law] = {}
 """All laws by name."""
+
 
 _BASIC = ("purity", "determinism")
 """Laws without which a failure of another says nothing."""
@@ -273,46 +286,18 @@ def law(*, hint: str, **options: Any) -> Callable[[Callable[..., None]], Law]:
     return made
 
 
-def run(transform: Transform, example: Example) -> Iterator[tuple[Any, Any]]:
-    """Yield the updates and the state after each step."""
-    state = transform.init(example.params)
-    for updates, context in example.steps:
-        result = transform.update(updates, state, example.params, context=context)
-        is_pair = isinstance(result, tuple) and len(result) == 2
-        what = f"update returned a {type(result).__name__}, not a pair"
-        require(is_pair, what, "write: return new_updates, new_state")
-        out, state = result
-        what = f"update returned updates as a {type(out).__name__}"
-        require(type(out) is dict, what, "return a dict from name to tensor")
-        yield out, state
-
-
 def check_protocol(transform: Any) -> None:
     """Refuse what is no transform, or cannot be called like one."""
     checked_transform("transform", transform)
-    _check_signature(transform, transform.init, "params")
-    _check_signature(
-        transform, transform.update, "updates", "state", "params", context=None
-    )
+    update = ("updates", "state", "params")
+    _check_takes(transform, transform.init, ("params",), {})
+    _check_takes(transform, transform.update, update, {"context": "None"})
 
 
-def _check_signature(
-    transform: Any, method: Any, *arguments: str, **keywords: None
+def check_arguments(
+    params: Any, contexts: Any, max_examples: int, most: int = 10_000
 ) -> None:
-    try:
-        inspect.signature(method).bind(*arguments, **keywords)
-    except TypeError as error:
-        wanted = ["self", *arguments, *(f"*, {name}=None" for name in keywords)]
-        raise TypeError(
-            f"{transform!r}.{method.__name__} must take ({', '.join(wanted)}), as "
-            f"chain calls it: {error}"
-        ) from None
-    except ValueError:
-        return  # A builtin has no signature.
-
-
-def check_arguments(params: Any, contexts: Any, max_examples: int) -> None:
-    """Refuse arguments that cannot describe examples."""
+    """Refuse what cannot say how examples shall be."""
     if params is not None:
         check_parameters(params)
         size = sum(p.numel() for p in params.values())
@@ -320,9 +305,9 @@ def check_arguments(params: Any, contexts: Any, max_examples: int) -> None:
             raise ValueError(
                 'params must have a parameter, such as {"w": torch.zeros(3, 2)}'
             )
-        if size > 10_000:
+        if size > most:
             raise ValueError(
-                f"params must be small, at most 10,000 numbers in all, got {size:,}; "
+                f"params must be small, at most {most:,} numbers in all, got {size:,}; "
                 "laws do not depend on size"
             )
     if not isinstance(contexts, Sequence) or not all(
@@ -333,7 +318,28 @@ def check_arguments(params: Any, contexts: Any, max_examples: int) -> None:
         raise ValueError(f"max_examples must be >= 1, got {max_examples}")
 
 
-def error_line(error: Exception) -> str:
-    """Return the type of an error, and the first line of its text that is not empty."""
+def _check_takes(
+    transform: Any, method: Any, given: tuple[str, ...], asked: dict[str, str]
+) -> None:
+    try:
+        inspect.signature(method).bind(*given, **asked)
+    except TypeError as error:
+        keywords = [f"*, {name}={default}" for name, default in asked.items()]
+        wanted = ", ".join(["self", *given, *keywords])
+        name = method.__name__
+        raise TypeError(
+            f"{transform!r}.{name} must take ({wanted}), as chain calls it: {error}"
+        ) from None
+    except ValueError:
+        return  # Builtins do not tell.
+
+
+def _at(example: Example, contexts: Sequence[Context]) -> Example:
+    """Return an example with what the loop knows at each step."""
+    return dataclasses.replace(example, contexts=contexts) if contexts else example
+
+
+def raised(error: Exception) -> str:
+    """Say what was raised: the first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"it raised {type(error).__name__}: {lines[0] if lines else error!r}"

@@ -1,4 +1,4 @@
-"""Draw examples with hypothesis, once for all laws, and shrink the failing ones."""
+"""Examples by hypothesis: drawn once for all laws, and searched for the smallest."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import hypothesis
 import torch
-from hypothesis import strategies as st
 
-from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.testing import strategies
 from functional_optim.testing._examples import Example
+from functional_optim.testing._hypothesis import hypothesis, st
+
+if TYPE_CHECKING:
+    from functional_optim.algebra._tensor_map import TensorMap
 
 E = TypeVar("E", bound=Exception)
-Kinds: TypeAlias = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
-"""Names, shapes and dtypes of parameters."""
 
 _SECONDS = 5.0
 """How long a failure may be made smaller: a slow transform must not take minutes."""
@@ -30,15 +29,15 @@ class _TimeUpError(BaseException):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """Options for drawing examples; hashable, so that these are drawn once."""
+    """Which examples to try; hashable, so that they are drawn once."""
 
-    kinds: Kinds | None
+    kinds: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] | None = None
     elements: st.SearchStrategy[float]
-    dtypes: tuple[torch.dtype, ...]
+    dtypes: tuple[torch.dtype, ...] = (torch.float64,)
     omit: bool = True
-    max_steps: int
-    max_examples: int
-    seed: int | None
+    max_steps: int = 4
+    max_examples: int = 100
+    seed: int | None = None
 
     def smallest(self, check: Callable[[Example], None], failure: type[E]) -> E | None:
         """Return the failure of a check on the smallest example found; None if none."""
@@ -71,19 +70,7 @@ class Search:
         def run(example: Example) -> None:
             check(example)
 
-        params = None
-        if self.kinds is not None:
-            params = {
-                name: torch.zeros(shape, dtype=dtype, device="cpu")
-                for name, shape, dtype in self.kinds
-            }
-        examples = strategies.examples(
-            params,
-            elements=self.elements,
-            dtypes=self.dtypes,
-            omit=self.omit,
-            max_steps=self.max_steps,
-        )
+        test = hypothesis.given(self._strategy())(run)
         test = hypothesis.settings(
             max_examples=self.max_examples,
             deadline=None,
@@ -94,22 +81,39 @@ class Search:
             suppress_health_check=list(hypothesis.HealthCheck),
             phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
             verbosity=hypothesis.Verbosity.quiet,
-        )(hypothesis.given(examples)(run))
+        )(test)
         if self.seed is not None:
             test = hypothesis.seed(self.seed)(test)
         test()
 
+    def _strategy(self) -> st.SearchStrategy[Example]:
+        params = None
+        if self.kinds is not None:
+            params = {
+                name: torch.zeros(shape, dtype=dtype, device="cpu")
+                for name, shape, dtype in self.kinds
+            }
+        return strategies.examples(
+            params,
+            elements=self.elements,
+            dtypes=self.dtypes,
+            omit=self.omit,
+            max_steps=self.max_steps,
+        )
+
 
 @functools.lru_cache(maxsize=32)
 def drawn_examples(search: Search) -> tuple[Example, ...]:
-    """Return the examples of a search, drawn once."""
+    """Return examples by hypothesis: drawn once, tried by all laws that ask for it."""
     drawn: list[Example] = []
     search.run(drawn.append)
     return tuple(drawn)
 
 
-def kinds_of(params: TensorMap | None) -> Kinds | None:
-    """Return names, shapes and dtypes of parameters."""
+def kinds_of(
+    params: TensorMap | None,
+) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...] | None:
+    """Return names, shapes and dtypes of parameters, for a `Search`."""
     if params is None:
         return None
     return tuple((name, tuple(p.shape), p.dtype) for name, p in params.items())

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from hypothesis import strategies as st
 from torch import Tensor
 
 import functional_optim as fo
 from functional_optim import schedules
 from functional_optim.testing._examples import Example
+from functional_optim.testing._hypothesis import st
 
 _numbers = st.floats(-4, 4, width=32)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._state_tree import nodes_of
-from functional_optim.torch_optimizer._gradients import GradientCollector, StateSnapshot
+from functional_optim.torch_optimizer._gradients import Shown, Survey
 from functional_optim.torch_optimizer._param_state import (
     entries_of,
     loaded_nodes,
@@ -55,8 +55,7 @@ class Engine:
         self._group_of = group_of
         self._transforms = transforms
         params = self.params()
-        compiles = options.kernels is not None
-        self.collector = GradientCollector(self.names, compiles=compiles)
+        self.survey = Survey(self.names, compiles=options.kernels is not None)
         """What looks at parameters and gradients."""
         self._executor = Executor(
             params,
@@ -68,7 +67,7 @@ class Engine:
         )
         self._store = self._executor.store
         self._keys = start.outline.keys
-        self._shown = StateSnapshot({}, [])
+        self._shown = Shown({}, [])
         self.rest_shown: dict[str, Any] = {}
         """What belongs to the transform as a whole, as it is now."""
         self.show_rest()
@@ -123,9 +122,7 @@ class Engine:
         for param, entries in own.items():
             if entries or param in state:
                 state.setdefault(param, {}).update(entries)
-        self._shown = StateSnapshot(
-            state, [e for some in own.values() for e in some.values()]
-        )
+        self._shown = Shown(state, [e for some in own.values() for e in some.values()])
         self._store.replaced = False
 
     def entries(self, name: str) -> dict[str, Tensor]:
@@ -149,7 +146,7 @@ class Engine:
         """Copy changed entries of `optimizer.state` into the memory of the plan."""
         if self._shown.have_moved(each=each):
             return False
-        if not self.collector.shows(state, self._shown.everything):
+        if not self.survey.shows(state, self._shown.everything):
             found: list[tuple[Tensor, Tensor]] = []
             for param, name in self._everyone.items():
                 new, own = entries_at(state, param, name), self.outlined(name)

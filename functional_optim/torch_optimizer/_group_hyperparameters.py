@@ -13,21 +13,20 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from functional_optim.core._hyperparameters import is_schedule
-from functional_optim.core._selection import picks
-from functional_optim.core._transform import (
-    Role,
-    Transform,
-    inner_transforms,
-    with_inner,
+from functional_optim.core._transform import Role, Transform
+from functional_optim.core._traversal import (
+    Path,
+    children_of,
+    map_children,
+    routes,
+    routes_of,
 )
 from functional_optim.core._value_class import same_value
-from functional_optim.transforms import Masked, Named, Partition, Scale
-
-Path: TypeAlias = tuple[int, ...]
-"""Where a transform stands: which of the inner transforms, at each depth."""
+from functional_optim.transforms import Scale
 
 Choices: TypeAlias = tuple[tuple[Path, str], ...]
-"""The labels that the parameters of a group have, by the path of the `Partition`."""
+"""The names that routes give to the parameters of a group, by the path of the router.
+"""
 
 
 _DESCENDS = {Role.MOMENT, Role.LEARNING_RATE}
@@ -66,14 +65,17 @@ def _places(
     names: tuple[str, ...] = (),
     choices: Choices = (),
 ) -> Iterator[Place]:
-    """Yield a transform and all that is visible inside it."""
+    """Yield a transform and all inside it, with the names and routes on the way."""
     yield Place(path, transform, names, choices)
-    labels = list(transform.inner) if isinstance(transform, Partition) else []
-    if isinstance(transform, Named):
-        names = (*names, transform.name)
-    for index, inner in enumerate(inner_transforms(transform)):
-        chosen = (*choices, (path, labels[index])) if labels else choices
-        yield from _places(inner, (*path, index), names, chosen)
+    is_router = routes(transform)
+    for label, child in children_of(transform).items():
+        below = (*path, label)
+        if not isinstance(label, str):
+            yield from _places(child, below, names, choices)
+        elif is_router:
+            yield from _places(child, below, names, (*choices, (path, label)))
+        else:
+            yield from _places(child, below, (*names, label), choices)
 
 
 def on_path(transform: Transform, choices: Choices) -> list[Place]:
@@ -83,23 +85,9 @@ def on_path(transform: Transform, choices: Choices) -> list[Place]:
 
 
 def choices_of(transform: Transform, name: str, param: Tensor) -> Choices:
-    """Return the labels that a parameter has, at every `Partition` that it passes."""
-    return tuple(_chosen(transform, name, param, ()))
-
-
-def _chosen(
-    transform: Transform, name: str, param: Tensor, path: Path
-) -> Iterator[tuple[Path, str]]:
-    if isinstance(transform, Masked) and not picks(transform.mask, name, param):
-        return
-    chosen = None
-    if isinstance(transform, Partition):
-        label = transform.label_of(name, param)
-        chosen = list(transform.inner).index(label)
-        yield path, label
-    for index, inner in enumerate(inner_transforms(transform)):
-        if chosen in {None, index}:
-            yield from _chosen(inner, name, param, (*path, index))
+    """Return the names that routes give to a parameter: labels of a `Partition`."""
+    found = routes_of(transform, name, param)
+    return tuple((path, label) for path, label in found if isinstance(label, str))
 
 
 def options_of(transform: Transform, choices: Choices) -> list[Option]:
@@ -185,7 +173,7 @@ def _turns(places: Sequence[Place]) -> list[Place]:
 
     That is what the presets make of `maximize=True`.
     """
-    leaves = [place for place in places if not inner_transforms(place.transform)]
+    leaves = [place for place in places if not children_of(place.transform)]
     roles = [getattr(place.transform, "role", None) for place in leaves]
     if Role.LEARNING_RATE not in roles:
         return []
@@ -210,13 +198,9 @@ def with_values(
     transform: Transform, changes: Mapping[Path, Mapping[str, Any]], path: Path = ()
 ) -> Transform:
     """Return a transform with other numbers in some places."""
-    inner = iter(
-        [
-            with_values(part, changes, (*path, index))
-            for index, part in enumerate(inner_transforms(transform))
-        ]
+    result: Any = map_children(
+        transform, lambda label, child: with_values(child, changes, (*path, label))
     )
-    result: Any = with_inner(transform, lambda _: next(inner))
     if path in changes:
         result = dataclasses.replace(result, **changes[path])
     changed: Transform = result

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.core._chain import Chain, chain, checked_transform
+from functional_optim.core._chain import as_chain, checked_transform
 from functional_optim.core._context import Context
 from functional_optim.core._readings import readings
 from functional_optim.core._value_class import same_value
@@ -119,9 +119,7 @@ class TransformOptimizer(Tracking):
         if transform is None:
             raise TypeError(_no_transform(defaults))
         transform = checked_transform("transform", transform_of(transform))
-        self._transform = (
-            transform if isinstance(transform, Chain) else chain(transform)
-        )
+        self._transform = as_chain(transform)
         self._compiles = compile
         self._step_supports_amp_scaling = amp_scaling
         self._notes = checked_notes(notes)
@@ -197,7 +195,7 @@ class TransformOptimizer(Tracking):
         # What a step allocates must be of use outside of inference mode, too.
         with torch.inference_mode(mode=False), torch.no_grad():
             engine = self._followed()
-            grads = engine.collector.gradients()
+            grads = engine.survey.gradients()
             if not grads and not self._warned:
                 self._warned = True
                 warn_of_no_gradient()

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from functional_optim.core._hyperparameters import ScheduleState, evaluate
-from functional_optim.core._traversal import walk
+from functional_optim.core._traversal import Path, walk
 from functional_optim.core._value_class import same_value
 from functional_optim.torch_optimizer._group_hyperparameters import (
     Choices,
     Option,
-    Path,
     group_value,
     options_of,
     scheduled_places,
@@ -86,8 +85,8 @@ class Scheduled:
         self._counts = {}
         for stage in walk(self._transform, state, params):
             own = getattr(stage.state, "schedule", stage.state)
-            if stage.place in self._held and isinstance(own, ScheduleState):
-                self._counts[stage.place] = own
+            if stage.path in self._held and isinstance(own, ScheduleState):
+                self._counts[stage.path] = own
 
     def show(self) -> None:
         """Write the values of the next step into the groups."""

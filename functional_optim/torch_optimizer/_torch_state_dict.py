@@ -12,9 +12,9 @@ from torch import Tensor
 
 from functional_optim._messages import format_names
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.core._chain import Chain
 from functional_optim.core._hyperparameters import is_zero
-from functional_optim.core._transform import inner_transforms
+from functional_optim.core._transform import Role
+from functional_optim.core._traversal import children_of, routes
 from functional_optim.torch_optimizer._group_hyperparameters import (
     Choices,
     group_value,
@@ -30,13 +30,10 @@ from functional_optim.transforms import (
     ClipByNorm,
     ClipByValue,
     Identity,
-    Named,
     Observe,
-    Partition,
     Scale,
     ScaleByAdam,
     ScaleByLearningRate,
-    SkipNonfinite,
     Trace,
     Unscale,
     ZeroNans,
@@ -297,10 +294,6 @@ def _own_entries(
     return found
 
 
-_TRANSPARENT = (Chain, Named, Partition, SkipNonfinite)
-"""What only holds other transforms, as far as hyperparameters and state go."""
-
-
 _OPTIMIZERS: Mapping[tuple[type, ...], type[torch.optim.Optimizer]] = {
     (ScaleByAdam, AddDecayedWeights, ScaleByLearningRate): torch.optim.AdamW,
     (ScaleByAdam, ScaleByLearningRate): torch.optim.Adam,
@@ -378,9 +371,9 @@ def counterparts(transform: Transform, groups: Sequence[Choices]) -> list[Counte
 def _counterpart(transform: Transform, choices: Choices, place: str) -> Counterpart:
     """Return the optimizer of torch that does the same to one group."""
     path = [found.transform for found in on_path(transform, choices)]
-    leaves = [one for one in path if not inner_transforms(one)]
+    leaves = [one for one in path if not children_of(one)]
     for one in path:
-        if inner_transforms(one) and not isinstance(one, _TRANSPARENT):
+        if children_of(one) and not _is_transparent(one):
             raise _without(place, f"{one!r} acts on some of its parameters only")
     kinds = list(map(type, leaves))
     start = next((i for i, kind in enumerate(kinds) if kind in _CORE), len(kinds))
@@ -408,6 +401,16 @@ def _counterpart(transform: Transform, choices: Choices, place: str) -> Counterp
         keys=frozenset(option.key for option in options),
         dampens=dampens,
         decays=AddDecayedWeights in kinds,
+    )
+
+
+def _is_transparent(combinator: Transform) -> bool:
+    """Whether a combinator does no more than its children to the groups they serve."""
+    named = all(isinstance(label, str) for label in children_of(combinator))
+    return (
+        hasattr(combinator, "stands_for")
+        or getattr(combinator, "role", None) is Role.GUARD
+        or (routes(combinator) and named)
     )
 
 

@@ -180,7 +180,7 @@ class Tracking(torch.optim.Optimizer):
         elif self._groups.have_moved(self.param_groups):
             engine = self._engine = self._regrouped()
         elif (
-            engine.collector.scan()
+            engine.survey.look()
             or engine.has_new_gradients()
             or not engine.follow(self.state, each=each)
         ):

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, final
 from functional_optim.algebra._tensor_map import copied
 from functional_optim.core._chain import checked_transform
 from functional_optim.core._context import Context
-from functional_optim.core._hyperparameters import checked, resolve, value_class
+from functional_optim.core._hyperparameters import checked, value_class
 from functional_optim.core._transform import Scope, Transform
-from functional_optim.core._traversal import Part
+from functional_optim.core._traversal import Label
 from functional_optim.core._validation import check_parameters, checked_name
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from functional_optim.algebra._tensor_map import TensorMap
 
 
@@ -91,7 +93,7 @@ class Named:
     """
 
     name: str = checked(check=checked_name)
-    inner: Transform = checked(check=checked_transform, resolve=resolve)
+    inner: Transform = checked(check=checked_transform)
 
     consumes_state: ClassVar[bool] = True
 
@@ -119,9 +121,17 @@ class Named:
         context: Context | None = None,
     ) -> tuple[TensorMap, Any]:
         """Return inner(u)."""
-        context = context or Context()
-        return self.inner.update(updates, state, params, context=context.at("inner"))
+        context = (context or Context()).child(self.name)
+        return self.inner.update(updates, state, params, context=context)
 
-    def parts(self, state: Any, params: TensorMap) -> list[Part]:
-        """Return the inner transform with the same state."""
-        return [Part("inner", self.name, self.inner, state, params)]
+    def children(self) -> dict[Label, Transform]:
+        """Return the inner transform by its name."""
+        return {self.name: self.inner}
+
+    def with_children(self, children: Mapping[Label, Transform]) -> Named:
+        """Return the name with another transform."""
+        return Named(self.name, children[self.name])
+
+    def split_state(self, state: Any) -> dict[Label, Any]:
+        """Return the same state."""
+        return {self.name: state}

@@ -24,7 +24,7 @@ from functional_optim.core._selection import (
     ruled,
 )
 from functional_optim.core._transform import Scope, Transform
-from functional_optim.core._traversal import Part
+from functional_optim.core._traversal import Label
 from functional_optim.core._validation import (
     check_names,
     check_parameters,
@@ -111,15 +111,26 @@ class Masked:
         if inside:
             inner_params = subset(params, names)
             inside, state = self.inner.update(
-                inside, state, inner_params, context=(context or Context()).at("inner")
+                inside, state, inner_params, context=(context or Context()).child(0)
             )
         outside = {n: u.clone() for n, u in updates.items() if n not in selected}
         return subset(inside | outside, params), state
 
-    def parts(self, state: Any, params: TensorMap) -> list[Part]:
-        """Return the inner transform with its state and the selected parameters."""
-        inside = picked(self.mask, params, list(params))
-        return [Part("inner", "", self.inner, state, subset(params, inside))]
+    def children(self) -> dict[Label, Transform]:
+        """Return the inner transform."""
+        return {0: self.inner}
+
+    def with_children(self, children: Mapping[Label, Transform]) -> Masked:
+        """Return the mask around another transform."""
+        return Masked(children[0], self.mask)
+
+    def route(self, name: str, param: Tensor) -> int | None:
+        """Return 0 for a selected parameter, None for another."""
+        return 0 if picks(self.mask, name, param) else None
+
+    def split_state(self, state: Any) -> dict[Label, Any]:
+        """Return the state of the inner transform."""
+        return {0: state}
 
     def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
         """Return the mask, and the names that it selects."""
@@ -215,11 +226,11 @@ class Partition:
 
         The other transforms stay, so that the state keeps its structure.
         """
-        label = self.label_of(name, param)
+        label = self.route(name, param)
         inner = {**self.inner, label: resolve(self.inner[label], name, param)}
         return Partition(inner, label)
 
-    def label_of(self, name: str, param: Tensor) -> str:
+    def route(self, name: str, param: Tensor) -> str:
         """Return the label of one parameter.
 
         Args:
@@ -279,19 +290,23 @@ class Partition:
                     inside,
                     state[index],
                     subset(params, groups[label]),
-                    context=(context or Context()).at(label),
+                    context=(context or Context()).child(label),
                 )
                 moved |= out
         return subset(moved, params), tuple(new_state)
 
-    def parts(self, state: Any, params: TensorMap) -> list[Part]:
-        """Return the inner transforms with their states and parameters."""
+    def children(self) -> dict[str, Transform]:
+        """Return the inner transforms by label."""
+        return dict(self.inner)
+
+    def with_children(self, children: Mapping[Label, Transform]) -> Partition:
+        """Return the labels with other transforms."""
+        return Partition({str(label): t for label, t in children.items()}, self.labels)
+
+    def split_state(self, state: Any) -> dict[Label, Any]:
+        """Return the inner states by label."""
         check_states(state, len(self.inner), "label")
-        groups = self._groups(params)
-        return [
-            Part(label, label, transform, part, subset(params, groups[label]))
-            for (label, transform), part in zip(self.inner.items(), state, strict=True)
-        ]
+        return dict(zip(self.inner, state, strict=True))
 
     def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
         """Return the labels, and the names that have them."""
@@ -301,5 +316,5 @@ class Partition:
         """Return the names with each label, in the order of the parameters."""
         groups: dict[str, list[str]] = {label: [] for label in self.inner}
         for name, param in params.items():
-            groups[self.label_of(name, param)].append(name)
+            groups[self.route(name, param)].append(name)
         return groups

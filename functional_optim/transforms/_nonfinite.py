@@ -14,12 +14,14 @@ from functional_optim.algebra._tensor_map import device_of
 from functional_optim.core._apply import is_recorded
 from functional_optim.core._chain import checked_transform
 from functional_optim.core._context import Context
-from functional_optim.core._hyperparameters import checked, resolve, value_class
-from functional_optim.core._transform import Role, Scope, Transform, inner_transforms
-from functional_optim.core._traversal import Part
+from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._transform import Role, Scope, Transform
+from functional_optim.core._traversal import Label, walk
 from functional_optim.core._validation import check_parameters, check_state
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from functional_optim.algebra._tensor_map import TensorMap
 
 
@@ -84,18 +86,19 @@ class SkipNonfinite:
         torch.amp.GradScaler.step; optax.apply_if_finite.
     """
 
-    inner: Transform = checked(check=checked_transform, resolve=resolve)
+    inner: Transform = checked(check=checked_transform)
 
     role: ClassVar[Role] = Role.GUARD
 
     def _check(self) -> None:
         """Refuse windows inside the guard: a skip would lose its micro-batches."""
-        accumulate = _find(self.inner, Role.ACCUMULATE)
-        if accumulate is not None:
-            raise ValueError(
-                f"{accumulate!r} stands inside a guard, where a skip would undo its "
-                f"micro-batch; write chain({accumulate!r}, SkipNonfinite(...))"
-            )
+        for node in walk(self.inner):
+            inner = node.transform
+            if getattr(inner, "role", None) is Role.ACCUMULATE:
+                raise ValueError(
+                    f"{inner!r} stands inside a guard, where a skip would undo its "
+                    f"micro-batch; write chain({inner!r}, SkipNonfinite(...))"
+                )
 
     @property
     def scope(self) -> Scope:
@@ -123,15 +126,23 @@ class SkipNonfinite:
         context = context or Context()
         ok = context.reduce(lambda: all_finite(updates), "all")
         moved, inner = guarded(
-            ok, self.inner, updates, state.inner, params, context=context.at("inner")
+            ok, self.inner, updates, state.inner, params, context=context.child(0)
         )
         counts = once(_counted, ok, state.skipped, state.consecutive)
         return moved, SkipNonfiniteState(inner, *counts)
 
-    def parts(self, state: Any, params: TensorMap) -> list[Part]:
-        """Return the inner transform with its state."""
+    def children(self) -> dict[Label, Transform]:
+        """Return the inner transform."""
+        return {0: self.inner}
+
+    def with_children(self, children: Mapping[Label, Transform]) -> SkipNonfinite:
+        """Return the guard around another transform."""
+        return SkipNonfinite(children[0])
+
+    def split_state(self, state: SkipNonfiniteState) -> dict[Label, Any]:
+        """Return the state of the inner transform."""
         check_state(self, state, SkipNonfiniteState)
-        return [Part("inner", "", self.inner, state.inner, params)]
+        return {0: state.inner}
 
     def readings(self, state: SkipNonfiniteState) -> TensorMap:
         """Return the steps skipped in all, and in a row."""
@@ -141,17 +152,6 @@ class SkipNonfinite:
 def _counted(ok: Tensor, skipped: Tensor, consecutive: Tensor) -> tuple[Tensor, Tensor]:
     skip = (~ok).double()
     return skipped + skip, (consecutive + 1) * skip
-
-
-def _find(transform: Transform, role: Role) -> Transform | None:
-    """Return a transform with this role, at any depth."""
-    if getattr(transform, "role", None) is role:
-        return transform
-    for inner in inner_transforms(transform):
-        found = _find(inner, role)
-        if found is not None:
-            return found
-    return None
 
 
 def guarded(
