@@ -13,7 +13,7 @@ from hypothesis import event, given
 from hypothesis import strategies as st
 
 import functional_optim as fo
-from functional_optim.core._context import local_total
+from functional_optim.core._context import reduce_locally
 from functional_optim.execution import _bucketing as _layout
 from functional_optim.execution._bucketing import ExecutionOptions
 from functional_optim.execution._executor import Executor
@@ -68,7 +68,7 @@ def test_one_step_from_the_same_state(
 
         def reducer(path: Any, partial: Any, op: Any, totals: Any = totals) -> Any:
             totals.append(path)
-            return local_total(partial, op)
+            return reduce_locally(partial, op)
 
         moved, state = transform.update(
             grads, state, params, context=fo.Context(reducer=reducer)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import functional_optim as fo
 from functional_optim import schedules
-from functional_optim.algebra._scalars import hoisting, once
+from functional_optim.algebra._scalars import memoize_scalars, memoized
 from functional_optim.execution import _bucketing as _layout
 
 
@@ -80,24 +80,24 @@ def test_a_schedule_is_asked_once_a_step(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_outside_of_a_step_nothing_is_remembered() -> None:
     one = torch.tensor(1.0)
-    assert once(torch.exp, one) is not once(torch.exp, one)
-    with hoisting():
-        first = once(torch.exp, one)
-    with hoisting():
-        assert once(torch.exp, one) is not first
+    assert memoized(torch.exp, one) is not memoized(torch.exp, one)
+    with memoize_scalars():
+        first = memoized(torch.exp, one)
+    with memoize_scalars():
+        assert memoized(torch.exp, one) is not first
 
 
 def test_what_is_equal_is_told_from_what_is_the_same() -> None:
-    with hoisting():
+    with memoize_scalars():
         one, other = torch.tensor(1.0), torch.tensor(1.0)
-        assert once(torch.exp, one) is not once(torch.exp, other)
-        assert once(torch.mul, one, 2.0) is once(torch.mul, one, 1.0 + 1.0)
-        assert once(torch.mul, one, 3.0) is not once(torch.mul, one, 2.0)
+        assert memoized(torch.exp, one) is not memoized(torch.exp, other)
+        assert memoized(torch.mul, one, 2.0) is memoized(torch.mul, one, 1.0 + 1.0)
+        assert memoized(torch.mul, one, 3.0) is not memoized(torch.mul, one, 2.0)
 
 
 def test_inputs_are_kept_so_that_no_other_takes_their_address() -> None:
-    with hoisting():
-        found = {once(torch.neg, torch.tensor(float(i))).item() for i in range(50)}
+    with memoize_scalars():
+        found = {memoized(torch.neg, torch.tensor(float(i))).item() for i in range(50)}
     assert found == {-float(i) for i in range(50)}
 
 

@@ -1,4 +1,4 @@
-"""The algebra of tensor maps: one vocabulary, two lowerings.
+"""Lazy arithmetic on tensor maps, run by `torch._foreach_*` or by plain operations.
 
 `over(v).mul(b2).addcmul(g, g, 1 - b2).to_map()` reads like the formula and makes one
 new map: the first operation allocates, those after it reuse what the first one made. On
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from functional_optim.algebra._buffers import Donated, current
-from functional_optim.algebra._scalars import Factor, once
-from functional_optim.algebra._tensor_map import foreach_applies, is_sixteen_bit, lookup
+from functional_optim.algebra._scalars import Factor, memoized
+from functional_optim.algebra._tensor_map import can_use_foreach, is_16_bit, lookup
 from functional_optim.algebra._torch_modes import has_derivative
 
 if TYPE_CHECKING:
@@ -27,37 +27,37 @@ if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
 
 
-def widened(tensor: Tensor, other: Tensor) -> Tensor:
+def promote(tensor: Tensor, other: Tensor) -> Tensor:
     """Return a tensor in the wider dtype of two."""
     return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
 
 
 def add(x: Tensor, other: Tensor, alpha: float | Tensor) -> Tensor:
-    """Add a multiple of a tensor, with the rounding that the factor's kind has."""
+    """Return x + alpha * other, rounded as torch does for numbers or for tensors."""
     if not isinstance(alpha, Tensor):
         return torch.add(x, other, alpha=alpha)
     # A 0-dim factor does not promote: round the product in the wider dtype.
-    return torch.add(x, widened(other, x) * alpha)
+    return torch.add(x, promote(other, x) * alpha)
 
 
 def addcmul(x: Tensor, first: Tensor, second: Tensor, value: float | Tensor) -> Tensor:
-    """Add a multiple of a product, as `add`."""
+    """Return x + value * first * second, rounded as in `add`."""
     if not isinstance(value, Tensor):
         return torch.addcmul(x, first, second, value=value)
-    return torch.addcmul(x, widened(first, x) * value, second)
+    return torch.addcmul(x, promote(first, x) * value, second)
 
 
 def lerp(x: Tensor, end: Tensor, weight: float | Tensor) -> Tensor:
-    """Interpolate by a tensor weight with the rounding of a float one."""
+    """Return x + weight * (end - x); a tensor rounds as a number does."""
     if not isinstance(weight, Tensor):
         return torch.lerp(x, end, weight)
     # torch.lerp wants one dtype; a 16-bit weight would round 1 - beta to 3 digits.
-    wide = torch.float32 if is_sixteen_bit(x) else x.dtype
+    wide = torch.float32 if is_16_bit(x) else x.dtype
     return torch.lerp(x.to(wide), end.to(wide), weight.to(wide)).to(x.dtype)
 
 
 def over(values: TensorMap, at: TensorMap | None = None) -> Expression:
-    """Start an expression over a map.
+    """Return an expression that starts with the tensors of a map.
 
     Example:
         >>> over({"w": torch.tensor([1.0, 2.0])}).mul(3.0).add(1.0).to_map()
@@ -91,7 +91,7 @@ class Expression:
             found = lookup(values, self._names)
         self._dtypes = [v.dtype for v in found]
         if at is not None and self._dtypes != [a.dtype for a in at.values()]:
-            wide = [widened(v, a) for v, a in zip(found, at.values(), strict=True)]
+            wide = [promote(v, a) for v, a in zip(found, at.values(), strict=True)]
             found, self._dtypes = wide, [v.dtype for v in wide]
         # torch promotes a 0-dim tensor by a 0-dim number, and rounds it differently.
         self._scalars = 0 in map(Tensor.dim, found)
@@ -99,11 +99,11 @@ class Expression:
             self._shapes = [v.shape for v in found]
             found = [v if v.ndim else v.reshape(1) for v in found]
         self._values = found
-        self._foreach = foreach_applies(found)
+        self._foreach = can_use_foreach(found)
         self._own = self._foreach and type(values) is Donated
 
     def to_map(self, like: TensorMap | None = None) -> TensorMap:
-        """End the expression: a new map, in the dtype it started with."""
+        """Return the result as a new map, in the dtype of the first operand."""
         if not self._own:
             self._values = [_cloned(v) for v in self._values]
         dtypes = self._dtypes
@@ -190,7 +190,7 @@ class Expression:
     def _run_single(
         self, name: str, columns: tuple[Operands, ...], options: dict[str, Any]
     ) -> None:
-        """Apply an operation to the only tensor: without the price of a list."""
+        """Apply `torch.<name>` to the only tensor, without lists."""
         x = self._values[0]
         row = [c[0] if isinstance(c, list) else c for c in columns]
         memory = current.memory
@@ -210,7 +210,7 @@ class Expression:
         return self
 
     def _each(self, factor: Tensor | Mapping[str, float | Tensor]) -> Operands:
-        """Return a factor, or one for each tensor; numbers stay what they are.
+        """Return one factor, or one for each tensor; numbers stay Python numbers.
 
         torch rounds x + alpha * y once if alpha is a number, and twice if it is a
         tensor: what a name has must not depend on what others have.
@@ -234,7 +234,7 @@ class Expression:
         return zip(*each, strict=True)
 
     def _column(self, operand: Operand) -> Operands:
-        """Bring an operand into order: one number for all, or a list by name."""
+        """Return an operand as one number for all tensors, or as a list by name."""
         if isinstance(operand, Expression):
             return operand._values
         if isinstance(operand, (int, float)):
@@ -242,7 +242,7 @@ class Expression:
         if isinstance(operand, Tensor):
             if self._elsewhere(operand):
                 return [operand] * len(self._values)
-            return once(Tensor.float, operand) if self._is_float32() else operand
+            return memoized(Tensor.float, operand) if self._is_float32() else operand
         values: list[Any] = lookup(operand, self._names)
         kinds = set(map(type, values))
         if kinds <= {float, int}:
@@ -257,7 +257,7 @@ class Expression:
         return self._matched(values)
 
     def _bound(self, bound: Factor) -> Operands:
-        """Bring a bound into order; foreach takes no single tensor for one."""
+        """Return a bound as a number or as a list; foreach takes no single tensor."""
         if isinstance(bound, Tensor):
             return [bound] * len(self._values)
         return bound if isinstance(bound, (int, float)) else self._column(bound)
@@ -278,11 +278,11 @@ class Expression:
         return set(self._dtypes) == {torch.float32}
 
     def _elsewhere(self, factor: Tensor) -> bool:
-        """Whether foreach would refuse this 0-dim tensor: it lies on another device."""
+        """Whether a 0-dim tensor is on another device, which foreach refuses."""
         return bool(self._values) and factor.device != self._values[0].device
 
     def _matched(self, column: list[Tensor]) -> list[Tensor]:
-        """Give 0-dim tensors the shape that ours have here; factors stay 0-dim."""
+        """Reshape 0-dim tensors to the shape (1,) of ours; factors stay 0-dim."""
         if not self._scalars:
             return column
         return [
@@ -298,12 +298,12 @@ Operands: TypeAlias = float | Tensor | list[Any]
 
 
 def _widens(operand: Any, x: Tensor) -> bool:
-    """Whether an operation with this may have a wider result."""
+    """Whether an operation with this operand may have a wider result."""
     return isinstance(operand, Tensor) and operand.ndim > 0 and operand.dtype != x.dtype
 
 
 def _root(x: Tensor) -> Tensor:
-    """Return a square root that can be differentiated at 0.
+    """Return the square root, with the derivative 0 at 0.
 
     A second moment is 0 as long as all gradients were, and does not depend on anything
     there; its derivative of 0, times the infinite one of the root, would be NaN.

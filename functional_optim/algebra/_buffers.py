@@ -1,4 +1,4 @@
-"""Memory that expressions may use: given up by its owner, or kept for their results."""
+"""Buffers for expressions: donated inputs, and a workspace for results."""
 
 from __future__ import annotations
 
@@ -9,19 +9,16 @@ from torch import Tensor
 
 
 class Donated(dict[str, Tensor]):
-    """A map whose tensors the algebra may overwrite: their owner has given them up.
+    """A map of donated tensors: expressions may overwrite them.
 
-    An executor hands state over like this where the transform reads each entry once,
-    as JAX donates buffers: the first operation of an expression then runs in place.
+    As JAX donates buffers: the first operation of an expression then runs in place.
     """
 
 
 class Workspace:
-    """Memory for the results of expressions, used again and again.
+    """Memory for the results of expressions, reused from unit to unit.
 
-    Fresh memory of some MiB costs as much as the arithmetic in it: the system clears
-    every page. An executor that runs one unit after the other knows when all results of
-    a unit are no longer needed.
+    Fresh memory costs as much as the arithmetic in it: the system clears every page.
     """
 
     def __init__(self, most: int = 16 * 2**20) -> None:
@@ -36,7 +33,7 @@ class Workspace:
         current.memory = None
 
     def like(self, tensor: Tensor) -> Tensor:
-        """Return memory like a tensor, different from all since it was entered."""
+        """Return memory like a tensor, different from all since `__enter__`."""
         if tensor.numel() * tensor.itemsize > self._most:
             return torch.empty_like(tensor)
         index, self._taken = self._taken, self._taken + 1
@@ -52,9 +49,9 @@ class Workspace:
         return self._tensors[index]
 
 
-class _Current(threading.local):
+class _Thread(threading.local):
     memory: Workspace | None = None
 
 
-current = _Current()
-"""Where expressions of this thread write their results, if an executor says so."""
+current = _Thread()
+"""The workspace of this thread, if an executor has entered one."""

@@ -1,4 +1,4 @@
-"""One number for every tensor of a map: what is joined by `Context.reduce`."""
+"""Per-tensor norms and finiteness, the partial values of `Context.reduce`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from functional_optim.algebra._tensor_map import foreach_applies, is_sixteen_bit
+from functional_optim.algebra._tensor_map import can_use_foreach, is_16_bit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,24 +33,24 @@ def norms(tensors: TensorMap, p: float, *, wide: bool = False) -> Tensor:
         # torch refuses the largest magnitude of nothing; as a norm it is 0.
         values = [v if v.numel() else v.new_zeros(1) for v in values]
     if wide and any(not isinstance(v.numel(), int) for v in values):
-        return torch.stack([_measured_any(v, p) for v in values])
-    if wide and any(is_sixteen_bit(v) or v.numel() > _BLOCK for v in values):
-        return torch.stack([_measured(v, p) for v in values])
-    if foreach_applies(values):
+        return torch.stack([_symbolic_norm(v, p) for v in values])
+    if wide and any(is_16_bit(v) or v.numel() > _BLOCK for v in values):
+        return torch.stack([_blockwise_norm(v, p) for v in values])
+    if can_use_foreach(values):
         return torch.stack(list(torch._foreach_norm(values, p)))
     return torch.stack([torch.linalg.vector_norm(v, p) for v in values])
 
 
-def _measured_any(tensor: Tensor, p: float) -> Tensor:
-    """Return a norm in a trace that stands for any length: no blocks, but doubles."""
-    kind = torch.float32 if is_sixteen_bit(tensor) else tensor.dtype
+def _symbolic_norm(tensor: Tensor, p: float) -> Tensor:
+    """Return the norm of a tensor of symbolic size: in float64, without blocks."""
+    kind = torch.float32 if is_16_bit(tensor) else tensor.dtype
     norm: Tensor = torch.linalg.vector_norm(tensor, p, dtype=torch.float64).to(kind)
     return norm
 
 
-def _measured(tensor: Tensor, p: float) -> Tensor:
-    """Return a norm, of large tensors that of the norms of their blocks."""
-    kind = torch.float32 if is_sixteen_bit(tensor) else tensor.dtype
+def _blockwise_norm(tensor: Tensor, p: float) -> Tensor:
+    """Return the norm, for large tensors as the norm of the norms of blocks."""
+    kind = torch.float32 if is_16_bit(tensor) else tensor.dtype
     if tensor.numel() <= _BLOCK or not tensor.is_contiguous():
         norm: Tensor = torch.linalg.vector_norm(tensor, p, dtype=kind)
         return norm
@@ -66,7 +66,7 @@ def _measured(tensor: Tensor, p: float) -> Tensor:
 
 
 def all_finite(tensors: TensorMap) -> Tensor:
-    """Tell for every tensor whether all its numbers are finite. Shape (n,), bool.
+    """Return whether each tensor is finite. Shape (n,), bool.
 
     The largest magnitude is finite iff all numbers are: one pass, nothing allocated.
 

@@ -1,9 +1,7 @@
-"""Arithmetic on what multiplies a map: numbers for all names, or one for each.
+"""Arithmetic on step counts and hyperparameters: 0-dim float64, shared or by name.
 
-Counts, and what is derived from them, are 0-dim float64 tensors by name. Names that
-have seen the same number of updates share one tensor, so that the arithmetic on counts
-is done once for all of them, on the device, without a look at the values. `Column` is
-that arithmetic: it stacks the distinct tensors of some names into one vector.
+Names with the same number of updates share one tensor, so that the arithmetic on counts
+is done once for all of them, on the device. `Column` stacks the distinct tensors.
 """
 
 from __future__ import annotations
@@ -25,31 +23,30 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-
 _VALUES = {float, int, bool, torch.device}
 
 
-class _Current(threading.local):
+class _Memo(threading.local):
     known: dict[Any, tuple[Any, Any, Any]] | None = None
 
 
-_current = _Current()
+_memo = _Memo()
 
 
-def once(compute: Callable[..., T], *inputs: Any) -> T:
-    """Return `compute(*inputs)`; inside `hoisting` the result of the same call before.
+def memoized(compute: Callable[..., T], *inputs: Any) -> T:
+    """Return `compute(*inputs)`, memoized inside a `memoize_scalars()` block.
 
     Example:
         >>> import torch
         >>> count = torch.tensor(1.0)
-        >>> with hoisting():
-        ...     once(torch.exp, count) is once(torch.exp, count)
+        >>> with memoize_scalars():
+        ...     memoized(torch.exp, count) is memoized(torch.exp, count)
         True
     """
-    known = _current.known
+    known = _memo.known
     if known is None:
         return compute(*inputs)
-    key = id(compute), *map(_told_apart, inputs)
+    key = id(compute), *map(_identity_key, inputs)
     found = known.get(key)
     if found is None:
         # All are kept: an address is not given to another object meanwhile.
@@ -58,8 +55,8 @@ def once(compute: Callable[..., T], *inputs: Any) -> T:
     return result
 
 
-def _told_apart(value: Any) -> Any:
-    """Return what is equal only for inputs that are the same."""
+def _identity_key(value: Any) -> Any:
+    """Return a key that is equal only for the same input."""
     kind = type(value)
     if kind not in _VALUES:
         return id(value)
@@ -67,24 +64,24 @@ def _told_apart(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def hoisting() -> Iterator[None]:
-    """Remember until the end of the block what `once` computes, in this thread."""
-    before, _current.known = _current.known, {}
+def memoize_scalars() -> Iterator[None]:
+    """Memoize the calls of `memoized` in this thread until the end of the block."""
+    before, _memo.known = _memo.known, {}
     try:
         yield
     finally:
-        _current.known = before
+        _memo.known = before
 
 
 Factor: TypeAlias = float | Tensor | Mapping[str, float | Tensor]
 """What a map can be multiplied by: one number for all, or one for each name."""
 
 
-def zero_counts(params: TensorMap, dtype: torch.dtype = torch.float64) -> TensorMap:
+def init_counts(params: TensorMap, dtype: torch.dtype = torch.float64) -> TensorMap:
     """Return a 0-dim zero for every name, one tensor shared by all on a device.
 
     Example:
-        >>> zero_counts({"w": torch.ones(2)})
+        >>> init_counts({"w": torch.ones(2)})
         {'w': tensor(0., dtype=torch.float64)}
     """
     zeros = {
@@ -94,26 +91,26 @@ def zero_counts(params: TensorMap, dtype: torch.dtype = torch.float64) -> Tensor
     return {name: zeros[param.device] for name, param in params.items()}
 
 
-def incremented(counts: TensorMap, names: Iterable[str]) -> TensorMap:
-    """Return the counts of some names, one more each.
+def increment(counts: TensorMap, names: Iterable[str]) -> TensorMap:
+    """Return the counts of some names plus 1.
 
     Example:
-        >>> incremented(zero_counts({"w": torch.ones(2)}), ["w"])
+        >>> increment(init_counts({"w": torch.ones(2)}), ["w"])
         {'w': tensor(1., dtype=torch.float64)}
     """
     column = Column(counts, names)
-    return column.by_name(once(torch.add, column.values, 1))
+    return column.by_name(memoized(torch.add, column.values, 1))
 
 
-def raised(flags: TensorMap, names: Iterable[str]) -> TensorMap:
-    """Return the flags of some names, all true.
+def set_flags(flags: TensorMap, names: Iterable[str]) -> TensorMap:
+    """Return flags of some names, all True.
 
     Example:
-        >>> raised(zero_counts({"w": torch.ones(2)}, torch.bool), ["w"])
+        >>> set_flags(init_counts({"w": torch.ones(2)}, torch.bool), ["w"])
         {'w': tensor(True)}
     """
     column = Column(flags, names)
-    return column.by_name(once(torch.ones_like, column.values))
+    return column.by_name(memoized(torch.ones_like, column.values))
 
 
 class Column:
@@ -129,15 +126,15 @@ class Column:
         self._rows, distinct = list(range(len(found))), found
         if not apart:
             self._rows, distinct = _shared_rows(found)
-        self.values: Tensor = once(_stacked, *distinct)
+        self.values: Tensor = memoized(_stacked, *distinct)
         """The numbers, to compute with. Shape (rows,)."""
 
     def computed(self, compute: Callable[..., Tensor], *factors: Factor) -> Tensor:
-        """Return a function of the numbers and of factors, both in float64."""
-        return once(compute, self.values, *map(self.along, factors))
+        """Return compute(values, *factors), all in float64."""
+        return memoized(compute, self.values, *map(self.along, factors))
 
     def along(self, factor: Factor) -> Tensor:
-        """Return a factor in a shape that computes with `values`, in float64."""
+        """Return a factor in float64, in a shape that broadcasts with `values`."""
         if isinstance(factor, Mapping):  # Then the rows are apart.
             numbers = lookup(factor, self._names)
             return torch.stack([self._float64(number) for number in numbers])
@@ -145,7 +142,7 @@ class Column:
 
     def by_name(self, values: Tensor) -> TensorMap:
         """Return the row of each name as a 0-dim tensor, shared like the entries."""
-        rows = once(Tensor.unbind, values)
+        rows = memoized(Tensor.unbind, values)
         return {
             name: rows[row] for name, row in zip(self._names, self._rows, strict=True)
         }
@@ -153,11 +150,11 @@ class Column:
     def factor(self, values: Tensor) -> Factor:
         """Return the rows as a factor: one for all if all share it."""
         if len(values) == 1:
-            return once(Tensor.unbind, values)[0]
+            return memoized(Tensor.unbind, values)[0]
         return self.by_name(values)
 
     def _float64(self, number: float | Tensor) -> Tensor:
-        return once(_float64, number, self.values.device)
+        return memoized(_float64, number, self.values.device)
 
 
 def _stacked(*tensors: Tensor) -> Tensor:
@@ -171,7 +168,7 @@ def _float64(number: float | Tensor, device: torch.device) -> Tensor:
 def _shared_rows(
     tensors: list[Tensor], most: int = 8
 ) -> tuple[list[int], list[Tensor]]:
-    """Return the row of each tensor among the distinct objects, and these.
+    """Return the index of each tensor among the distinct tensors, and these.
 
     By `is`, not by `id`: torch.compile guards an `id` on the object of this very call.
     More than a few distinct ones are not worth the search: each gets its own row.
@@ -191,20 +188,20 @@ def _shared_rows(
     return rows, distinct
 
 
-def differs_by_name(*factors: Factor) -> bool:
+def has_maps(*factors: Factor) -> bool:
     """Whether one of the factors is a map."""
     return any(isinstance(factor, Mapping) for factor in factors)
 
 
-def complement(factor: Factor) -> Factor:
+def one_minus(factor: Factor) -> Factor:
     """Return 1 - factor, for tensors in float64."""
     if isinstance(factor, Mapping):
-        return {name: _complement(value) for name, value in factor.items()}
-    return _complement(factor)
+        return {name: _number_one_minus(value) for name, value in factor.items()}
+    return _number_one_minus(factor)
 
 
-def _complement(number: float | Tensor) -> float | Tensor:
-    return once(_one_minus, number) if isinstance(number, Tensor) else 1 - number
+def _number_one_minus(number: float | Tensor) -> float | Tensor:
+    return memoized(_one_minus, number) if isinstance(number, Tensor) else 1 - number
 
 
 def _one_minus(number: Tensor) -> Tensor:
@@ -215,4 +212,4 @@ def negated(factor: Factor) -> Factor:
     """Return -factor."""
     if isinstance(factor, Mapping):
         return {name: -value for name, value in factor.items()}
-    return once(torch.neg, factor) if isinstance(factor, Tensor) else -factor
+    return memoized(torch.neg, factor) if isinstance(factor, Tensor) else -factor

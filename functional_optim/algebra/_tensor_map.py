@@ -1,4 +1,4 @@
-"""Plain questions about tensors and maps of them, and plain copies."""
+"""Tensor maps: lookup, copies, and properties of their tensors."""
 
 from __future__ import annotations
 
@@ -43,24 +43,24 @@ def zeros_like(params: TensorMap, dtype: torch.dtype | None = None) -> TensorMap
 
 
 def device_of(tensors: TensorMap) -> torch.device | None:
-    """Return the device of a map; None for an empty one means torch's default."""
+    """Return the device of a map, None if it is empty."""
     for tensor in tensors.values():
         return tensor.device
     return None
 
 
-def is_sixteen_bit(tensor: Tensor) -> bool:
-    """Whether sums in this dtype lose more than the numbers carry."""
+def is_16_bit(tensor: Tensor) -> bool:
+    """Whether a tensor is float16 or bfloat16."""
     return tensor.dtype in _SIXTEEN_BIT
 
 
 def are_plain(tensors: Iterable[Tensor]) -> bool:
-    """Whether tensors are torch's own: what they hold lies in their memory."""
+    """Whether tensors are plain: no subclasses, which may store elsewhere."""
     return set(map(type, tensors)) <= _PLAIN_TYPES
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Return whether a read on the host waits for no device and stops no trace."""
+    """Whether `.item()` waits for no device and breaks no trace."""
     return (
         tensor.is_cpu
         and are_plain([tensor])
@@ -71,8 +71,8 @@ def is_readable(tensor: Tensor) -> bool:
     )
 
 
-def foreach_applies(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether `torch._foreach_*` may run: plain tensors, nobody watching.
+def can_use_foreach(tensors: Sequence[Tensor]) -> bool:
+    """Whether `torch._foreach_*` may run on tensors.
 
     foreach has no vmap rule, fails inside `torch.func.grad`, and lacks DTensor rules,
     out= has no forward mode;
@@ -102,5 +102,5 @@ def lookup(values: Mapping[str, V], names: Iterable[str]) -> list[V]:
 
 
 def subset(tensors: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
-    """Return the entries at some names, as far as they are there, in their order."""
+    """Return the entries of the names that a map has, in the order of the names."""
     return {name: tensors[name] for name in names if name in tensors}

@@ -1,4 +1,4 @@
-"""Ask whether a derivative is taken around a call."""
+"""Query the derivative modes of torch, and mark functions for torch.compile."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _R = TypeVar("_R")
 
 
 def constant_when_compiled(function: _F) -> _F:
-    """Let torch.compile call a function while it traces, and keep what it returns.
+    """Let torch.compile call a function while tracing, and keep the result.
 
     This is `torch.compiler.assume_constant_result`, which imports the whole compiler
     (1.2 s, measured) to set one attribute.
@@ -40,13 +40,13 @@ def untraced(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @constant_when_compiled  # It cannot trace the call, but guards on the stack.
 def is_differentiated() -> bool:
-    """Return whether torch.func differentiates at some level around this call."""
+    """Whether a `grad` or `jvp` level of torch.func is active."""
     kinds = [interpreter.key() for interpreter in get_interpreter_stack() or ()]
     return TransformType.Grad in kinds or TransformType.Jvp in kinds
 
 
 def has_derivative() -> bool:
-    """Return whether results may have one: a graph, torch.func, or a forward tangent.
+    """Whether results may have a derivative: a graph, torch.func, or a tangent.
 
     Forward mode needs no grad mode.
     """
@@ -55,5 +55,5 @@ def has_derivative() -> bool:
 
 @constant_when_compiled
 def has_tangents() -> bool:
-    """Return whether a `forward_ad.dual_level` is open, that of `jvp` included."""
+    """Whether a `forward_ad.dual_level` is active, that of `jvp` included."""
     return forward_ad._current_level >= 0

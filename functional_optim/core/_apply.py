@@ -1,4 +1,4 @@
-"""The two ends of an update: tensor maps out of a model, updates onto parameters."""
+"""Read parameters and gradients of a model, and add updates to parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def recording(*, differentiable: bool) -> torch.set_grad_enabled:
-    """Return a context in which the graph of an update is recorded only if asked for.
+    """Return a context manager that records the graph of an update only if asked to.
 
     Grad mode stays as it is if `differentiable`, or where torch.func differentiates,
     which would silently get zeros otherwise; else it is off, because the usual loop

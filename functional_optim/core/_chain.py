@@ -1,4 +1,4 @@
-"""`chain`: transforms one after another, as one transform."""
+"""Chain transforms, and refuse orders that cannot be right."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from functional_optim.core._validation import (
     check_parameters,
     check_states,
     check_updates,
-    knowing_all,
-    shown_state,
+    describe_state,
+    within_model,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def _checked_members(name: str, members: Sequence[Any]) -> tuple[Transform, ...]:
     flat: list[Transform] = []
     for index, member in enumerate(members):
-        transform = checked_transform(f"{name}[{index}]", member)
+        transform = validate_transform(f"{name}[{index}]", member)
         flat.extend(transform.members if isinstance(transform, Chain) else [transform])
     return tuple(flat)
 
@@ -77,7 +77,7 @@ class Chain:
 
     @property
     def stands_for(self) -> tuple[Transform, ...]:
-        """What the order of a chain around this one is judged on: the members."""
+        """The transforms whose roles count in a chain around this one: the members."""
         return self.members
 
     @property
@@ -97,7 +97,7 @@ class Chain:
             ValueError: parameters on several devices, or a rule that matches nothing.
         """
         check_parameters(params)
-        with recording(differentiable=False), knowing_all(params):
+        with recording(differentiable=False), within_model(params):
             return tuple(member.init(params) for member in self.members)
 
     def update(
@@ -157,7 +157,7 @@ class Chain:
 
 
 def _given_up(updates: TensorMap, maker: Transform, taker: Transform) -> TensorMap:
-    """Return updates that the next member may overwrite, if they are nobody else's.
+    """Return updates as donated if the next member may overwrite them.
 
     Only where an executor lends memory: results live no longer than the update there.
     """
@@ -202,8 +202,8 @@ def as_chain(transform: Transform) -> Chain:
     return transform if isinstance(transform, Chain) else chain(transform)
 
 
-def checked_transform(name: str, transform: Any) -> Transform:
-    """Refuse what is no transform, with a hint at what it might have been meant as."""
+def validate_transform(name: str, transform: Any) -> Transform:
+    """Validate a transform, with a remedy for what is none."""
     if isinstance(transform, type):
         raise TypeError(
             f"{name} must be a transform, got the class {transform.__name__}; write "
@@ -235,7 +235,7 @@ def checked_transform(name: str, transform: Any) -> Transform:
 
 
 def _short(value: object) -> str:
-    """Return a value for an error message, or only its type if it prints long."""
+    """Format a value, or only its type if it prints long."""
     text = repr(value)
     return (
         text if len(text) < 60 else f"a {type(value).__module__}.{type(value).__name__}"
@@ -245,10 +245,11 @@ def _short(value: object) -> str:
 def _checked_result(
     member: Transform, result: Any, params: TensorMap
 ) -> tuple[TensorMap, Any]:
-    """Refuse what no `update` may return: users' transforms are members too."""
+    """Validate the result of an `update`, which may be a user's."""
     if not isinstance(result, tuple) or len(result) != 2:
         raise TypeError(
-            f"{member!r}.update must return (updates, state), got {shown_state(result)}"
+            f"{member!r}.update must return (updates, state), got "
+            f"{describe_state(result)}"
         )
     updates = result[0]
     if not isinstance(updates, dict):
@@ -266,14 +267,14 @@ def _checked_result(
 
 
 class _Judged(NamedTuple):
-    """A transform whose role counts, and the member of the chain that it stands in."""
+    """A transform with a role, and the member of the chain that contains it."""
 
     transform: Transform
     member: Transform
 
 
 def check_order(members: Sequence[Transform]) -> None:
-    """Refuse the orders that cannot be right, and say which one is.
+    """Refuse an order that cannot be right, with the one that is.
 
     A member with the attribute `stands_for`, a tuple of transforms, is judged as these
     one after another: so the order is seen through names and the chains in them.

@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from functional_optim.core._value_class import equal, hash_of
+from functional_optim.core._value_class import value_equal, value_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +39,11 @@ ReduceOp: TypeAlias = Literal["sum", "max", "all"] | Norm
 
 
 class Reducer(Protocol):
-    """Who answers `Context.reduce` when an update runs on a part of the parameters.
+    """A function that answers `Context.reduce` in an update of a part.
 
     Example:
         >>> def half_of_all(path, partial, op):
-        ...     return 2 * local_total(partial, op)
+        ...     return 2 * reduce_locally(partial, op)
         >>> Context(reducer=half_of_all).reduce(torch.ones(3), "sum")
         tensor(6.)
     """
@@ -54,11 +54,11 @@ class Reducer(Protocol):
         """Return the total over all parts for this call, the 0-dim result of `op`."""
 
 
-def local_total(partial: Tensor, op: ReduceOp) -> Tensor:
-    """Reduce per-tensor values to one: what `Context.reduce` does on the whole.
+def reduce_locally(partial: Tensor, op: ReduceOp) -> Tensor:
+    """Reduce per-tensor values to one number, without a reducer.
 
     Example:
-        >>> local_total(torch.tensor([1.0, 2.0]), "sum")
+        >>> reduce_locally(torch.tensor([1.0, 2.0]), "sum")
         tensor(3.)
     """
     if isinstance(op, Norm):
@@ -79,7 +79,7 @@ def local_total(partial: Tensor, op: ReduceOp) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, init=False, eq=False)
 class Context:
-    """What the training loop knows and the gradient does not.
+    """Values that the training loop passes to transforms beside gradients.
 
     Args:
         loss: Loss of this step, for transforms that look at it. Shape ().
@@ -129,11 +129,11 @@ class Context:
         )
 
     # Not those of a dataclass: it compares tensors by number, and hashes by identity.
-    __eq__ = equal
-    __hash__ = hash_of
+    __eq__ = value_equal
+    __hash__ = value_hash
 
     def reduce(self, partial: Tensor | Callable[[], Tensor], op: ReduceOp) -> Tensor:
-        """Learn one number about all tensors: the only door to other tensors.
+        """Reduce one value per tensor over all tensors of the model.
 
         A transform computes one value per tensor it was given, and gets the total.
         When an update runs on a part of the parameters (a bucket, a shard), whoever
@@ -168,12 +168,12 @@ class Context:
                 f"{tuple(partial.shape)}"
             )
         if self.reducer is None:
-            return local_total(partial, op)
+            return reduce_locally(partial, op)
         return self.reducer(self.path, partial, op)
 
     @property
     def is_partial(self) -> bool:
-        """Whether the tensors at hand may be a part of all: others answer `reduce`.
+        """Whether the update may run on a part of the tensors: a reducer is set.
 
         Example:
             >>> Context().is_partial
@@ -210,14 +210,14 @@ class Context:
         return self._replaced(reducer=reducer, **changes)
 
     def _replaced(self, **changes: object) -> Context:
-        """As dataclasses.replace, without checks: this runs for every member."""
+        """Replace fields without checks: this runs for every child."""
         other = object.__new__(Context)
         other.__dict__.update(self.__dict__, **changes)
         return other
 
 
 def _checked_weight(weight: Any) -> Any:
-    """Refuse a number that is no weight, and a tensor of several."""
+    """Validate the weight of a micro-batch."""
     if isinstance(weight, Tensor) and weight.ndim != 0:
         raise ValueError(
             "weight must be a number or a 0-dim tensor, got shape "

@@ -1,8 +1,7 @@
-"""Hyperparameters: kinds, checks, and what a transform is for one parameter.
+"""Declare, validate, resolve and evaluate the hyperparameters of a transform.
 
-A transform is a frozen dataclass whose fields say what they are. From those fields
-follows, for every transform alike: what is checked at construction, when two are equal,
-how one prints, where schedules stand, and what it becomes for one parameter.
+A transform is a frozen dataclass. From the declarations of its fields follow checks,
+equality, repr, the schedules in it, and its constants for one parameter.
 """
 
 from __future__ import annotations
@@ -18,11 +17,16 @@ import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
-from functional_optim.algebra._scalars import once
+from functional_optim.algebra._scalars import memoized
 from functional_optim.algebra._tensor_map import device_of, is_readable, lookup
 from functional_optim.core._traversal import children_of, map_children, routes
 from functional_optim.core._validation import check_by_name, check_parameters
-from functional_optim.core._value_class import equal, hash_of, repr_of, with_fields
+from functional_optim.core._value_class import (
+    replace_fields,
+    value_equal,
+    value_hash,
+    value_repr,
+)
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -60,13 +64,13 @@ def hyperparameter(
             "per_parameter": per_parameter,
             "zero_differs": zero_differs,
             "check": functools.partial(_normalized, kind=kind),
-            "resolve": resolved_never_0 if zero_differs else resolved_number,
+            "resolve": resolve_nonzero if zero_differs else resolve_number,
         },
     )
 
 
 def flag(*, default: bool) -> Any:
-    """Declare a field of a transform as a switch: True or False, nothing like it."""
+    """Declare a field of a transform as a flag: True or False."""
     metadata = {"check": _checked_flag, "flag": True}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -95,7 +99,7 @@ def checked(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """What a hyperparameter may be."""
+    """The legal kinds and the legal range of a hyperparameter."""
 
     ge: float | None = None
     gt: float | None = None
@@ -131,7 +135,7 @@ class _Kind:
 
 
 def _normalized(name: str, value: Any, kind: _Kind) -> Any:
-    """Check one hyperparameter and bring it into its canonical form."""
+    """Validate a hyperparameter and return its canonical form."""
     if kind.pair:
         if isinstance(value, (str, Tensor)) or not hasattr(value, "__len__"):
             raise TypeError(f"{name} must be a pair of hyperparameters, got {value!r}")
@@ -197,13 +201,13 @@ def _checked_number(name: str, value: Any, kind: _Kind) -> float:
     field_specifiers=(hyperparameter, checked, flag),
 )
 def value_class(cls: C) -> C:
-    """Make a class a value: frozen, checked, printed as written, equal by value."""
+    """Make a class a frozen dataclass with checked fields, compared by value."""
     _define(
         cls,
         __post_init__=after_init,
-        __eq__=equal,
-        __hash__=hash_of,
-        __repr__=repr_of,
+        __eq__=value_equal,
+        __hash__=value_hash,
+        __repr__=value_repr,
     )
     dataclasses.dataclass(frozen=True, eq=False, repr=False)(cls)
     fields = dataclasses.fields(cls)
@@ -240,7 +244,7 @@ def check_factor(name: str, value: Any) -> Any:
 
 
 def resolve(transform: T, name: str, param: Tensor) -> T:
-    """Return what a transform is for one parameter: constants instead of rules.
+    """Return a transform with its constants for one parameter.
 
     Maps by name, masks, labels and rules are replaced by this parameter's value, also
     inside combinators. Two parameters whose resolved transforms are equal can be
@@ -282,7 +286,7 @@ def resolve(transform: T, name: str, param: Tensor) -> T:
 
 
 def _resolved_children(transform: T, name: str, param: Tensor) -> T:
-    """Return a combinator with the children that serve a parameter resolved for it."""
+    """Return a combinator whose children that serve a parameter are resolved."""
     combinator: Any = transform
     served = set(children_of(transform))
     if routes(transform):
@@ -295,16 +299,16 @@ def _resolved_children(transform: T, name: str, param: Tensor) -> T:
     return resolved
 
 
-def resolved_number(value: Any, name: str, param: Tensor) -> Any:
+def resolve_number(value: Any, name: str, param: Tensor) -> Any:
     """Return a hyperparameter for one parameter: a map's entry, else the value."""
     if isinstance(value, tuple):
-        return tuple(resolved_number(part, name, param) for part in value)
+        return tuple(resolve_number(part, name, param) for part in value)
     return lookup(value, [name])[0] if isinstance(value, Mapping) else value
 
 
-def resolved_never_0(value: Any, name: str, param: Tensor) -> Any:
-    """As `resolved_number`; a 0 out of a map is no plain 0, as the map is none."""
-    found = resolved_number(value, name, param)
+def resolve_nonzero(value: Any, name: str, param: Tensor) -> Any:
+    """Resolve a number, a 0 of a map as a tensor: a map is never a plain 0."""
+    found = resolve_number(value, name, param)
     if isinstance(value, Mapping) and is_zero(found):
         return _zero(param.device)
     return found
@@ -312,12 +316,12 @@ def resolved_never_0(value: Any, name: str, param: Tensor) -> Any:
 
 @functools.cache
 def _zero(device: torch.device) -> Tensor:
-    """Return one 0 for all, so that parameters that have it can go together."""
+    """Return one 0 per device, so that transforms that have it are equal."""
     return torch.zeros((), dtype=torch.float64, device=device)
 
 
 def is_zero(value: Any) -> bool:
-    """Whether a hyperparameter is a plain 0, so that what it scales can be left out.
+    """Whether a hyperparameter is a plain 0, so that its term can be left out.
 
     A tensor, a schedule or a map is never a plain 0: its value is not looked at.
     """
@@ -325,7 +329,7 @@ def is_zero(value: Any) -> bool:
 
 
 class ScheduleState(NamedTuple):
-    """How often a transform with schedules has emitted: what they are evaluated at.
+    """The count of emitted updates, at which schedules are evaluated.
 
     Attributes:
         num_updates: Updates emitted so far. Tensor, shape (), float64.
@@ -346,7 +350,7 @@ def is_schedule(value: Any) -> bool:
 
 
 def scheduled(transform: Any) -> bool:
-    """Whether a transform of ours holds a schedule."""
+    """Whether a hyperparameter of a transform is a schedule."""
     for name in transform._hyperparameters:
         value = getattr(transform, name)
         parts = value if isinstance(value, tuple) else (value,)
@@ -358,7 +362,7 @@ def scheduled(transform: Any) -> bool:
 def init_hyperparameters(
     transform: Any, params: TensorMap
 ) -> ScheduleState | tuple[()]:
-    """Check maps by name, and return the state of the schedules: `()` without any."""
+    """Validate maps by name, and return the state of the schedules."""
     check_parameters(params)
     for name in transform._hyperparameters:
         value = getattr(transform, name)
@@ -389,15 +393,15 @@ def evaluate(
             now[name] = tuple(value_at(part, state.num_updates) for part in value)
         elif is_schedule(value):
             now[name] = value_at(value, state.num_updates)
-    count = once(torch.add, state.num_updates, 1) if updates else state.num_updates
-    return with_fields(transform, **now), ScheduleState(count)
+    count = memoized(torch.add, state.num_updates, 1) if updates else state.num_updates
+    return replace_fields(transform, **now), ScheduleState(count)
 
 
 def value_at(value: Any, count: Tensor) -> Any:
-    """Evaluate a schedule; what it returns is brought to float64."""
+    """Return the value of a schedule in float64."""
     if not is_schedule(value):
         return value
-    return once(_evaluated, value, count)
+    return memoized(_evaluated, value, count)
 
 
 def _evaluated(value: Schedule, count: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""Looking into a state: what transforms have to tell, and where their states are.
+"""Read logged numbers and named parts out of a state.
 
-A transform tells by an optional method `readings(state)`, open to users' transforms: a
-map from a short name to a 0-dim tensor or a number. It reads nothing on the host.
+A transform may have a method `readings(state)`: a map from a short name to a 0-dim
+tensor or a number. It reads nothing on the host.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def readings(tx: Transform, state: Any) -> TensorMap:
-    """Return the numbers that a pipeline has to tell, by name, without a look at them.
+    """Return the numbers that the transforms of a pipeline report, by name.
 
-    `Observe` tells its own name; `ClipByGlobalNorm` `"norm"`, before clipping;
+    `Observe` reports its own name; `ClipByGlobalNorm` `"norm"`, before clipping;
     `SkipNonfinite` `"skipped"` and `"consecutive"`; `ScaleByLearningRate` `"lr"`, the
     rate of the *next* update, unless it differs by name. The names of `Named` and the
     labels of `Partition` come before, joined by ".": `"matrix.lr"`. A transform of
-    your own tells by a method `readings(state)` that returns such a map.
+    your own has a method `readings(state)` that returns such a map.
 
     Args:
         tx: Any transform.
@@ -39,8 +39,8 @@ def readings(tx: Transform, state: Any) -> TensorMap:
 
     Raises:
         ValueError: two readings have one name; the state is of another transform; a
-            transform tells a tensor that is not 0-dim.
-        TypeError: a transform tells something that is no tensor and no number.
+            transform reports a tensor that is not 0-dim.
+        TypeError: a transform reports something that is no tensor and no number.
 
     Example:
         >>> import functional_optim as fo
@@ -76,7 +76,7 @@ def _same_name(key: str, first: Transform, second: Transform) -> str:
 def _checked_readings(
     transform: Transform, told: Any
 ) -> list[tuple[str, float | Tensor]]:
-    """Refuse readings that nobody could log: users' transforms tell too."""
+    """Validate the readings of a transform, which may be a user's."""
     if not isinstance(told, Mapping):
         raise TypeError(
             f"{transform!r}.readings must return a dict by name, got {told!r}"
@@ -105,7 +105,7 @@ def _device_of(state: Any) -> torch.device:
 
 
 def _on(device: torch.device, value: float | Tensor) -> Tensor:
-    """Return a reading on the device, without waiting for it."""
+    """Return a reading on a device, without a sync."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     return torch.full((), value, dtype=torch.float64, device=device)

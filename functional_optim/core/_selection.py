@@ -1,4 +1,4 @@
-r"""Which parameters: one home for globs, regexes, predicates, masks and labels.
+r"""Select parameters by globs, regexes, predicates, masks and rules.
 
 A *selection* picks parameters. It is one of
 
@@ -30,8 +30,8 @@ from functional_optim._messages import format_names
 from functional_optim.algebra._tensor_map import lookup
 from functional_optim.algebra._torch_modes import constant_when_compiled
 from functional_optim.core._hyperparameters import checked, value_class
-from functional_optim.core._validation import all_params, check_by_name
-from functional_optim.core._value_class import shown_value
+from functional_optim.core._validation import check_by_name, model_parameters
+from functional_optim.core._value_class import format_value
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -51,8 +51,8 @@ Selection: TypeAlias = Union[
 ]
 
 
-def frozen_selection(name: str, selection: Any) -> Any:
-    """Check a selection and copy what the caller could still change."""
+def validate_selection(name: str, selection: Any) -> Any:
+    """Validate a selection, and copy what the caller could still change."""
     if isinstance(selection, Mapping):
         for key, value in selection.items():
             if not isinstance(key, str) or not isinstance(value, bool):
@@ -64,7 +64,7 @@ def frozen_selection(name: str, selection: Any) -> Any:
     if isinstance(selection, (str, re.Pattern, bool, Exclude)):
         return selection
     if isinstance(selection, Sequence):
-        return tuple(frozen_selection(name, part) for part in selection)
+        return tuple(validate_selection(name, part) for part in selection)
     if callable(selection) and not isinstance(selection, type):
         return selection
     raise TypeError(
@@ -74,12 +74,12 @@ def frozen_selection(name: str, selection: Any) -> Any:
     )
 
 
-def picks(selection: Any, name: str, param: Tensor) -> bool:
-    """Tell whether a selection picks a parameter.
+def matches(selection: Any, name: str, param: Tensor) -> bool:
+    """Whether a selection matches a parameter.
 
     Example:
         >>> import torch
-        >>> picks(("*.bias", lambda name, p: p.ndim == 0), "head.bias", torch.ones(3))
+        >>> matches(("*.bias", lambda name, p: p.ndim == 0), "head.bias", torch.ones(3))
         True
     """
     if isinstance(selection, bool):
@@ -89,11 +89,11 @@ def picks(selection: Any, name: str, param: Tensor) -> bool:
     if isinstance(selection, re.Pattern):
         return selection.search(name) is not None
     if isinstance(selection, Exclude):
-        return not picks(selection.selections, name, param)
+        return not matches(selection.selections, name, param)
     if isinstance(selection, Mapping):
         return bool(lookup(selection, [name])[0])
     if isinstance(selection, tuple):
-        return any(picks(part, name, param) for part in selection)
+        return any(matches(part, name, param) for part in selection)
     return bool(selection(name, param))
 
 
@@ -124,10 +124,10 @@ class Exclude:
     Made by `exclude`.
     """
 
-    selections: tuple[Selection, ...] = checked(check=frozen_selection)
+    selections: tuple[Selection, ...] = checked(check=validate_selection)
 
     def __repr__(self) -> str:
-        return f"exclude({', '.join(map(shown_value, self.selections))})"
+        return f"exclude({', '.join(map(format_value, self.selections))})"
 
 
 def exclude(*selections: Selection) -> Exclude:
@@ -147,15 +147,15 @@ def exclude(*selections: Selection) -> Exclude:
     return Exclude(selections)
 
 
-def picked(selection: Any, params: TensorMap, names: Sequence[str]) -> list[str]:
-    """Return the names that a selection picks, in their order."""
+def select_names(selection: Any, params: TensorMap, names: Sequence[str]) -> list[str]:
+    """Return the names that a selection matches, in their order."""
     if selection is True:
         return list(names)
-    return [name for name in names if picks(selection, name, params[name])]
+    return [name for name in names if matches(selection, name, params[name])]
 
 
-def check_selection(selection: Any, params: TensorMap, name: str) -> None:
-    """Refuse a selection that picks no parameter of the model, as a whole or in a part.
+def check_selection_matches(selection: Any, params: TensorMap, name: str) -> None:
+    """Refuse a selection of which some part matches no parameter of the model.
 
     Only an explicit False, or a map of them, may select nothing.
     """
@@ -168,11 +168,11 @@ def check_selection(selection: Any, params: TensorMap, name: str) -> None:
         _check_predicate(selection, name)
     parts = selection.selections if isinstance(selection, Exclude) else selection
     for part in parts if isinstance(parts, tuple) else ():
-        check_selection(part, params, name)
-    known = all_params(params)
-    if not picked(selection, known, list(known)):
+        check_selection_matches(part, params, name)
+    known = model_parameters(params)
+    if not select_names(selection, known, list(known)):
         raise ValueError(
-            f"{name}: {shown_value(selection)} matches no parameter; the names are "
+            f"{name}: {format_value(selection)} matches no parameter; the names are "
             f"{format_names(known)}"
         )
 
@@ -189,15 +189,15 @@ def _check_predicate(predicate: Predicate, name: str) -> None:
         inspect.signature(predicate).bind("name", "param")
     except TypeError:
         raise TypeError(
-            f"{name}: {shown_value(predicate)} must take a name and a tensor, such as "
+            f"{name}: {format_value(predicate)} must take a name and a tensor, such as "
             "lambda name, param: param.ndim >= 2"
         ) from None
     except ValueError:
         return  # Builtins do not tell.
 
 
-def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any:
-    """Check rules and copy what the caller could still change."""
+def validate_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any:
+    """Validate rules, and copy what the caller could still change."""
     if isinstance(rules, Mapping):
         pairs = list(rules.items())
     elif isinstance(rules, Sequence) and not isinstance(rules, str):
@@ -208,8 +208,8 @@ def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any
     for pair in pairs:
         if not isinstance(pair, Sequence) or len(pair) != 2 or isinstance(pair, str):
             raise TypeError(f"{name} must be (selection, value) pairs, got {pair!r}")
-        selection = frozen_selection(f"selection in {name}", pair[0])
-        value = check(f"{name}[{shown_value(selection)}]", pair[1])
+        selection = validate_selection(f"selection in {name}", pair[0])
+        value = check(f"{name}[{format_value(selection)}]", pair[1])
         checked.append((selection, value))
     if not isinstance(rules, Mapping):
         return tuple(checked)
@@ -218,17 +218,17 @@ def frozen_rules(name: str, rules: Any, check: Callable[[str, Any], Any]) -> Any
 
 
 class ByName(dict[Any, Any]):
-    """Rules of which each is the name of one parameter: these are looked up."""
+    """Rules by the names of parameters, which are looked up."""
 
 
-def ruled(rules: Any, name: str, param: Tensor, default: Any) -> Any:
-    """Return what the first fitting rule gives a parameter, else the default."""
+def first_match(rules: Any, name: str, param: Tensor, default: Any) -> Any:
+    """Return the value of the first rule that matches a parameter, else the default."""
     if isinstance(rules, ByName):
         return rules.get(name, default)
     if not isinstance(rules, (dict, tuple)):
         return rules
     for selection, value in _pairs(rules):
-        if picks(selection, name, param):
+        if matches(selection, name, param):
             return value
     return default
 
@@ -237,32 +237,32 @@ def _pairs(rules: Any) -> Iterable[tuple[Any, Any]]:
     return rules.items() if isinstance(rules, dict) else rules
 
 
-def check_rules(rules: Any, params: TensorMap, name: str) -> None:
+def check_rules_match(rules: Any, params: TensorMap, name: str) -> None:
     """Refuse rules of which one matches no parameter."""
     if isinstance(rules, (dict, tuple)):
-        by_name, known = isinstance(rules, ByName), all_params(params)
+        by_name, known = isinstance(rules, ByName), model_parameters(params)
         for selection, _ in _pairs(rules):
             if not by_name or selection not in known:
-                check_selection(selection, params, f"rule in {name}")
+                check_selection_matches(selection, params, f"rule in {name}")
 
 
-def ruled_names(rules: Any, params: TensorMap) -> list[tuple[str, list[str]]]:
-    """Return the rules as one writes them, and the names that each decides.
+def names_by_rule(rules: Any, params: TensorMap) -> list[tuple[str, list[str]]]:
+    """Return each rule, formatted, with the names that it decides.
 
     A name belongs to the first rule that fits it.
 
     Example:
         >>> import torch
         >>> params = {"a.bias": torch.ones(1), "b.bias": torch.ones(1)}
-        >>> ruled_names({"a.*": 2.0, "*": 3.0}, params)
+        >>> names_by_rule({"a.*": 2.0, "*": 3.0}, params)
         [("'a.*': 2.0", ['a.bias']), ("'*': 3.0", ['b.bias'])]
     """
     if not isinstance(rules, (dict, tuple)):
-        return [(shown_value(rules), list(params))]
+        return [(format_value(rules), list(params))]
     left, found = dict(params), []
     for selection, value in _pairs(rules):
-        names = picked(selection, left, list(left))
-        found.append((f"{shown_value(selection)}: {shown_value(value)}", names))
+        names = select_names(selection, left, list(left))
+        found.append((f"{format_value(selection)}: {format_value(value)}", names))
         for name in names:
             del left[name]
     return found

@@ -1,4 +1,4 @@
-"""States as plain data, and back.
+"""Convert states to plain data and back.
 
 Plain data is dicts, lists, tensors, numbers and strings: `torch.save` writes it and
 `torch.load(weights_only=True)` reads it. It carries the names of parameters, fields and
@@ -78,7 +78,7 @@ def _tuples(value: Any) -> Any:
 
 
 def load_state_dict(state: S, data: Mapping[str, Any]) -> S:
-    """Return the state that plain data describes, in the structure of another.
+    """Return the state that is stored as plain data, in the structure of another.
 
     Pure: neither argument changes, and the result shares no memory with them. Tensors
     are moved to the devices of `state`.
@@ -115,7 +115,7 @@ def load_state_dict(state: S, data: Mapping[str, Any]) -> S:
 
 
 def _loaded(template: Any, data: Any, place: str) -> Any:
-    """Rebuild one part of a state; everything is checked on the way."""
+    """Validate and rebuild one part of a state."""
     if isinstance(template, Tensor):
         return _loaded_tensor(template, data, place)
     if isinstance(template, Static):

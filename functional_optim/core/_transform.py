@@ -1,7 +1,6 @@
-"""The words of the library: tensor maps, transforms, scopes, roles, static values.
+"""The protocol of transforms: scopes, roles, static values in states.
 
-A transform is a value with two pure methods, `init` and `update`. Everything else in
-this package either is one, combines some, or runs one.
+A transform is a value with two pure methods, `init` and `update`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ T_co = TypeVar("T_co", covariant=True)
 
 
 class Scope(enum.IntEnum):
-    """What one number of a transform's output may depend on, besides `Context.reduce`.
+    """The values that one number of an update may depend on, besides `Context.reduce`.
 
     Ordered from narrow to wide; the scope of a chain is the widest of its members'.
 
@@ -40,7 +39,7 @@ class Scope(enum.IntEnum):
 
 
 class Role(enum.Enum):
-    """What a transform is for, where the order of a chain depends on it.
+    """The purpose of a transform, where the order of a chain depends on it.
 
     Optional: a transform without the class attribute `role` may stand anywhere.
 
@@ -79,7 +78,7 @@ class Transform(Protocol):
       one child at most serves a parameter. It gives `context.child(label)` to a child.
       A label is a position (int) or a name (string).
     - `consumes_updates` and `consumes_state` allow to overwrite, where an executor
-      lends memory: `update` reads each entry of its updates, or of its state, once,
+      lends memory: `update` reads each entry of its updates, or of its state, memoized,
       and returns new updates.
 
     Example:
@@ -142,7 +141,7 @@ def is_transform(value: object) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Static(Generic[T_co]):
-    """A value in a state that the host must know: a pytree node without leaves.
+    """A value in a state that is known on the host: a pytree node without leaves.
 
     For what decides the *structure* of a result, such as the position in an
     accumulation window. `vmap` and `torch.compile` see it as a constant.

@@ -1,4 +1,4 @@
-"""What is checked on the host before an update: names, layout, dtype, shape, device.
+"""Validate parameters, updates and states: names, layout, dtype, shape, device.
 
 Values are never looked at: that would wait for the device.
 """
@@ -25,7 +25,7 @@ V = TypeVar("V")
 
 
 def check_parameters(params: Any) -> None:
-    """Refuse what cannot be optimized as a map of parameters."""
+    """Validate a map of parameters."""
     _check_map(params, "params", "parameters(model)")
     devices: dict[torch.device, str] = {}
     for name, param in params.items():
@@ -40,7 +40,7 @@ def check_parameters(params: Any) -> None:
 
 
 def check_updates(updates: Any, params: TensorMap) -> None:
-    """Refuse updates that do not fit the parameters."""
+    """Validate updates against the parameters."""
     if isinstance(updates, (list, tuple)) and any(map(torch.is_tensor, updates)):
         kind = type(updates).__name__
         raise TypeError(
@@ -76,27 +76,27 @@ def check_names(updates: TensorMap, params: TensorMap) -> None:
 
 
 def check_state(transform: object, state: object, kind: type) -> None:
-    """Refuse what is not the kind of state that a transform's `init` makes."""
+    """Validate the type of a state."""
     if not isinstance(state, kind):
         raise ValueError(
-            f"{transform!r} needs a {kind.__name__}, got {shown_state(state)}; make it "
-            "with this transform's init"
+            f"{transform!r} needs a {kind.__name__}, got {describe_state(state)}; make "
+            "it with this transform's init"
         )
 
 
 def check_states(state: object, count: int, part: str) -> None:
-    """Refuse what is not a tuple of the states of a combinator's parts."""
+    """Validate a tuple of the states of children."""
     if not isinstance(state, tuple) or len(state) != count:
         raise ValueError(
             f"state must be a tuple of {count} states, one for each {part}, got "
-            f"{shown_state(state)}; make it with this transform's init"
+            f"{describe_state(state)}; make it with this transform's init"
         )
 
 
 def check_made_for(
     transform: object, option: str, part: object, *, wanted: bool
 ) -> None:
-    """Refuse a state made by the same kind of transform without (or with) an option."""
+    """Refuse a state that was made without (or with) an option."""
     if wanted != isinstance(part, dict):
         made = "without" if wanted else "with"
         raise ValueError(
@@ -105,15 +105,15 @@ def check_made_for(
         )
 
 
-def shown_state(state: object) -> str:
-    """Return what a state is, for an error message."""
+def describe_state(state: object) -> str:
+    """Format the type of a state for an error message."""
     if isinstance(state, tuple):
         return f"{type(state).__name__} of length {len(state)}"
     return type(state).__name__
 
 
 def _refuse(name: Any, update: Any, updates: TensorMap, params: TensorMap) -> None:
-    """Say what is wrong with an update."""
+    """Raise the error of an update that does not fit its parameter."""
     if name not in params:
         unknown = [n for n in updates if n not in params]
         raise ValueError(
@@ -175,7 +175,7 @@ def _check_tensor(kind: str, name: Any, tensor: Any) -> None:
 def check_same_names(
     what: str, given: Iterable[str], wanted: Iterable[str], kind: str = "parameter"
 ) -> None:
-    """Refuse a map that does not have a value for every name, and for no other."""
+    """Refuse a map with missing or unknown names."""
     given, wanted = dict.fromkeys(given), dict.fromkeys(wanted)
     missing = [name for name in wanted if name not in given]
     unknown = [name for name in given if name not in wanted]
@@ -186,8 +186,8 @@ def check_same_names(
         )
 
 
-def checked_name(what: str, name: Any) -> str:
-    """Refuse what cannot name a part of a pipeline."""
+def validate_name(what: str, name: Any) -> str:
+    """Validate the name of a part of a pipeline."""
     if not isinstance(name, str):
         raise TypeError(f"{what} must be a string, got {name!r}")
     if not name or "." in name:
@@ -198,32 +198,32 @@ def checked_name(what: str, name: Any) -> str:
     return name
 
 
-class _Current(threading.local):
+class _Model(threading.local):
     params: Mapping[str, Any] | None = None
 
 
-_current = _Current()
+_model = _Model()
 
 
 @contextlib.contextmanager
-def knowing_all(params: Mapping[str, Any]) -> Iterator[None]:
-    """Check maps by name against all parameters of the model inside the block.
+def within_model(params: Mapping[str, Any]) -> Iterator[None]:
+    """Check maps by name against all parameters of a model inside the block.
 
     So one map by name, or one mask, serves all parts of a pipeline.
     """
-    before = _current.params
-    _current.params = params if before is None else before
+    before = _model.params
+    _model.params = params if before is None else before
     try:
         yield
     finally:
-        _current.params = before
+        _model.params = before
 
 
-def all_params(params: Mapping[str, V]) -> dict[str, V]:
-    """Return all parameters of the model, of which `params` may be a subset."""
-    return {**(_current.params or {}), **params}
+def model_parameters(params: Mapping[str, V]) -> dict[str, V]:
+    """Return the parameters of the model, of which `params` may be a subset."""
+    return {**(_model.params or {}), **params}
 
 
 def check_by_name(what: str, given: Mapping[str, Any], params: Mapping[str, V]) -> None:
     """Refuse a map that lacks one of `params`, or has a name that the model lacks."""
-    check_same_names(what, given, {**params, **subset(all_params(params), given)})
+    check_same_names(what, given, {**params, **subset(model_parameters(params), given)})

@@ -1,4 +1,4 @@
-"""Values: how a frozen dataclass compares, hashes and prints.
+"""Compare, hash and print frozen dataclasses by value.
 
 Two values are equal if their fields are, tensors compared by dtype, device and numbers.
 They print as they are written, without the arguments that have their default.
@@ -46,7 +46,7 @@ def same_value(
     if isinstance(a, dict):
         # In order: the first rule that fits wins.
         a, b = tuple(a.items()), tuple(b.items())
-    elif vars(type(a)).get("__eq__") is equal:
+    elif vars(type(a)).get("__eq__") is value_equal:
         a, b = _field_values(a), _field_values(b)
     if isinstance(a, tuple):
         return len(a) == len(b) and all(
@@ -60,7 +60,7 @@ def _field_values(value: Any) -> tuple[Any, ...]:
     return tuple(getattr(value, field.name) for field in dataclasses.fields(value))
 
 
-def with_fields(value: Any, /, **fields: Any) -> Any:
+def replace_fields(value: Any, /, **fields: Any) -> Any:
     """Return a copy with other fields, which are not checked again."""
     other = copy.copy(value)
     for name, part in fields.items():
@@ -68,30 +68,30 @@ def with_fields(value: Any, /, **fields: Any) -> Any:
     return other
 
 
-def equal(self: Any, other: Any) -> Any:
+def value_equal(self: Any, other: Any) -> Any:
     """`__eq__` of a value."""
     return same_value(self, other) if type(self) is type(other) else NotImplemented
 
 
-def hash_of(self: Any) -> int:
+def value_hash(self: Any) -> int:
     """`__hash__` of a value: over its type and plain fields."""
     return hash((type(self), *map(_hashable, _field_values(self))))
 
 
 def _hashable(value: Any) -> Any:
-    """Leave out what has no hash by value: tensors and maps."""
+    """Replace tensors and maps, which have no hash by value, by None."""
     if isinstance(value, tuple):
         return tuple(map(_hashable, value))
     return None if isinstance(value, (Tensor, dict)) else value
 
 
-def repr_of(self: Any) -> str:
+def value_repr(self: Any) -> str:
     """`__repr__` of a value: the call that makes it."""
-    return written(self, shown_value)
+    return format_call(self, format_value)
 
 
-def written(value_object: Any, show: Callable[[Any], str]) -> str:
-    """Return the call that makes a frozen dataclass, its arguments shown by `show`."""
+def format_call(value_object: Any, show: Callable[[Any], str]) -> str:
+    """Format the call that constructs a frozen dataclass."""
     parts = []
     for field in dataclasses.fields(value_object):
         value = getattr(value_object, field.name)
@@ -103,13 +103,13 @@ def written(value_object: Any, show: Callable[[Any], str]) -> str:
     return f"{type(value_object).__name__}({', '.join(parts)})"
 
 
-def shown_value(value: Any) -> str:
-    """Return a value as one writes it: functions by name, all else by `repr`."""
+def format_value(value: Any) -> str:
+    """Format a value: functions by name, all else by `repr`."""
     if type(value) is tuple:
-        parts = [shown_value(part) for part in value]
+        parts = [format_value(part) for part in value]
         return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
     if isinstance(value, dict):
-        pairs = [f"{shown_value(k)}: {shown_value(v)}" for k, v in value.items()]
+        pairs = [f"{format_value(k)}: {format_value(v)}" for k, v in value.items()]
         return f"{{{', '.join(pairs)}}}"
     name = getattr(value, "__qualname__", None)
     return repr(value) if name is None else str(name)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functional_optim.algebra._buffers import Workspace
-from functional_optim.algebra._scalars import hoisting
+from functional_optim.algebra._scalars import memoize_scalars
 from functional_optim.core._context import Context
 from functional_optim.core._traversal import walk
 from functional_optim.execution._accumulation import Structure, Windows, statics_of
@@ -120,7 +120,7 @@ class Executor:
         steps: dict[Hashable, CompiledStep] = {}
         runs = self._runs(Given(grads, context, scaling), structure, steps)
         try:
-            with hoisting():
+            with memoize_scalars():
                 self._run(runs, steps)
         finally:
             for shared in steps.values():

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from functional_optim.core._chain import chain, checked_transform
+from functional_optim.core._chain import chain, validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import checked, resolve, value_class
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.core._validation import check_parameters
-from functional_optim.core._value_class import with_fields
+from functional_optim.core._value_class import replace_fields
 from functional_optim.transforms import Unscale
 from functional_optim.transforms._nonfinite import guarded
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class SkipOn:
     """Skip the step if a scaler found an infinity, without a look at its flag."""
 
-    inner: Transform = checked(check=checked_transform, resolve=resolve)
+    inner: Transform = checked(check=validate_transform, resolve=resolve)
     found_inf: Tensor
 
     @property
@@ -65,7 +65,7 @@ def scaled(
         return chain(skip)
     scale = torch.as_tensor(grad_scale).reshape(())
     # Whatever it is: the scaler, and no user, has set it.
-    return chain(with_fields(Unscale(1.0), scale=scale), skip)
+    return chain(replace_fields(Unscale(1.0), scale=scale), skip)
 
 
 def wrapped_state(state: Any, grad_scale: Tensor | None) -> Any:

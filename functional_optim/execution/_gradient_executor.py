@@ -14,7 +14,7 @@ from torch import Tensor
 
 from functional_optim._messages import format_names
 from functional_optim.algebra._buffers import Donated, Workspace
-from functional_optim.algebra._tensor_map import foreach_applies
+from functional_optim.algebra._tensor_map import can_use_foreach
 from functional_optim.execution._grad_scaling import scaled, wrapped_state
 from functional_optim.execution._state_tree import mapped, tensors_of
 from functional_optim.execution._tensor_memory import memory_of
@@ -107,7 +107,7 @@ def _write(moved: TensorMap, grads: TensorMap) -> None:
     taken = {memory_of(target) for target in targets if target.numel()}
     # What is written first may be what is read after.
     sources = [s.clone() if memory_of(s) in taken else s for s in sources]
-    if foreach_applies(targets) and foreach_applies(sources):
+    if can_use_foreach(targets) and can_use_foreach(sources):
         torch._foreach_copy_(targets, sources)
     else:
         for old, new in pairs:

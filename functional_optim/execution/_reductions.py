@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from functional_optim.core._context import ReduceOp, local_total
+from functional_optim.core._context import ReduceOp, reduce_locally
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -122,7 +122,7 @@ class Recorded(_Numbered):
         call = self.next(path)
         self.count(call)
         self._calls.append(call)
-        return torch.ones_like(local_total(partial, op))
+        return torch.ones_like(reduce_locally(partial, op))
 
 
 def next_call(left: Sequence[Sequence[Call]]) -> Call:
@@ -165,7 +165,7 @@ def collected(runs: Sequence[UnitUpdate], call: Call, totals: Totals) -> Tensor:
             raise _disordered(call)
         partials.append(stop.partial)
         op = stop.op
-    return local_total(torch.cat(partials), op)
+    return reduce_locally(torch.cat(partials), op)
 
 
 def totals_of(updates: Sequence[UnitUpdate]) -> Totals:

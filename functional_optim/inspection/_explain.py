@@ -16,11 +16,11 @@ from functional_optim._messages import (
     pluralize,
 )
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.core._chain import chain, checked_transform
+from functional_optim.core._chain import chain, validate_transform
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.core._traversal import children_of, routes, walk
 from functional_optim.core._validation import check_parameters
-from functional_optim.core._value_class import shown_value, written
+from functional_optim.core._value_class import format_call, format_value
 from functional_optim.execution._state_tree import tensors_of
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
@@ -112,7 +112,7 @@ def explain(
 
 def _transform_blocks(tx: Transform, params: TensorMap) -> list[list[str]]:
     """Return the stages, totals, selections and remarks, each as a block of lines."""
-    checked_transform("tx", tx)
+    validate_transform("tx", tx)
     check_parameters(params)
     pipeline = chain(tx)
     remarks = []
@@ -179,7 +179,7 @@ def _format(transform: Transform) -> str:
     text = repr(transform)
     if text.startswith("<"):  # A plain class without a repr of its own.
         return type(transform).__qualname__
-    return written(transform, _format_argument) if children_of(transform) else text
+    return format_call(transform, _format_argument) if children_of(transform) else text
 
 
 def _format_argument(value: Any) -> str:
@@ -187,7 +187,7 @@ def _format_argument(value: Any) -> str:
     if isinstance(value, Mapping):
         parts = tuple(value.values())
     inside = parts and all(isinstance(part, Transform) for part in parts)
-    return "..." if inside else shown_value(value)
+    return "..." if inside else format_value(value)
 
 
 def _shorten(text: str, width: int) -> str:

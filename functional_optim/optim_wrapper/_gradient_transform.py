@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.core._chain import checked_transform
+from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context, Norm
 from functional_optim.core._readings import readings
 from functional_optim.core._state_dict import load_state_dict, state_dict
@@ -44,7 +44,7 @@ class GradientTransform:
     """A transform on the gradients of an optimizer."""
 
     def __init__(self, transform: Transform, *, is_clip: bool = False) -> None:
-        checked_transform("transform", transform)
+        validate_transform("transform", transform)
         check_not_owned(transform, _OWNED, "cannot stand between backward and step")
         self.transform, self.is_clip = transform, is_clip
         self._executor: GradientExecutor | None = None

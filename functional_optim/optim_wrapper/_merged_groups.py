@@ -156,7 +156,7 @@ def _merged(
                 continue
             index = id(value)
             if index not in told:
-                told[index] = _told_apart(value)
+                told[index] = _identity_key(value)
             key.append(told[index])
         first, known = found.setdefault(tuple(key), (place, {**group, "params": []}))
         known["params"].extend(group["params"])
@@ -164,10 +164,10 @@ def _merged(
     return [known for _, known in found.values()], tuple(places)
 
 
-def _told_apart(value: Any) -> Hashable:
+def _identity_key(value: Any) -> Hashable:
     """Return what is equal only for values that do the same, also inside a tuple."""
     if isinstance(value, tuple):
-        return tuple(map(_told_apart, value))
+        return tuple(map(_identity_key, value))
     if isinstance(value, float):
         return type(value), value, math.copysign(1.0, value)  # 0.0 is not -0.0 here.
     if value is None or isinstance(value, (bool, int, str)):

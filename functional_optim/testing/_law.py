@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from functional_optim.core._chain import checked_transform
+from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._validation import check_parameters
 from functional_optim.testing import strategies
@@ -288,7 +288,7 @@ def law(*, hint: str, **options: Any) -> Callable[[Callable[..., None]], Law]:
 
 def check_protocol(transform: Any) -> None:
     """Refuse what is no transform, or cannot be called like one."""
-    checked_transform("transform", transform)
+    validate_transform("transform", transform)
     update = ("updates", "state", "params")
     _check_takes(transform, transform.init, ("params",), {})
     _check_takes(transform, transform.update, update, {"context": "None"})

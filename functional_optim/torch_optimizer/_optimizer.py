@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.core._chain import as_chain, checked_transform
+from functional_optim.core._chain import as_chain, validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._readings import readings
 from functional_optim.core._value_class import same_value
@@ -118,7 +118,7 @@ class TransformOptimizer(Tracking):
             raise ValueError(f"compile must be True or False, got {compile!r}")
         if transform is None:
             raise TypeError(_no_transform(defaults))
-        transform = checked_transform("transform", transform_of(transform))
+        transform = validate_transform("transform", transform_of(transform))
         self._transform = as_chain(transform)
         self._compiles = compile
         self._step_supports_amp_scaling = amp_scaling

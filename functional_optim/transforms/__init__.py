@@ -1,4 +1,4 @@
-"""Transforms: each a line of mathematics, one concept a file."""
+"""Transforms, one concept a file."""
 
 from typing import TYPE_CHECKING
 

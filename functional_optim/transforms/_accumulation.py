@@ -1,4 +1,4 @@
-"""Accumulation: one update from several micro-batches."""
+"""Accumulate gradients over micro-batches."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from functional_optim.algebra._arithmetic import over
-from functional_optim.algebra._scalars import once
+from functional_optim.algebra._scalars import memoized
 from functional_optim.algebra._tensor_map import (
     TensorMap,
     device_of,
-    is_sixteen_bit,
+    is_16_bit,
     subset,
 )
 from functional_optim.core._context import Context
@@ -23,7 +23,7 @@ from functional_optim.core._validation import check_parameters, check_state
 
 
 class AccumulateState(NamedTuple):
-    """What `Accumulate` remembers of an open window.
+    """The state of `Accumulate`: the sums of an open window.
 
     Attributes:
         sum: Weighted sums of the updates, like the parameters. Meaningful only for
@@ -142,7 +142,7 @@ class Accumulate:
         position = self._position(state)
         before = set(state.seen.value) if position else set()
         sums = self._added(updates, state.sum, before, context.weight)
-        weight = once(_weight_sum, state.weight, context.weight, position)
+        weight = memoized(_weight_sum, state.weight, context.weight, position)
         seen = [name for name in params if name in before or name in updates]
         if position + 1 < self.every and not context.last:
             open_now = Static(position + 1), Static(tuple(seen))
@@ -164,7 +164,7 @@ class Accumulate:
     def _sum_dtype(self, param: Tensor) -> torch.dtype:
         if self.dtype is not None:
             return self.dtype
-        return torch.float32 if is_sixteen_bit(param) else param.dtype
+        return torch.float32 if is_16_bit(param) else param.dtype
 
     def _added(
         self,
@@ -190,7 +190,7 @@ class Accumulate:
 
 
 def _counted(updates: TensorMap, counts: Tensor) -> TensorMap:
-    """Return updates, with 0 for what is not finite if they do not count.
+    """Return updates, with 0 for what is not finite where the weight is 0.
 
     A micro-batch without tokens has the mean 0 / 0, and 0 * NaN is NaN. Its finite
     numbers stay: the derivative with respect to a weight of 0 is made of them.

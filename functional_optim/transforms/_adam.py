@@ -1,4 +1,4 @@
-"""Scaling by running moments of the updates."""
+"""Scale updates by Adam."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._scalars import (
     Column,
-    complement,
-    differs_by_name,
-    incremented,
-    once,
-    zero_counts,
+    has_maps,
+    increment,
+    init_counts,
+    memoized,
+    one_minus,
 )
 from functional_optim.algebra._tensor_map import TensorMap, zeros_like
 from functional_optim.core._context import Context
@@ -33,7 +33,7 @@ from functional_optim.core._validation import check_made_for, check_state
 
 
 class ScaleByAdamState(NamedTuple):
-    """What `ScaleByAdam` remembers.
+    """The state of `ScaleByAdam`: counts and moments.
 
     Attributes:
         step: Number of updates of each parameter. 0-dim float64 tensors by name.
@@ -120,7 +120,7 @@ class ScaleByAdam:
         schedule = init_hyperparameters(self, params)
         largest = zeros_like(params) if self.amsgrad else ()
         return ScaleByAdamState(
-            zero_counts(params),
+            init_counts(params),
             zeros_like(params),
             zeros_like(params),
             largest,
@@ -142,16 +142,16 @@ class ScaleByAdam:
             return {}, state
         now, schedule = evaluate(self, state.schedule, updates)
         beta1, beta2 = now.betas
-        step = state.step | incremented(state.step, updates)
-        apart = differs_by_name(beta1, beta2, now.eps_root)
+        step = state.step | increment(state.step, updates)
+        apart = has_maps(beta1, beta2, now.eps_root)
         t = Column(step, updates, apart=apart)
         correction1 = t.computed(_correction, beta1)
         correction2 = t.computed(_correction, beta2)
 
-        mean = over(state.exp_avg, at=updates).lerp(updates, complement(beta1))
+        mean = over(state.exp_avg, at=updates).lerp(updates, one_minus(beta1))
         exp_avg = mean.to_map(like=state.exp_avg)
         square = over(state.exp_avg_sq, at=updates).mul(beta2)
-        square = square.addcmul(updates, updates, complement(beta2))
+        square = square.addcmul(updates, updates, one_minus(beta2))
         exp_avg_sq = square.to_map(like=state.exp_avg_sq)
 
         second, largest = exp_avg_sq, state.max_exp_avg_sq
@@ -164,7 +164,7 @@ class ScaleByAdam:
         root = over(second, at=updates)
         if not is_zero(now.eps_root):
             root = root.add(t.factor(t.along(now.eps_root) * correction2))
-        correction = t.factor(once(Tensor.sqrt, correction2))
+        correction = t.factor(memoized(Tensor.sqrt, correction2))
         denominator = root.sqrt().div(correction).add(now.eps)
         direction = over(exp_avg, at=updates).div(t.factor(correction1))
         return direction.div(denominator).to_map(), ScaleByAdamState(
@@ -177,5 +177,5 @@ class ScaleByAdam:
 
 
 def _correction(step: Tensor, beta: Tensor) -> Tensor:
-    """Return what a mean that began at zero is divided by: 1 - beta^step."""
+    """Return the bias correction 1 - beta^step."""
     return 1 - beta**step

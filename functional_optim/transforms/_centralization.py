@@ -1,4 +1,4 @@
-"""Taking the mean out of updates."""
+"""Subtract the mean from updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limiting the size of updates."""
+"""Clip updates by norm or by value."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._norms import norms
-from functional_optim.algebra._scalars import negated, once
-from functional_optim.algebra._tensor_map import device_of, is_sixteen_bit
+from functional_optim.algebra._scalars import memoized, negated
+from functional_optim.algebra._tensor_map import device_of, is_16_bit
 from functional_optim.core._context import Context, Norm
 from functional_optim.core._hyperparameters import (
     Hyperparameter,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class ClipByGlobalNormState(NamedTuple):
-    """What `ClipByGlobalNorm` remembers.
+    """The state of `ClipByGlobalNorm`: the last norm.
 
     Attributes:
         norm: Joint norm before clipping in the last update. Tensor, shape (), float64;
@@ -140,9 +140,9 @@ class ClipByGlobalNorm:
                 f"{norm.item()}; find the source with torch.autograd.detect_anomaly, "
                 "skip such steps with SkipNonfinite, or set error_if_nonfinite=False"
             )
-        coefficient = once(_coefficient, norm, now.max_norm)
+        coefficient = memoized(_coefficient, norm, now.max_norm)
         clipped = over(updates).mul(coefficient).to_map()
-        return clipped, ClipByGlobalNormState(once(Tensor.double, norm), schedule)
+        return clipped, ClipByGlobalNormState(memoized(Tensor.double, norm), schedule)
 
     def readings(self, state: ClipByGlobalNormState) -> TensorMap:
         """Return the joint norm before clipping."""
@@ -225,12 +225,12 @@ class ClipByNorm:
 
 
 def _clip_factors(norm: Tensor, max_norm: Factor, names: TensorMap) -> Tensor:
-    """Return min(1, max_norm / (norm + 1e-6)) for some names, with torch's bits.
+    """Return min(1, max_norm / (norm + 1e-6)) by name, rounded as torch does.
 
     torch divides a number by a tensor as reciprocal times number, in float32 if the
     tensor has 16 bits; division would round differently for max_norm as a tensor.
     """
-    wide = torch.float32 if is_sixteen_bit(norm) else norm.dtype
+    wide = torch.float32 if is_16_bit(norm) else norm.dtype
     if isinstance(max_norm, Mapping):
         limits = [
             torch.as_tensor(max_norm[name], dtype=wide, device=norm.device)

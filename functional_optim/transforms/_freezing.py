@@ -1,4 +1,4 @@
-"""Keeping parameters as they are."""
+"""Freeze parameters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @final
 @value_class
 class SetToZero:
-    """Replace every update by zero, whatever it was: u <- -0.0.
+    """Replace every update by zero: u <- -0.0.
 
     For freezing some parameters in a `Partition`; NaN and infinity become zero, too.
     The zero is negative because p + (-0.0) is p for every p, where p + 0.0 turns -0.0

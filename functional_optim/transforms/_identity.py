@@ -1,16 +1,16 @@
-"""The transform that changes nothing."""
+"""Pass updates through, or name a transform."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, final
 
 from functional_optim.algebra._tensor_map import copied
-from functional_optim.core._chain import checked_transform
+from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import checked, value_class
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.core._traversal import Label
-from functional_optim.core._validation import check_parameters, checked_name
+from functional_optim.core._validation import check_parameters, validate_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -92,14 +92,14 @@ class Named:
         optax.named_chain.
     """
 
-    name: str = checked(check=checked_name)
-    inner: Transform = checked(check=checked_transform)
+    name: str = checked(check=validate_name)
+    inner: Transform = checked(check=validate_transform)
 
     consumes_state: ClassVar[bool] = True
 
     @property
     def stands_for(self) -> tuple[Transform, ...]:
-        """What the order of a chain is judged on: the inner transform."""
+        """The transform whose role counts in a chain: the inner one."""
         return (self.inner,)
 
     @property

@@ -1,4 +1,4 @@
-"""Transforms on some of the parameters only."""
+"""Apply transforms to some of the parameters."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from functional_optim._messages import format_names
 from functional_optim.algebra._tensor_map import subset
-from functional_optim.core._chain import checked_transform
+from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import checked, resolve, value_class
 from functional_optim.core._selection import (
     Rules,
     Selection,
-    check_rules,
-    check_selection,
-    frozen_rules,
-    frozen_selection,
-    picked,
-    picks,
-    ruled,
+    check_rules_match,
+    check_selection_matches,
+    first_match,
+    matches,
+    select_names,
+    validate_rules,
+    validate_selection,
 )
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.core._traversal import Label
@@ -29,9 +29,9 @@ from functional_optim.core._validation import (
     check_names,
     check_parameters,
     check_states,
-    knowing_all,
+    within_model,
 )
-from functional_optim.core._value_class import shown_value
+from functional_optim.core._value_class import format_value
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -71,14 +71,14 @@ class Masked:
         optax.masked.
     """
 
-    inner: Transform = checked(check=checked_transform)
-    mask: Selection = checked(check=frozen_selection)
+    inner: Transform = checked(check=validate_transform)
+    mask: Selection = checked(check=validate_selection)
 
     consumes_state: ClassVar[bool] = True
 
     def resolved(self, name: str, param: Tensor) -> Masked:
-        """Return what this is for one parameter: inside the mask, or outside."""
-        inside = picks(self.mask, name, param)
+        """Return the transform for one parameter, inside the mask or outside."""
+        inside = matches(self.mask, name, param)
         inner = resolve(self.inner, name, param) if inside else self.inner
         return Masked(inner, inside)
 
@@ -90,9 +90,9 @@ class Masked:
     def init(self, params: TensorMap) -> Any:
         """Return the inner state over the selected parameters."""
         check_parameters(params)
-        check_selection(self.mask, params, "mask")
-        names = picked(self.mask, params, list(params))
-        with knowing_all(params):
+        check_selection_matches(self.mask, params, "mask")
+        names = select_names(self.mask, params, list(params))
+        with within_model(params):
             return self.inner.init(subset(params, names))
 
     def update(
@@ -105,7 +105,7 @@ class Masked:
     ) -> tuple[TensorMap, Any]:
         """Return inner(u) where selected, u elsewhere."""
         check_names(updates, params)
-        names = picked(self.mask, params, list(params))
+        names = select_names(self.mask, params, list(params))
         selected = set(names)
         inside = {name: u for name, u in updates.items() if name in selected}
         if inside:
@@ -126,7 +126,7 @@ class Masked:
 
     def route(self, name: str, param: Tensor) -> int | None:
         """Return 0 for a selected parameter, None for another."""
-        return 0 if picks(self.mask, name, param) else None
+        return 0 if matches(self.mask, name, param) else None
 
     def split_state(self, state: Any) -> dict[Label, Any]:
         """Return the state of the inner transform."""
@@ -134,7 +134,9 @@ class Masked:
 
     def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
         """Return the mask, and the names that it selects."""
-        return [(shown_value(self.mask), picked(self.mask, params, list(params)))]
+        return [
+            (format_value(self.mask), select_names(self.mask, params, list(params)))
+        ]
 
 
 Labels: TypeAlias = Rules[str] | Callable[[str, Tensor], str] | str
@@ -153,7 +155,7 @@ def _checked_inners(name: str, inners: Any) -> dict[str, Transform]:
     if not inners:
         raise ValueError(f"{name} must have at least one label, got an empty map")
     return {
-        _checked_label(f"a key of {name}", label): checked_transform(
+        _checked_label(f"a key of {name}", label): validate_transform(
             f"{name}[{label!r}]", transform
         )
         for label, transform in inners.items()
@@ -161,13 +163,15 @@ def _checked_inners(name: str, inners: Any) -> dict[str, Transform]:
 
 
 def _checked_labels(name: str, labels: Any) -> Any:
-    return labels if callable(labels) else frozen_rules(name, labels, _checked_label)
+    return labels if callable(labels) else validate_rules(name, labels, _checked_label)
 
 
 def _label(labels: Any, name: str, param: Tensor) -> str:
     """Return the label of one parameter."""
     label = (
-        labels(name, param) if callable(labels) else ruled(labels, name, param, None)
+        labels(name, param)
+        if callable(labels)
+        else first_match(labels, name, param, None)
     )
     if label is None:
         raise ValueError(
@@ -222,7 +226,7 @@ class Partition:
     consumes_state: ClassVar[bool] = True
 
     def resolved(self, name: str, param: Tensor) -> Partition:
-        """Return what this is for one parameter: one label, its transform resolved.
+        """Return the transform for one parameter: one label, its child resolved.
 
         The other transforms stay, so that the state keeps its structure.
         """
@@ -256,7 +260,7 @@ class Partition:
     def init(self, params: TensorMap) -> tuple[Any, ...]:
         """Return the inner states, each over the parameters with its label."""
         check_parameters(params)
-        check_rules(self.labels, params, "labels")
+        check_rules_match(self.labels, params, "labels")
         groups = self._groups(params)
         for label, names in groups.items():
             if params and not names:
@@ -264,7 +268,7 @@ class Partition:
                     f"no parameter has the label {label!r}; the names are "
                     f"{format_names(params)}. Leave it out of inner, or change labels"
                 )
-        with knowing_all(params):
+        with within_model(params):
             return tuple(
                 t.init(subset(params, groups[label])) for label, t in self.inner.items()
             )

@@ -1,4 +1,4 @@
-"""Momentum: a running sum of updates."""
+"""Accumulate momentum."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._scalars import (
     Column,
-    complement,
-    differs_by_name,
-    raised,
-    zero_counts,
+    has_maps,
+    init_counts,
+    one_minus,
+    set_flags,
 )
 from functional_optim.algebra._tensor_map import TensorMap, copied, zeros_like
 from functional_optim.core._context import Context
@@ -33,7 +33,7 @@ from functional_optim.core._validation import check_made_for, check_state
 
 
 class TraceState(NamedTuple):
-    """What `Trace` remembers.
+    """The state of `Trace`: momentum buffers.
 
     Attributes:
         momentum_buffer: Running sums, like the parameters.
@@ -101,7 +101,7 @@ class Trace:
     consumes_state: ClassVar[bool] = True
 
     def _check(self) -> None:
-        """Refuse Nesterov's look-ahead where it is not defined."""
+        """Refuse Nesterov momentum without momentum or with dampening."""
         if self.nesterov and (is_zero(self.momentum) or self._dampens):
             raise ValueError(
                 "nesterov=True needs momentum > 0 and dampening 0, got momentum "
@@ -117,7 +117,7 @@ class Trace:
         schedule = init_hyperparameters(self, params)
         started: TensorMap | tuple[()] = ()
         if self._dampens:
-            started = zero_counts(params, torch.bool)
+            started = init_counts(params, torch.bool)
         return TraceState(zeros_like(params), started, schedule)
 
     def update(
@@ -136,12 +136,12 @@ class Trace:
         now, schedule = evaluate(self, state.schedule, updates)
         if is_zero(now.momentum):  # As torch: the buffer waits.
             return copied(updates), state._replace(schedule=schedule)
-        started, alpha = state.started, complement(now.dampening)
+        started, alpha = state.started, one_minus(now.dampening)
         if isinstance(started, dict):
             # b is zero at first: taking all of u makes it u.
-            flags = Column(started, updates, apart=differs_by_name(alpha))
+            flags = Column(started, updates, apart=has_maps(alpha))
             alpha = flags.factor(flags.computed(_taken, alpha))
-            started = started | raised(started, updates)
+            started = started | set_flags(started, updates)
         buffer = over(state.momentum_buffer, at=updates)
         buffer = buffer.mul(now.momentum).add(updates, alpha=alpha)
         kept = buffer.to_map(like=state.momentum_buffer)
@@ -154,5 +154,5 @@ class Trace:
 
 
 def _taken(started: Tensor, alpha: Tensor) -> Tensor:
-    """Return how much of an update is added: all of the first."""
+    """Return 1 - dampening, or 1 for the first update."""
     return torch.where(started, alpha, 1.0)

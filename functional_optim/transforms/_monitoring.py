@@ -1,4 +1,4 @@
-"""Watching what passes through."""
+"""Log numbers about updates."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from functional_optim.core._transform import Scope
 from functional_optim.core._validation import (
     check_parameters,
     check_state,
-    checked_name,
+    validate_name,
 )
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Elementwise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 class ObserveState(NamedTuple):
-    """What `Observe` remembers.
+    """The state of `Observe`: the last value.
 
     Attributes:
         value: What was observed in the last update; 0 before the first. Tensor, shape
@@ -109,7 +109,7 @@ class Observe:
         torch.nn.utils.get_total_norm bit for bit.
     """
 
-    name: str = checked(check=checked_name)
+    name: str = checked(check=validate_name)
     fn: Elementwise | None = checked(check=_checked_fn, default=None)
     _: KW_ONLY
     op: ReduceOp = checked(check=_checked_op, default_factory=lambda: Norm(2.0))
@@ -160,7 +160,7 @@ class Observe:
         return made
 
     def _refusal(self, name: str, made: Any, update: Tensor) -> Exception:
-        """Say what fn must return."""
+        """Return the error of a wrong result of fn."""
         shape = tuple(update.shape)
         must = f"{self!r}: fn must return a real tensor of the update's shape, {shape}"
         if not isinstance(made, Tensor):

@@ -1,4 +1,4 @@
-"""Guards: combinators that may refuse a step."""
+"""Skip steps that are not finite, and replace NaN."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from functional_optim.algebra._norms import all_finite
-from functional_optim.algebra._scalars import once
+from functional_optim.algebra._scalars import memoized
 from functional_optim.algebra._tensor_map import device_of
 from functional_optim.core._apply import is_recorded
-from functional_optim.core._chain import checked_transform
+from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import checked, value_class
 from functional_optim.core._transform import Role, Scope, Transform
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class SkipNonfiniteState(NamedTuple):
-    """What `SkipNonfinite` remembers.
+    """The state of `SkipNonfinite`: counts, and the inner state.
 
     Attributes:
         inner: State of the inner transform.
@@ -86,7 +86,7 @@ class SkipNonfinite:
         torch.amp.GradScaler.step; optax.apply_if_finite.
     """
 
-    inner: Transform = checked(check=checked_transform)
+    inner: Transform = checked(check=validate_transform)
 
     role: ClassVar[Role] = Role.GUARD
 
@@ -128,7 +128,7 @@ class SkipNonfinite:
         moved, inner = guarded(
             ok, self.inner, updates, state.inner, params, context=context.child(0)
         )
-        counts = once(_counted, ok, state.skipped, state.consecutive)
+        counts = memoized(_counted, ok, state.skipped, state.consecutive)
         return moved, SkipNonfiniteState(inner, *counts)
 
     def children(self) -> dict[Label, Transform]:
@@ -163,7 +163,7 @@ def guarded(
     *,
     context: Context,
 ) -> tuple[TensorMap, Any]:
-    """Return what a transform returns if ok, else -0.0 and the old state."""
+    """Return the update of a transform if ok, else -0.0 and the old state."""
     # Zeros: the norm of many ones is infinite in float16, and some clips raise then.
     # Ones for a derivative: a user's rule in plain torch has sqrt(0), whose infinite
     # derivative times the 0 of a skipped step is NaN.
@@ -194,7 +194,7 @@ def _selected(ok: Tensor, new: Any, old: Any) -> Any:
 
 def _either(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
     if new.ndim == 0:
-        return once(_where, ok, new, old)
+        return memoized(_where, ok, new, old)
     return _where(ok, new, old)
 
 
@@ -203,7 +203,7 @@ def _where(ok: Tensor, new: Tensor, old: Tensor) -> Tensor:
 
 
 class ZeroNansState(NamedTuple):
-    """What `ZeroNans` remembers.
+    """The state of `ZeroNans`: a count.
 
     Attributes:
         num_zeroed: How many numbers were NaN and became 0 so far, in all updates.

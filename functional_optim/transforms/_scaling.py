@@ -1,4 +1,4 @@
-"""Multiplying all updates by one number."""
+"""Multiply updates by numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.algebra._arithmetic import over
-from functional_optim.algebra._scalars import negated, once
+from functional_optim.algebra._scalars import memoized, negated
 from functional_optim.algebra._tensor_map import device_of
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import (
@@ -24,10 +24,10 @@ from functional_optim.core._hyperparameters import (
 )
 from functional_optim.core._selection import (
     Rules,
-    check_rules,
-    frozen_rules,
-    ruled,
-    ruled_names,
+    check_rules_match,
+    first_match,
+    names_by_rule,
+    validate_rules,
 )
 from functional_optim.core._transform import Role, Scope
 from functional_optim.core._validation import check_parameters
@@ -88,7 +88,7 @@ class Scale:
 @final
 @value_class
 class ScaleByLearningRate:
-    """Turn a direction into a step downhill: u <- -lr * u.
+    """Multiply updates by the negative learning rate: u <- -lr * u.
 
     Args:
         lr: Learning rate, in parameter units per unit of the direction. Finite, >= 0.
@@ -191,7 +191,7 @@ class Unscale:
     ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
         """Return u * (1 / scale)."""
         now, state = evaluate(self, state, updates)
-        inverse = once(_inverse, now.scale, device_of(updates))
+        inverse = memoized(_inverse, now.scale, device_of(updates))
         return over(updates).mul(inverse).to_map(), state
 
 
@@ -201,7 +201,7 @@ def _inverse(scale: float | Tensor, device: torch.device | None) -> Tensor:
 
 
 class Multipliers(NamedTuple):
-    """What the learning rate and the weight decay of a parameter are multiplied by.
+    """The multipliers of the learning rate and weight decay of a parameter.
 
     Attributes:
         lr: Multiplier of the learning rate.
@@ -256,17 +256,17 @@ class MultiplyParamwise:
     """
 
     multipliers: Rules[float | Tensor | Multipliers] | float | Tensor = checked(
-        check=functools.partial(frozen_rules, check=_checked_factor),
-        resolve=lambda rules, name, param: ruled(rules, name, param, 1.0),
+        check=functools.partial(validate_rules, check=_checked_factor),
+        resolve=lambda rules, name, param: first_match(rules, name, param, 1.0),
     )
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
     consumes_updates: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> tuple[()]:
-        """Return the empty state, after a look whether every rule matches."""
+        """Return the empty state; refuse rules that match nothing."""
         check_parameters(params)
-        check_rules(self.multipliers, params, "multipliers")
+        check_rules_match(self.multipliers, params, "multipliers")
         return ()
 
     def update(
@@ -279,10 +279,11 @@ class MultiplyParamwise:
     ) -> tuple[TensorMap, tuple[()]]:
         """Return c(name) * u."""
         factors = {
-            name: ruled(self.multipliers, name, params[name], 1.0) for name in updates
+            name: first_match(self.multipliers, name, params[name], 1.0)
+            for name in updates
         }
         return over(updates).mul(factors).to_map(), state
 
     def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
         """Return the rules with their factors, and the names that each decides."""
-        return ruled_names(self.multipliers, params)
+        return names_by_rule(self.multipliers, params)

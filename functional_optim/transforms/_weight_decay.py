@@ -1,4 +1,4 @@
-"""Weight decay: pulling parameters towards zero."""
+"""Add weight decay to updates."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from functional_optim.core._hyperparameters import (
     hyperparameter,
     init_hyperparameters,
     is_schedule,
-    resolved_number,
+    resolve_number,
     value_class,
 )
 from functional_optim.core._selection import (
     Selection,
-    check_selection,
-    frozen_selection,
-    picked,
-    picks,
+    check_selection_matches,
+    matches,
+    select_names,
+    validate_selection,
 )
 from functional_optim.core._transform import Scope
-from functional_optim.core._value_class import shown_value
+from functional_optim.core._value_class import format_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def _checked_mask(name: str, mask: Any) -> Any:
-    return None if mask is None else frozen_selection(name, mask)
+    return None if mask is None else validate_selection(name, mask)
 
 
 @final
@@ -83,19 +83,19 @@ class AddDecayedWeights:
     consumes_updates: ClassVar[bool] = True
 
     def resolved(self, name: str, param: Tensor) -> AddDecayedWeights:
-        """Return what this is for one parameter: its rate, or no decay."""
-        if self.mask is not None and not picks(self.mask, name, param):
+        """Return the transform for one parameter: its rate, or no decay."""
+        if self.mask is not None and not matches(self.mask, name, param):
             # A schedule counts the updates of all names, also of those outside.
             rate = self.weight_decay if is_schedule(self.weight_decay) else 0.0
             return AddDecayedWeights(rate, mask=False)
-        rate = resolved_number(self.weight_decay, name, param)
+        rate = resolve_number(self.weight_decay, name, param)
         return AddDecayedWeights(rate, mask=None if self.mask is None else True)
 
     def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
         """Return the state of the schedules; check maps by name."""
         schedule = init_hyperparameters(self, params)
         if self.mask is not None:
-            check_selection(self.mask, params, "mask")
+            check_selection_matches(self.mask, params, "mask")
         return schedule
 
     def update(
@@ -110,7 +110,7 @@ class AddDecayedWeights:
         now, state = evaluate(self, state, updates)
         chosen = updates
         if self.mask is not None:
-            chosen = subset(updates, picked(self.mask, params, list(updates)))
+            chosen = subset(updates, select_names(self.mask, params, list(updates)))
         decayed = over(chosen).add(params, alpha=now.weight_decay).to_map()
         if len(decayed) == len(updates):
             return decayed, state
@@ -123,4 +123,6 @@ class AddDecayedWeights:
         """Return the mask, and the names that it selects; nothing without a mask."""
         if self.mask is None:
             return []
-        return [(shown_value(self.mask), picked(self.mask, params, list(params)))]
+        return [
+            (format_value(self.mask), select_names(self.mask, params, list(params)))
+        ]

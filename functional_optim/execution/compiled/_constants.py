@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.core._hyperparameters import after_init, is_zero
-from functional_optim.core._value_class import with_fields
+from functional_optim.core._value_class import replace_fields
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -93,7 +93,7 @@ def _as_kind(value: Any, /, **fields: Any) -> Any:
 def _replaced(value: Any, /, **fields: Any) -> Any:
     """Return a value with other fields; the same one if none differs."""
     same = all(getattr(value, name) is part for name, part in fields.items())
-    return value if same else with_fields(value, **fields)
+    return value if same else replace_fields(value, **fields)
 
 
 def _mapped(

@@ -14,7 +14,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from functional_optim.algebra._scalars import hoisting
+from functional_optim.algebra._scalars import memoize_scalars
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,7 +76,7 @@ def traced(
             return function(*tensors)
 
     # Tensors memoized here are traced ones: nothing else can use them.
-    with hoisting():
+    with memoize_scalars():
         graph = make_fx(
             functionalize(watched),
             tracing_mode="symbolic",

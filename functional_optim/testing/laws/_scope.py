@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from functional_optim.algebra._tensor_map import TensorMap
-from functional_optim.core._context import Context, ReduceOp, Reducer, local_total
+from functional_optim.core._context import Context, ReduceOp, Reducer, reduce_locally
 from functional_optim.core._transform import Scope, Static, Transform
 from functional_optim.core._traversal import children_of
 from functional_optim.testing._compare import close, difference, same_bits, tensors
@@ -317,7 +317,7 @@ def update_parts(
         key = min(keys, key=order.index)
         joined = [total for total in stopped if total.key == key]
         partial = torch.cat([total.partial for total in joined])
-        totals[key] = local_total(partial, joined[0].op)
+        totals[key] = reduce_locally(partial, joined[0].op)
 
 
 def _order_of_calls(
@@ -332,7 +332,7 @@ def _order_of_calls(
 
     def reducer(path: tuple[Any, ...], partial: Tensor, op: ReduceOp) -> Tensor:
         order.append((path, [seen for seen, _ in order].count(path)))
-        return local_total(partial, op)
+        return reduce_locally(partial, op)
 
     counting = dataclasses.replace(context, reducer=reducer)
     transform.update(updates, state, params, context=counting)
