@@ -476,7 +476,7 @@ def test_history_of_deferred_numbers(
     ours = fo.OptimWrapper(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1))
     live = torch.tensor(1.0, requires_grad=True)
     for value in (live, torch.tensor([2.0]), 3.0, 4, torch.tensor(5)):
-        ours._own_hub.update_scalar("train/x", value, count=2)
+        ours._hub.update_scalar("train/x", value, count=2)
         with torch.no_grad():
             live += 1.0
     history = hub.get_scalar("train/x")

@@ -229,8 +229,8 @@ def _scheduled(kind: Any, *, merge: bool) -> tuple[list[torch.Tensor], list[int]
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
 def test_schedules_are_followed(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates that change alike are written over; groups are merged anew if not."""
-    anew = mock.Mock(wraps=_merging._merged)
-    monkeypatch.setattr(_merging, "_merged", anew)
+    anew = mock.Mock(wraps=_merging._merge)
+    monkeypatch.setattr(_merging, "_merge", anew)
     merged, seen = _scheduled(kind, merge=True)
     single, _ = _scheduled(kind, merge=False)
     for a, b in zip(merged, single, strict=True):

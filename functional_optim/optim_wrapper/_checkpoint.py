@@ -1,290 +1,101 @@
-"""The state of a wrapper: its optimizer's, and what else a resume needs."""
+"""Checkpoints of a wrapper: validate everything, then load, and undo what fails."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from functional_optim.algebra._torch_modes import untraced
-from functional_optim.optim_wrapper._accumulation import Windowed, check_counts
+from functional_optim.optim_wrapper._accumulation import check_count
 from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
-from functional_optim.optim_wrapper._settings import ShownSettings
+from functional_optim.optim_wrapper._settings import is_torch_optimizer
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 from functional_optim.torch_optimizer._state_dict import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from functional_optim.optim_wrapper._no_sync import Suppression
+    from functional_optim.optim_wrapper._accumulation import AccumulationWindow
+    from functional_optim.optim_wrapper._gradient_transform import GradientTransform
+    from functional_optim.optim_wrapper._no_sync import NoSync
 
-Take: TypeAlias = Callable[[], None]
-"""Takes over what was checked before; it cannot fail."""
-
-
-_COUNTS = {"inner_count": 0, "max_counts": -1}
-
-
-class Prepared(NamedTuple):
-    """A state that was checked, and is not loaded yet."""
-
-    optimizer: dict[str, Any]
-    takes: list[Take]
+ApplyState: TypeAlias = Callable[[], None]
+"""Loads what was validated before; it cannot fail."""
 
 
-class WrapperState(Windowed, ShownSettings):
-    """Saves and loads a wrapper."""
+class Checkpointed(Protocol):
+    """The parts of a wrapper that its state dict has."""
 
-    _suppression: Suppression
+    optimizer: Any
+    base_param_settings: dict[str, Any] | None
+    _window: AccumulationWindow
+    _transform: GradientTransform | None
+    _names: dict[Tensor, str]
+    _no_sync: NoSync
 
-    @untraced
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the optimizer, and beside it what the wrapper adds.
+    def _parameters(self) -> list[Tensor]: ...
 
-        Gradients that wait for a step are those of this process: with several, save
-        where a window ends, or on each of them.
-        """
-        found = dict(self.optimizer.state_dict())
-        if self.base_param_settings is not None:
-            found["base_param_settings"] = copy.deepcopy(self.base_param_settings)
-        if self._on_gradients is not None and not self._on_gradients.is_clip:
-            given = self._parameters(), self._named
-            found["transform"] = self._on_gradients.saved(*given)
-        accumulation = self._saved_accumulation()
-        if accumulation is not None:
-            found["accumulation"] = accumulation
-        return {key: plain(value) for key, value in found.items()}
-
-    @untraced
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from a saved state, of this class or of MMEngine's.
-
-        Without counts in it, as MMEngine saves it, a window that is open is given up,
-        and counting begins where it began before.
-        """
-        prepared = self.prepared(state_dict)
-        optimizer = self.optimizer
-        with torch.inference_mode(mode=False):
-            # Ours checks before it changes anything.
-            own = isinstance(optimizer, TransformOptimizer)
-            undo = None if own else undo_of(optimizer)
-            try:
-                optimizer.load_state_dict(prepared.optimizer)
-            except Exception:
-                if undo is not None:
-                    undo()
-                raise
-            for take in prepared.takes:
-                take()
-
-    def prepared(self, state_dict: Mapping[str, Any]) -> Prepared:
-        """Check a saved state, and return what there is to load; nothing changes."""
-        if not isinstance(state_dict, Mapping):
-            raise ConfigTypeError(
-                f"state_dict must be a dict, got a {type(state_dict).__name__}"
-            )
-        given = dict(state_dict)
-        with torch.inference_mode(mode=False):
-            takes = list(self._checked(given))
-        given.pop("loss_scaler", None)  # Of mixed precision, which may be off now.
-        check_fits(given, self.optimizer)
-        return Prepared(given, takes)
-
-    def _checked(self, given: dict[str, Any]) -> Iterator[Take]:
-        """Check what the wrapper adds, and take it out of a dict of the caller's."""
-        base = given.pop("base_param_settings", None)
-        if base is not None:
-            yield self._checked_base_settings(base)
-        data = given.pop("transform", None)
-        own = self._on_gradients
-        if data is not None:
-            if own is None or own.is_clip:
-                raise ConfigValueError(
-                    "state_dict has the state of a transform, this wrapper has none; "
-                    "build it with the same transform=..."
-                )
-            state = own.loaded(data, self._parameters(), self._named)
-            yield lambda: own.take(state)
-        accumulation = given.pop("accumulation", None)
-        yield (
-            self._give_up_window
-            if accumulation is None
-            else self._checked_accumulation(accumulation)
-        )
-
-    def _checked_base_settings(self, base: Any) -> Take:
-        own = self.base_param_settings
-        if not isinstance(base, Mapping):
-            kind = type(base).__name__
-            raise ConfigTypeError(f"base_param_settings must be a dict, got a {kind}")
-        if own is not None and "lr" in own and "lr" not in base:
-            raise ConfigValueError(
-                f"base_param_settings lacks 'lr', it has {sorted(map(str, base))}"
-            )
-
-        def take() -> None:
-            if self.base_param_settings is not None:
-                self.base_param_settings = copy.deepcopy(dict(base))
-
-        return take
-
-    # -- windows ---------------------------------------------------------------------
-
-    def _loss_scale(self) -> float:
-        """Return what gradients that wait for a step are multiplied by."""
-        return 1.0
-
-    def _took_gradients(self) -> None:
-        """Note that there are gradients that wait for a step."""
-        self._unspent = True
-
-    def _saved_accumulation(self) -> dict[str, Any] | None:
-        counts = {key: getattr(self, f"_{key}") for key in _COUNTS}
-        grads = {
-            index: param.grad
-            for index, param in enumerate(self._parameters())
-            if param.grad is not None
-        }
-        # Outside a window there may be some of other wrappers' backwards.
-        unspent = self._unspent or any(g.is_sparse or g.any() for g in grads.values())
-        if counts == _COUNTS and not (grads and unspent):
-            return None
-        found: dict[str, Any] = dict(counts)
-        if unspent:
-            self._suppression.check_gradients_are_here(self._parameters())
-            self._warn_of_other_processes()
-            found["gradients"] = {i: g.detach().clone() for i, g in grads.items()}
-            found["loss_scale"] = self._loss_scale()
-        elif grads:
-            # zero_grad(set_to_none=False): a zero is not the same as no gradient.
-            found["zeros"] = list(grads)
-        return found
-
-    def _warn_of_other_processes(self) -> None:
-        several = (
-            torch.distributed.is_available() and torch.distributed.is_initialized()
-        )
-        if several and torch.distributed.get_world_size() > 1:
-            self._warn_once(
-                "The state is saved while gradients wait for a step; they are those of "
-                "this process. Save where a window ends, or on each process."
-            )
-
-    def _give_up_window(self) -> None:
-        if self._inner_count != self._began_at or self._unspent:
-            self._inner_count, self._unspent = self._began_at, False
-            for param in self._parameters():
-                param.grad = None
-
-    def _checked_accumulation(self, data: Any) -> Take:
-        place = "state_dict['accumulation']"
-        if not isinstance(data, Mapping) or not _COUNTS.keys() <= data.keys():
-            raise ConfigValueError(
-                f"{place} must have {', '.join(_COUNTS)}, got {data!r}"
-            )
-        for key, least in _COUNTS.items():
-            check_counts(f"{place}[{key!r}]", data[key], least)
-        scale = data.get("loss_scale", 1.0)
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale <= 0:
-            raise ConfigValueError(
-                f"{place}['loss_scale'] must be a number above 0, got {scale!r}"
-            )
-        params = self._parameters()
-        grads, zeros = data.get("gradients", {}), data.get("zeros", [])
-        if not isinstance(grads, Mapping) or not isinstance(zeros, list):
-            raise ConfigTypeError(
-                f"{place} must have gradients by index and zeros as a list of them"
-            )
-        for index in [*grads, *zeros]:
-            if not isinstance(index, int) or not 0 <= index < len(params):
-                raise ConfigValueError(
-                    f"{place} has a gradient for parameter {index!r}, the optimizer "
-                    f"has {len(params)} parameters; it is of another model"
-                )
-        new = {i: _checked_gradient(place, i, g, params[i]) for i, g in grads.items()}
-        new |= {i: torch.zeros_like(params[i]) for i in zeros}
-
-        def take() -> None:
-            self._inner_count = data["inner_count"]
-            self._set_end(data["max_counts"])
-            self._unspent = False
-            factor = self._loss_scale() / scale if grads else 1.0
-            for index, param in enumerate(params):
-                grad = new.get(index)
-                if grad is not None and factor != 1.0:
-                    grad = grad * factor
-                _set_gradient(param, grad)
-            if "gradients" in data:
-                self._took_gradients()
-
-        return take
+    def _loss_scale(self) -> float: ...
 
 
-def _checked_gradient(place: str, index: int, grad: Any, param: Tensor) -> Tensor:
-    fits = (
-        isinstance(grad, Tensor)
-        and grad.shape == param.shape
-        and grad.is_complex() == param.is_complex()
-        and grad.is_meta == param.is_meta
-    )
-    if not fits:
-        told = repr(grad)
-        if isinstance(grad, Tensor):
-            told = f"{tuple(grad.shape)}, {grad.dtype} on {grad.device}"
-        raise ConfigValueError(
-            f"{place}['gradients'][{index}] must be like its parameter, "
-            f"{tuple(param.shape)}, {param.dtype}, got {told}; it is of another model"
-        )
-    own: Tensor = grad.detach().to(param.device, copy=True)
-    return own
+class CheckedState(NamedTuple):
+    """The state of a wrapper, validated and not loaded yet."""
+
+    optimizer: Any
+    load_optimizer: Callable[[], Any]
+    entries: Sequence[ApplyState] = ()
 
 
-def _set_gradient(param: Tensor, grad: Tensor | None) -> None:
-    """Put a gradient where the old one lies, so that views of it stay valid."""
-    old = param.grad
-    in_place = (
-        old is not None
-        and grad is not None
-        and old.layout is grad.layout is torch.strided
-        and old.dtype is grad.dtype
-        and not old.is_inference()
-        and 0 not in old.stride()
-    )
-    if in_place and old is not None and grad is not None:
-        old.detach().copy_(grad)
-    else:
-        param.grad = grad
+def save(wrapper: Checkpointed) -> dict[str, Any]:
+    """Return the state of the optimizer, and beside it that of the wrapper."""
+    saved = dict(wrapper.optimizer.state_dict())
+    if wrapper.base_param_settings is not None:
+        saved["base_param_settings"] = copy.deepcopy(wrapper.base_param_settings)
+    if wrapper._transform is not None:
+        wrapper._transform.prepare(wrapper._parameters(), wrapper._names)
+        saved["transform"] = wrapper._transform.save()
+    window = _saved_window(wrapper)
+    if window is not None:
+        saved["accumulation"] = window
+    return {key: plain(value) for key, value in saved.items()}
 
 
-_LIKE_PARAMETERS = {
-    "exp_avg",
-    "exp_avg_sq",
-    "max_exp_avg_sq",
-    "momentum_buffer",
-    "square_avg",
-    "grad_avg",
-    "acc_delta",
-    "sum",
-    "exp_inf",
-    "prev",
-    "step_size",
-    "ax",
-}
-"""What torch's optimizers keep in the shape of a parameter."""
+def check(wrapper: Checkpointed, state_dict: Any) -> CheckedState:
+    """Validate a state dict, of a wrapper or of its optimizer."""
+    check_mapping("state_dict", state_dict)
+    rest = dict(state_dict)
+    with torch.inference_mode(mode=False):
+        entries = list(_checked_entries(wrapper, rest))
+    _check_optimizer_state(rest, wrapper.optimizer)
+    load_optimizer = partial(wrapper.optimizer.load_state_dict, rest)
+    return CheckedState(wrapper.optimizer, load_optimizer, entries)
 
 
-def is_of_torch(optimizer: object) -> bool:
-    """Whether an optimizer is one of torch's own classes."""
-    return f"{type(optimizer).__module__}.".startswith("torch.optim.")
+def load(states: Sequence[CheckedState]) -> None:
+    """Load the states of all wrappers, or of none."""
+    with torch.inference_mode(mode=False):
+        undo = [_undo_of(state.optimizer, alone=len(states) == 1) for state in states]
+        try:
+            for state in states:
+                state.load_optimizer()
+        except Exception:
+            for restore in undo:
+                restore()
+            raise
+        for state in states:
+            for apply in state.entries:
+                apply()
 
 
-def undo_of(optimizer: Any) -> Callable[[], None]:
-    """Return what brings an optimizer back to where it is now, after a load."""
+def _undo_of(optimizer: Any, *, alone: bool) -> Callable[[], Any]:
     if isinstance(optimizer, TransformOptimizer):
-        before = copy.deepcopy(optimizer.state_dict())
+        if alone:  # It validates before it changes anything.
+            return lambda: None
+        before = optimizer.state_dict()
         return lambda: optimizer.load_state_dict(before)
     state, groups = optimizer.state, optimizer.param_groups
 
@@ -294,16 +105,177 @@ def undo_of(optimizer: Any) -> Callable[[], None]:
     return undo
 
 
-def check_fits(data: Mapping[str, Any], optimizer: Any) -> None:
+def check_mapping(name: str, value: Any) -> None:
+    """Refuse what is not a dict."""
+    if not isinstance(value, Mapping):
+        raise ConfigTypeError(f"{name} must be a dict, got a {type(value).__name__}")
+
+
+def _checked_entries(
+    wrapper: Checkpointed, rest: dict[str, Any]
+) -> Iterator[ApplyState]:
+    """Take the entries of a wrapper out of a state dict, and validate them."""
+    rest.pop("loss_scaler", None)  # Of mixed precision, which may be off now.
+    base, own = rest.pop("base_param_settings", None), wrapper.base_param_settings
+    if base is not None:
+        check_mapping("base_param_settings", base)
+        if own is not None and "lr" in own and "lr" not in base:
+            raise ConfigValueError(
+                f"base_param_settings lacks 'lr', it has {sorted(map(str, base))}"
+            )
+    if base is not None and own is not None:
+        new = copy.deepcopy(dict(base))
+        yield lambda: setattr(wrapper, "base_param_settings", new)
+    data, transform = rest.pop("transform", None), wrapper._transform
+    if data is not None:
+        if transform is None:
+            raise ConfigValueError(
+                "state_dict has the state of a transform, this wrapper has none; "
+                "build it with the same transform=..."
+            )
+        transform.prepare(wrapper._parameters(), wrapper._names)
+        yield transform.check(data)
+    accumulation = rest.pop("accumulation", None)
+    yield (
+        partial(_give_up_window, wrapper)
+        if accumulation is None
+        else _checked_window(wrapper, accumulation)
+    )
+
+
+# -- an open window --------------------------------------------------------------------
+
+_COUNTS = {"inner_count": 0, "max_counts": -1}
+
+
+def _saved_window(wrapper: Checkpointed) -> dict[str, Any] | None:
+    """Return the counts and the gradients that wait for a step; None without any."""
+    window, params = wrapper._window, wrapper._parameters()
+    saved: dict[str, Any] = {key: getattr(window, key) for key in _COUNTS}
+    grads = {i: p.grad for i, p in enumerate(params) if p.grad is not None}
+    # Outside a window there may be some of other wrappers' backwards.
+    wait = window.has_gradients or any(g.is_sparse or g.any() for g in grads.values())
+    if saved == _COUNTS and not (grads and wait):
+        return None
+    if wait:
+        wrapper._no_sync.check_gradients_are_here(params)
+        several = (
+            torch.distributed.is_available() and torch.distributed.is_initialized()
+        )
+        if several and torch.distributed.get_world_size() > 1:
+            window.warn_once(
+                "The state is saved while gradients wait for a step; they are those of "
+                "this process. Save where a window ends, or on each process."
+            )
+        saved["gradients"] = {i: g.detach().clone() for i, g in grads.items()}
+        saved["loss_scale"] = wrapper._loss_scale()
+    elif grads:
+        # zero_grad(set_to_none=False): a zero is not the same as no gradient.
+        saved["zeros"] = list(grads)
+    return saved
+
+
+def _give_up_window(wrapper: Checkpointed) -> None:
+    window = wrapper._window
+    if window.inner_count != window.init_counts or window.has_gradients:
+        window.inner_count, window.has_gradients = window.init_counts, False
+        for param in wrapper._parameters():
+            param.grad = None
+
+
+def _checked_window(wrapper: Checkpointed, data: Any) -> ApplyState:
+    place = "state_dict['accumulation']"
+    if not isinstance(data, Mapping) or not _COUNTS.keys() <= data.keys():
+        raise ConfigValueError(f"{place} must have {', '.join(_COUNTS)}, got {data!r}")
+    for key, least in _COUNTS.items():
+        check_count(f"{place}[{key!r}]", data[key], least)
+    scale = data.get("loss_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale <= 0:
+        raise ConfigValueError(
+            f"{place}['loss_scale'] must be a number above 0, got {scale!r}"
+        )
+    window, params = wrapper._window, wrapper._parameters()
+    grads, zeros = data.get("gradients", {}), data.get("zeros", [])
+    if not isinstance(grads, Mapping) or not isinstance(zeros, list):
+        raise ConfigTypeError(
+            f"{place} must have gradients by index and zeros as a list of them"
+        )
+    for index in [*grads, *zeros]:
+        if not isinstance(index, int) or not 0 <= index < len(params):
+            raise ConfigValueError(
+                f"{place} has a gradient for parameter {index!r}, the optimizer "
+                f"has {len(params)} parameters; it is of another model"
+            )
+    new = {i: _checked_gradient(place, i, g, params[i]) for i, g in grads.items()}
+    new |= {i: torch.zeros_like(params[i]) for i in zeros}
+
+    def apply() -> None:
+        window.inner_count = data["inner_count"]
+        window.set_end(data["max_counts"])
+        window.has_gradients = "gradients" in data
+        factor = wrapper._loss_scale() / scale if grads else 1.0
+        for index, param in enumerate(params):
+            grad = new.get(index)
+            if grad is not None and factor != 1.0:
+                grad = grad * factor
+            _set_gradient(param, grad)
+
+    return apply
+
+
+def _checked_gradient(place: str, index: int, grad: Any, param: Tensor) -> Tensor:
+    if (
+        isinstance(grad, Tensor)
+        and grad.shape == param.shape
+        and grad.is_complex() == param.is_complex()
+        and grad.is_meta == param.is_meta
+    ):
+        return grad.detach().to(param.device, copy=True)
+    raise ConfigValueError(
+        f"{place}['gradients'][{index}] must be like its parameter, "
+        f"{_describe(param)}, got {_describe(grad)}; it is of another model"
+    )
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    return f"shape {tuple(value.shape)}, {value.dtype} on {value.device}"
+
+
+def _set_gradient(param: Tensor, grad: Tensor | None) -> None:
+    """Write a gradient into the old one where possible, so that its views see it."""
+    old = param.grad
+    if (
+        old is not None
+        and grad is not None
+        and old.layout is grad.layout is torch.strided
+        and old.dtype is grad.dtype
+        and not old.is_inference()
+        and 0 not in old.stride()
+    ):
+        old.detach().copy_(grad)
+    else:
+        param.grad = grad
+
+
+# -- the optimizer ---------------------------------------------------------------------
+
+# The state of torch's optimizers that has the shape of its parameter.
+_LIKE_PARAMETERS = {
+    *("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf"),  # Adam and its variants
+    *("momentum_buffer", "square_avg", "grad_avg", "acc_delta"),  # SGD, RMSprop
+    *("sum", "prev", "step_size", "ax"),  # Adagrad, Rprop, ASGD
+}
+
+
+def _check_optimizer_state(data: Mapping[str, Any], optimizer: Any) -> None:
     """Refuse a state of another model: torch loads some, and fails later."""
     for key, kind in (("state", Mapping), ("param_groups", list)):
-        if key not in data:
+        if not isinstance(data.get(key), kind):
             raise ConfigValueError(
-                f"state_dict lacks {key!r}, it has {sorted(map(str, data))}"
-            )
-        if not isinstance(data[key], kind):
-            raise ConfigValueError(
-                f"state_dict[{key!r}] must be a {kind.__name__}, got {data[key]!r}"
+                f"state_dict lacks {key!r}, a {kind.__name__}, it has "
+                f"{sorted(map(str, data))}"
             )
     saved, groups = data["param_groups"], optimizer.param_groups
     if len(saved) != len(groups):
@@ -311,52 +283,40 @@ def check_fits(data: Mapping[str, Any], optimizer: Any) -> None:
             f"state_dict has {len(saved)} parameter groups, the optimizer "
             f"{len(groups)}; it is of another model or paramwise_cfg"
         )
-    needed = _settings(optimizer) if is_of_torch(optimizer) else []
+    of_torch, name = is_torch_optimizer(optimizer), type(optimizer).__name__
+    # Every version of torch's class has its numbers; flags were added later.
+    numbers = [
+        key
+        for key, value in (optimizer.defaults.items() if of_torch else ())
+        if isinstance(value, (float, int, tuple, Tensor))
+        and not isinstance(value, bool)
+    ]
     for index, (theirs, own) in enumerate(zip(saved, groups, strict=True)):
         place = f"param_groups[{index}] of state_dict"
-        for key in ("params", *needed):
+        for key in ("params", *numbers):
             if key not in theirs:
-                kind_ = type(optimizer).__name__
-                raise ConfigValueError(f"{place} lacks {key!r}; it is not of {kind_}")
+                raise ConfigValueError(f"{place} lacks {key!r}; it is not of {name}")
         if len(theirs["params"]) != len(own["params"]):
             raise ConfigValueError(
                 f"{place} has {len(theirs['params'])} parameters, the optimizer's "
                 f"{len(own['params'])}"
             )
-        if is_of_torch(optimizer):
-            for key, param in zip(theirs["params"], own["params"], strict=True):
-                _check_entry(data["state"].get(key), key, param)
+        for key, param in zip(theirs["params"], own["params"], strict=True):
+            if of_torch and data["state"].get(key) is not None:
+                _check_param_state(data["state"][key], key, param)
 
 
-def _settings(optimizer: Any) -> list[str]:
-    """Return the settings that every version of torch's class has: its numbers."""
-    kinds = (float, int, tuple, Tensor)
-    return [
-        key
-        for key, value in optimizer.defaults.items()
-        if isinstance(value, kinds) and not isinstance(value, bool)
-    ]
-
-
-def _check_entry(entry: Any, key: Any, param: Tensor) -> None:
-    if entry is None:
-        return
-    if not isinstance(entry, Mapping):
-        raise ConfigValueError(
-            f"state[{key!r}] of state_dict must be a dict, got {entry!r}"
-        )
-    for name, value in entry.items():
+def _check_param_state(state: Any, key: Any, param: Tensor) -> None:
+    check_mapping(f"state[{key!r}] of state_dict", state)
+    for name, value in state.items():
         if name not in _LIKE_PARAMETERS or value is None:
             continue
-        if not isinstance(value, Tensor) or value.shape != param.shape:
-            told = repr(value)
-            if isinstance(value, Tensor):
-                told = f"shape {tuple(value.shape)}"
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != param.shape
+            or (value.is_meta and not param.is_meta)
+        ):
             raise ConfigValueError(
-                f"{name!r} of parameter {key} has {told} in state_dict, the parameter "
-                f"{tuple(param.shape)}; it is of another model"
-            )
-        if value.is_meta and not param.is_meta:
-            raise ConfigValueError(
-                f"{name!r} of parameter {key} is on meta in state_dict: it is empty"
+                f"{name!r} of parameter {key} has {_describe(value)} in state_dict, "
+                f"the parameter {_describe(param)}; it is of another model"
             )

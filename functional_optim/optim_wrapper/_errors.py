@@ -14,6 +14,4 @@ class ConfigTypeError(TypeError, AssertionError):
 class ConfigKeyError(KeyError, AssertionError):
     """A name is unknown."""
 
-    def __str__(self) -> str:
-        """Return the message, which a KeyError would put into quotes."""
-        return str(self.args[0])
+    __str__ = Exception.__str__  # A KeyError would put the message into quotes.

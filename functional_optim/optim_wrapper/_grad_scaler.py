@@ -1,4 +1,4 @@
-"""Loss scaling: what `loss_scale` and `dtype` may be, and a saved scaler."""
+"""Build the `GradScaler` of `loss_scale=`, and share one between wrappers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import math
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.amp.grad_scaler import OptState
@@ -19,44 +19,28 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-_ABOVE = {"init_scale": 0.0, "growth_factor": 1.0, "backoff_factor": 0.0}
-
-
-_SCALER_KEYS = {*_ABOVE, "growth_interval", "enabled", "device"}
-
-
-_LEAST = {
-    "scale": 0.0,
-    "growth_factor": 1.0,
-    "backoff_factor": 0.0,
-    "growth_interval": 0,
-    "_growth_tracker": -1,
+_RANGES = {
+    "init_scale": (0.0, math.inf),
+    "scale": (0.0, math.inf),
+    "growth_factor": (1.0, math.inf),
+    "backoff_factor": (0.0, 1.0),
+    "growth_interval": (0, 2**31),
+    "_growth_tracker": (-1, 2**31),
 }
+"""Numbers of a scaler, which lie between these two."""
 
-
-_MOST = {
-    "scale": math.inf,
-    "growth_factor": math.inf,
-    "backoff_factor": 1.0,
-    "growth_interval": 2**31,
-    "_growth_tracker": 2**31,
-}
+_OPTIONS = {"init_scale", "growth_factor", "backoff_factor", "growth_interval"}
 
 
 def checked_dtype(dtype: Any, valid: Sequence[str]) -> torch.dtype | None:
-    """Return the dtype of autocast; None stands for the device's default.
-
-    Example:
-        >>> checked_dtype("float16", ["float16"])
-        torch.float16
-    """
+    """Return the dtype of autocast, None for the default of the device."""
     if isinstance(dtype, str):
         if dtype not in valid:
             raise ConfigValueError(
                 f"dtype must be one of {', '.join(valid)}, got {dtype!r}"
             )
-        found: torch.dtype = getattr(torch, dtype)
-        return found
+        named: torch.dtype = getattr(torch, dtype)
+        return named
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     raise ConfigTypeError(
@@ -69,12 +53,13 @@ def scaler_of(
 ) -> tuple[torch.amp.GradScaler, float | None]:
     """Return a scaler, and the scale that it keeps if it is static."""
     static: float | None = None
-    options: dict[str, Any] = {"enabled": enabled}
+    options: dict[str, Any] = {"device": device, "enabled": enabled}
     if isinstance(loss_scale, Mapping):
-        options |= _checked_options(loss_scale)
+        _check_options(loss_scale)
+        options |= loss_scale
     elif isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
+        _check_number("loss_scale", "init_scale", loss_scale)
         options["init_scale"] = static = float(loss_scale)
-        _check_above("loss_scale", loss_scale, 0.0)
     elif loss_scale != "dynamic":
         raise ConfigTypeError(
             "loss_scale must be 'dynamic', a number, or a dict of arguments of "
@@ -84,34 +69,26 @@ def scaler_of(
     if use_fsdp:
         module = importlib.import_module("torch.distributed.fsdp.sharded_grad_scaler")
         kind = module.ShardedGradScaler
-    return kind(**{"device": device, **options}), static
+    return kind(**options), static
 
 
-def _checked_options(given: Mapping[str, Any]) -> dict[str, Any]:
-    for key, value in given.items():
-        if key not in _SCALER_KEYS:
-            known = ", ".join(sorted(_SCALER_KEYS))
-            raise ConfigValueError(f"loss_scale may have the keys {known}, got {key!r}")
-        if key in _ABOVE:
-            _check_above(f"loss_scale[{key!r}]", value, _ABOVE[key])
-    if not isinstance(given.get("enabled", True), bool):
-        raise ConfigTypeError(
-            f"loss_scale['enabled'] must be a bool, got {given['enabled']!r}"
-        )
-    interval = given.get("growth_interval", 1)
-    if isinstance(interval, bool) or not isinstance(interval, int) or interval < 1:
-        raise ConfigValueError(
-            f"loss_scale['growth_interval'] must be an int >= 1, got {interval!r}"
-        )
-    if given.get("backoff_factor", 0.5) >= 1.0:
-        raise ConfigValueError(
-            f"loss_scale['backoff_factor'] must be < 1, got {given['backoff_factor']}"
-        )
-    return dict(given)
+def _check_options(options: Mapping[str, Any]) -> None:
+    known = {*_OPTIONS, "enabled", "device"}
+    for key, value in options.items():
+        if key not in known:
+            raise ConfigValueError(
+                f"loss_scale may have the keys {', '.join(sorted(known))}, got {key!r}"
+            )
+        if key in _OPTIONS:
+            _check_number(f"loss_scale[{key!r}]", key, value)
+        if key == "enabled" and not isinstance(value, bool):
+            raise ConfigTypeError(
+                f"loss_scale['enabled'] must be a bool, got {value!r}"
+            )
 
 
 def check_scaler_state(data: Any, needed: Iterable[str]) -> None:
-    """Refuse what no scaler saved."""
+    """Validate a saved scaler."""
     place = "state_dict['loss_scaler']"
     if not isinstance(data, Mapping):
         raise ConfigTypeError(f"{place} must be a dict, got {data!r}")
@@ -120,101 +97,82 @@ def check_scaler_state(data: Any, needed: Iterable[str]) -> None:
             raise ConfigValueError(
                 f"{place} lacks {key!r}, it has {', '.join(map(str, data))}"
             )
-        if isinstance(data[key], bool) or not isinstance(data[key], (int, float)):
-            raise ConfigTypeError(
-                f"{place}[{key!r}] must be a number, got {data[key]!r}"
-            )
-    for key, most in _MOST.items():
-        if key in data and not _LEAST[key] < data[key] < most:
-            raise ConfigValueError(
-                f"{place}[{key!r}] must be > {_LEAST[key]:g} and < {most:g}, got "
-                f"{data[key]}"
-            )
-    for key in {"growth_interval", "_growth_tracker"} & data.keys():
-        if not isinstance(data[key], int):
-            raise ConfigTypeError(f"{place}[{key!r}] must be an int, got {data[key]!r}")
+        _check_number(f"{place}[{key!r}]", key, data[key])
 
 
-def _check_above(name: str, value: Any, least: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigTypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > least):
-        raise ConfigValueError(f"{name} must be finite and > {least:g}, got {value}")
+def _check_number(place: str, key: str, value: Any) -> None:
+    least, most = _RANGES[key]
+    kinds = (int,) if isinstance(least, int) else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        kind = "an int" if isinstance(least, int) else "a number"
+        raise ConfigTypeError(f"{place} must be {kind}, got {value!r}")
+    if not least < value < most:
+        limit = "finite" if most == math.inf else f"< {most:g}"
+        raise ConfigValueError(f"{place} must be > {least:g} and {limit}, got {value}")
 
 
-class SharedScaler:
-    """A scaler, and the wrappers of it that are between a backward and their step.
+# -- a scaler of several wrappers ------------------------------------------------------
 
-    torch's scaler is for one loop that unscales all, steps all, and updates the scale.
-    Here wrappers step when their windows end; the scale stays while one of them has
-    gradients that were multiplied by it.
+# torch's scaler is for one loop that unscales all, steps all, and updates the scale.
+# Here wrappers step when their windows end; the scale stays while one of them has
+# gradients that were multiplied by it.
+_holding: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]]
+_holding = weakref.WeakKeyDictionary()
+
+
+@untraced
+def hold_scale(scaler: Any, wrapper: Any) -> None:
+    """Keep the scale until a wrapper steps: it ran a backward."""
+    if scaler not in _holding:
+        _holding[scaler] = weakref.WeakSet()
+    _holding[scaler].add(wrapper)
+
+
+@untraced
+def release_scale(scaler: Any, wrapper: Any) -> None:
+    """Let the scale change: a wrapper steps, or its gradients are gone."""
+    if scaler in _holding:
+        _holding[scaler].discard(wrapper)
+
+
+def is_unscaled(scaler: Any, optimizer: Any) -> bool:
+    """Return whether gradients were unscaled since the last step of an optimizer."""
+    state = _states(scaler).get(id(optimizer))  # None yet, or no scaling.
+    return state is not None and state["stage"] is OptState.UNSCALED
+
+
+def found_infs(scaler: Any, optimizer: Any) -> list[Tensor]:
+    """Return for each device what is nonzero if gradients were not finite."""
+    found = _states(scaler)[id(optimizer)]["found_inf_per_device"].values()
+    # `update` adds up the findings of all optimizers in one of these.
+    return [tensor.clone() for tensor in found]
+
+
+def reopen(scaler: Any, optimizer: Any, param: Tensor) -> None:
+    """Let an optimizer step again although the scale was not updated meanwhile.
+
+    What its last step found still counts when it is: under a key of its own.
     """
+    if scaler._scale is None:  # Gradients were loaded, and no loss was scaled yet.
+        scaler.scale(param.detach().new_zeros(()))
+    states = _states(scaler)
+    if states[id(optimizer)]["stage"] is OptState.STEPPED:
+        states[object()] = states.pop(id(optimizer))
 
-    _known: ClassVar[Any] = weakref.WeakKeyDictionary()
 
-    def __init__(self, scaler: torch.amp.GradScaler) -> None:
-        self._scaler = weakref.ref(scaler)
-        self._wrappers: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._earlier = 0
+def forget_unscaled(scaler: Any, optimizer: Any) -> None:
+    """Forget that gradients were unscaled: they are gone, their step failed."""
+    if is_unscaled(scaler, optimizer):
+        _states(scaler).pop(id(optimizer))
 
-    @classmethod
-    @untraced
-    def of(cls, scaler: torch.amp.GradScaler) -> SharedScaler:
-        """Return those of a scaler."""
-        found: SharedScaler | None = cls._known.get(scaler)
-        if found is None:
-            found = cls._known[scaler] = cls(scaler)
-        return found
 
-    @untraced
-    def add(self, wrapper: Any) -> None:
-        """Note that a wrapper ran a backward."""
-        self._wrappers.add(wrapper)
+def update_scale(scaler: Any, new_scale: float | None) -> None:
+    """Update the scale unless a wrapper holds it."""
+    states = _states(scaler).values()
+    if not _holding.get(scaler) and any(s["found_inf_per_device"] for s in states):
+        scaler.update(new_scale)
 
-    @untraced
-    def remove(self, wrapper: Any) -> None:
-        """Note that it steps."""
-        self._wrappers.discard(wrapper)
 
-    def is_unscaled(self, optimizer: Any) -> bool:
-        """Whether the gradients of an optimizer were unscaled since its last step."""
-        state = self._states().get(id(optimizer))  # None yet, or no scaling.
-        return state is not None and state["stage"] is OptState.UNSCALED
-
-    def found_inf(self, optimizer: Any) -> list[Tensor]:
-        """Return what tells whether gradients were not finite, for each device."""
-        found = self._states()[id(optimizer)]["found_inf_per_device"].values()
-        # `update` adds up the findings of all optimizers in one of these.
-        return [tensor.clone() for tensor in found]
-
-    def reopen(self, optimizer: Any, param: Tensor) -> None:
-        """Let an optimizer step again although the scale was not updated meanwhile.
-
-        What its last step found still counts when it is: under a key of its own.
-        """
-        scaler: Any = self._scaler()
-        if scaler._scale is None:  # Gradients were loaded, and no loss was scaled yet.
-            scaler.scale(param.detach().new_zeros(()))
-        states = self._states()
-        if states[id(optimizer)]["stage"] is OptState.STEPPED:
-            self._earlier += 1
-            states[-self._earlier] = states.pop(id(optimizer))
-
-    def forget(self, optimizer: Any) -> None:
-        """Forget that gradients were unscaled: they are gone, their step failed."""
-        if self.is_unscaled(optimizer):
-            self._states().pop(id(optimizer))
-
-    def update(self, new_scale: float | None) -> None:
-        """Update the scale if no wrapper waits for it to stay."""
-        scaler = self._scaler()
-        if scaler is None or self._wrappers:
-            return
-        if any(state["found_inf_per_device"] for state in self._states().values()):
-            scaler.update(new_scale)
-
-    def _states(self) -> dict[int, dict[str, Any]]:
-        scaler: Any = self._scaler()
-        states: dict[int, dict[str, Any]]
-        states = getattr(scaler, "_per_optimizer_states", {})
-        return states
+def _states(scaler: Any) -> dict[Any, dict[str, Any]]:
+    states: dict[Any, dict[str, Any]] = getattr(scaler, "_per_optimizer_states", {})
+    return states

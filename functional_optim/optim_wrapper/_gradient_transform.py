@@ -1,4 +1,4 @@
-"""What a wrapper runs between backward and step: a transform, on the gradients."""
+"""Run a transform on `.grad` between backward and step: `clip_grad=`, `transform=`."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context, Norm
 from functional_optim.core._readings import readings
 from functional_optim.core._state_dict import load_state_dict, state_dict
-from functional_optim.core._transform import Role
+from functional_optim.core._transform import Role, Transform
 from functional_optim.core._traversal import walk
 from functional_optim.execution._gradient_executor import GradientExecutor
 from functional_optim.execution._state_tree import nodes_of, rebuilt
 from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
 from functional_optim.torch_optimizer._gradients import gradients_of
+from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 from functional_optim.torch_optimizer._sharding import ShardCheck
 from functional_optim.transforms import ClipByGlobalNorm, ClipByValue, Observe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from functional_optim.core._transform import Transform
 
 _OWNED = {
     Role.ACCUMULATE: "the wrapper accumulates in .grad: pass accumulative_counts",
@@ -41,120 +41,92 @@ _OWNED = {
 
 
 class GradientTransform:
-    """A transform on the gradients of an optimizer."""
+    """A transform on the gradients of an optimizer, with its state."""
 
     def __init__(self, transform: Transform, *, is_clip: bool = False) -> None:
         validate_transform("transform", transform)
         check_not_owned(transform, _OWNED, "cannot stand between backward and step")
-        self.transform, self.is_clip = transform, is_clip
-        self._executor: GradientExecutor | None = None
+        self.transform, self._is_clip = transform, is_clip
+        self._executor: Any = None
         self._names: dict[Tensor, str] = {}
+        self._given_names: Mapping[Tensor, str] = {}
         self._context = Context()
 
     @untraced
-    def run(
-        self,
-        params: Sequence[Tensor],
-        names: Mapping[Tensor, str],
-        found_inf: Tensor | None = None,
-    ) -> None:
-        """Run the transform on the gradients that there are."""
-        executor = self._ready(params, names)
+    def prepare(self, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> bool:
+        """Use these parameters from now on; return whether it can run on them."""
+        if (
+            self._executor is not None
+            and names is self._given_names
+            and len(params) == len(self._names)
+            and all(map(operator.is_, params, self._names))
+        ):
+            return True
+        one_kind = len({(param.device, param.dtype) for param in params}) == 1
+        if self._is_clip and not (one_kind and params[0].is_floating_point()):
+            return False  # torch joins norms of several devices or dtypes itself.
+        named = _named(params, names)
+        self._context = ShardCheck(named, self.transform).context()
+        self._names, self._given_names = named, names
+        values = {name: param.detach() for param, name in named.items()}
+        executor = GradientExecutor(self.transform, values)
+        if self._executor is not None:
+            executor.state = _with_old_entries(executor.state, self._executor.state)
+        self._executor = executor
+        return True
+
+    @untraced
+    def run(self, found_inf: Tensor | None = None) -> Tensor | None:
+        """Transform the gradients in place, and return their norm if it clips by it."""
         wanted = {p: name for p, name in self._names.items() if p.requires_grad}
         grads = {
             name: grad.detach() if grad.requires_grad else grad
             for name, grad in gradients_of(wanted).items()
         }
-        if not grads:
-            return
-        shown = grads
-        if not self.is_clip:
-            shown = {name: param.detach() for param, name in self._names.items()}
-        with torch.no_grad():
-            executor.run(grads, shown, context=self._context, found_inf=found_inf)
-
-    def state(self, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> Any:
-        """Return the state of the transform."""
-        return self._ready(params, names).state
-
-    @property
-    def norm(self) -> Tensor | None:
-        """The joint norm of the last step, if the transform clips by one."""
-        if self._executor is None:
-            return None
+        if grads:
+            values = grads
+            if not self._is_clip:
+                values = {name: param.detach() for param, name in self._names.items()}
+            with torch.no_grad():
+                self._executor.run(
+                    grads, values, context=self._context, found_inf=found_inf
+                )
+        if not self._is_clip:
+            return self.readings().get("norm")
+        # That of an infinite limit is called value.
         state = self._executor.state
-        if self.is_clip:  # The value is that of an infinite limit.
-            found: Tensor | None = getattr(state, "norm", getattr(state, "value", None))
-            return found
-        return readings(self.transform, state).get("norm")
-
-    def can_run(self, params: Sequence[Tensor]) -> bool:
-        """Whether the parameters are real numbers of one dtype on one device."""
-        if self._executor is not None and self._knows(params):
-            return True
-        kinds = {(param.device, param.dtype) for param in params}
-        return len(kinds) == 1 and all(map(Tensor.is_floating_point, params))
+        return getattr(state, "norm", getattr(state, "value", None))
 
     def readings(self) -> dict[str, Any]:
-        """Return what the transform has to tell; nothing before the first step."""
+        """Return the readings of the transform; nothing before the first step."""
         if self._executor is None:
             return {}
         return dict(readings(self.transform, self._executor.state))
 
-    def saved(self, params: Sequence[Tensor], names: Mapping[Tensor, str]) -> Any:
+    def save(self) -> Any:
         """Return the state as plain data."""
-        return state_dict(self.state(params, names))
+        return state_dict(self._executor.state)
 
-    def loaded(
-        self, data: Any, params: Sequence[Tensor], names: Mapping[Tensor, str]
-    ) -> Any:
-        """Return the state that plain data describes; nothing changes."""
-        return load_state_dict(self.state(params, names), data)
-
-    def take(self, state: Any) -> None:
-        """Go on from a state that `loaded` returned."""
-        assert self._executor is not None
-        self._executor.state = state
-
-    def forget_names(self) -> None:
-        """Ask for the names of the parameters again."""
-        self._names = {}
-
-    def _knows(self, params: Sequence[Tensor]) -> bool:
-        known = self._names
-        return len(params) == len(known) and all(map(operator.is_, params, known))
-
-    def _ready(
-        self, params: Sequence[Tensor], names: Mapping[Tensor, str]
-    ) -> GradientExecutor:
-        """Return the executor for these parameters, with the state that there was."""
-        executor = self._executor
-        if executor is None or not self._knows(params):
-            named = _named(params, names)
-            self._context = ShardCheck(named, self.transform).context()
-            self._names = named
-            shown = {name: param.detach() for param, name in self._names.items()}
-            old, executor = executor, GradientExecutor(self.transform, shown)
-            if old is not None:
-                executor.state = _grown(old.state, executor.state)
-            self._executor = executor
-        return executor
+    def check(self, data: Any) -> Callable[[], None]:
+        """Validate a saved state, and return a function that loads it."""
+        executor, state = self._executor, load_state_dict(self._executor.state, data)
+        return lambda: setattr(executor, "state", state)
 
 
 def _named(params: Sequence[Tensor], names: Mapping[Tensor, str]) -> dict[Tensor, str]:
     """Return a name for each parameter: its own, else its number."""
     taken = {names[param] for param in params if param in names}
-    found = {}
+    named = {}
     for index, param in enumerate(params):
         name = names.get(param, str(index))
         while param not in names and name in taken:
             name = f"_{name}"
-        found[param] = name
-    return found
+        named[param] = name
+    return named
 
 
-def _grown(old: Any, new: Any) -> Any:
-    """Return a new state with what an old one says about the same parameters."""
+def _with_old_entries(new: Any, old: Any) -> Any:
+    """Return a new state with the entries that an old one has of the same names."""
     nodes = [
         {**fresh, **{name: known[name] for name in known if name in fresh}}
         if isinstance(fresh, dict) and isinstance(known, dict)
@@ -165,99 +137,92 @@ def _grown(old: Any, new: Any) -> Any:
 
 
 def check_not_owned(transform: Any, owned: Mapping[Role, str], why: str) -> None:
-    """Refuse a transform that does, at any depth, what somebody else does."""
+    """Refuse a transform with a role, at any depth, that another part of a step has."""
     for node in walk(transform):
         role = getattr(node.transform, "role", None)
         if isinstance(role, Role) and role in owned:
             raise ConfigValueError(f"{node.transform!r} {why}; {owned[role]}")
 
 
-_KEYS = {
-    "norm": {"max_norm", "norm_type", "error_if_nonfinite", "foreach"},
-    "value": {"clip_value", "foreach"},
-}
-
-
-_NEEDED = {"norm": "max_norm", "value": "clip_value"}
+def check_optimizer(optimizer: Any) -> None:
+    """Refuse what is no optimizer, and one that accumulates as its wrapper does."""
+    is_wrapper = hasattr(type(optimizer), "optim_context")
+    if is_wrapper or not all(hasattr(optimizer, a) for a in ("param_groups", "step")):
+        kind = f"a {type(optimizer).__name__}" if is_wrapper else repr(optimizer)
+        msg = f"optimizer must be a torch.optim.Optimizer, got {kind}"
+        if isinstance(optimizer, Transform):
+            msg += f"; write TransformOptimizer(model.named_parameters(), {kind})"
+        raise ConfigTypeError(msg)
+    if isinstance(optimizer, TransformOptimizer):
+        why = "inside the optimizer of a wrapper would see sums of micro-batches"
+        remedy = "the wrapper accumulates in .grad: pass accumulative_counts"
+        check_not_owned(optimizer.transform, {Role.ACCUMULATE: remedy}, why)
 
 
 class ClipGrad(NamedTuple):
-    """How gradients are clipped."""
+    """A way to clip gradients: torch's function, and the same as a transform."""
 
     kwargs: dict[str, Any]
     func: Callable[..., Any]
     name: str
-    transform: Transform | None
+    transform: GradientTransform | None
+
+
+_FUNCS: dict[str, Callable[..., Any]] = {
+    "norm": torch.nn.utils.clip_grad_norm_,
+    "value": torch.nn.utils.clip_grad_value_,
+}
+_LIMITS = {"norm": "max_norm", "value": "clip_value"}
+_KEYS = {
+    "norm": {"max_norm", "norm_type", "error_if_nonfinite", "foreach"},
+    "value": {"clip_value", "foreach"},
+}
+_EXPECTED = (
+    "If `clip_grad` is not None, it must be a dict such as dict(type='norm', "
+    "max_norm=1.0, norm_type=2.0, error_if_nonfinite=False) or dict(type='value', "
+    "clip_value=0.5)"
+)
 
 
 def clip_grad_of(config: Any, *, strict: bool = True) -> ClipGrad:
-    """Return what `clip_grad` asks for; the config itself does not change.
-
-    Example:
-        >>> clip_grad_of({"max_norm": 1, "norm_type": "inf"}).transform
-        ClipByGlobalNorm(1.0, norm_type=inf)
-    """
+    """Return what `clip_grad` describes; keys of one's own are not `strict`."""
     if not isinstance(config, Mapping) or not config:
-        kind = "an empty one" if isinstance(config, Mapping) else repr(config)
-        raise ConfigTypeError(
-            "If `clip_grad` is not None, it must be a dict such as dict(max_norm=1.0) "
-            f"or dict(type='value', clip_value=0.5), got {kind}"
-        )
+        got = "an empty one" if isinstance(config, Mapping) else repr(config)
+        raise ConfigTypeError(f"{_EXPECTED}, got {got}")
     kwargs = dict(config)
     kind = kwargs.pop("type", "norm")
-    if not isinstance(kind, str) or kind not in _KEYS:
+    if not isinstance(kind, str) or kind not in _FUNCS:
         raise ConfigValueError(
             "If `clip_grad` is not None, its type must be 'norm' or 'value', got "
             f"{kind!r}"
         )
-    func: Callable[..., Any] = torch.nn.utils.clip_grad_norm_
-    if kind == "value":
-        func = torch.nn.utils.clip_grad_value_
-    if not strict and not _NEEDED[kind] in kwargs.keys() <= _KEYS[kind]:
-        return ClipGrad(kwargs, func, f"grad_{kind}", None)
-    _check_keys(kind, kwargs)
-    try:
-        transform = _transform_of(kind, kwargs)
-    except (TypeError, ValueError) as error:
-        mistake = ConfigTypeError if isinstance(error, TypeError) else ConfigValueError
-        raise mistake(
-            f"If `clip_grad` is not None, its numbers must be legal: {error}"
-        ) from None
-    return ClipGrad(kwargs, func, f"grad_{kind}", transform)
-
-
-def _check_keys(kind: str, kwargs: dict[str, Any]) -> None:
-    unknown = [key for key in kwargs if key not in _KEYS[kind]]
-    if unknown:
-        other = next((k for k, keys in _KEYS.items() if unknown[0] in keys), None)
-        hint = f"; add type={other!r}" if other else ""
-        raise ConfigValueError(
-            f"If `clip_grad` is not None, its keys with type={kind!r} may be "
-            f"{', '.join(sorted(_KEYS[kind]))}, got {unknown[0]!r}{hint}"
-        )
-    if _NEEDED[kind] not in kwargs:
-        raise ConfigValueError(
-            f"If `clip_grad` is not None, it must say {_NEEDED[kind]} with type="
-            f"{kind!r}, such as dict(type={kind!r}, {_NEEDED[kind]}=1.0)"
-        )
+    transform = None
+    if _LIMITS[kind] in kwargs and kwargs.keys() <= _KEYS[kind]:
+        try:
+            transform = GradientTransform(_transform_of(kind, kwargs), is_clip=True)
+        except (TypeError, ValueError) as error:
+            is_type = isinstance(error, TypeError)
+            raise (ConfigTypeError if is_type else ConfigValueError)(
+                f"If `clip_grad` is not None, its numbers must be legal: {error}"
+            ) from None
+    elif strict:
+        raise ConfigValueError(f"{_EXPECTED}, got {config!r}")
+    return ClipGrad(kwargs, _FUNCS[kind], f"grad_{kind}", transform)
 
 
 def _transform_of(kind: str, kwargs: dict[str, Any]) -> Transform:
-    limit = kwargs[_NEEDED[kind]]
+    limit: float = kwargs[_LIMITS[kind]]
     # A transform takes schedules and maps by name as well; a config does not.
     if isinstance(limit, bool) or not isinstance(limit, numbers.Real):
-        raise TypeError(f"{_NEEDED[kind]} must be a number, got {limit!r}")
+        raise TypeError(f"{_LIMITS[kind]} must be a number, got {limit!r}")
     if kind == "value":
-        return ClipByValue(kwargs["clip_value"])
+        return ClipByValue(limit)
     order = kwargs.get("norm_type", 2.0)
     if isinstance(order, str):  # torch takes "inf", from configs that are text.
         if order != "inf":
             raise ValueError(f"norm_type must be a number or 'inf', got {order!r}")
         order = math.inf
-    if kwargs["max_norm"] == math.inf:  # A way to have the norm logged, and no more.
+    if limit == math.inf:  # A way to have the norm logged, and no more.
         return Observe("norm", op=Norm(order))
-    return ClipByGlobalNorm(
-        kwargs["max_norm"],
-        norm_type=order,
-        error_if_nonfinite=kwargs.get("error_if_nonfinite", False),
-    )
+    raises = kwargs.get("error_if_nonfinite", False)
+    return ClipByGlobalNorm(limit, norm_type=order, error_if_nonfinite=raises)

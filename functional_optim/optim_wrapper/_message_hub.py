@@ -1,4 +1,4 @@
-"""Numbers for logs, by name: kept on the device until somebody reads them."""
+"""Numbers for logs, by name, kept on their device until they are read."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ if TYPE_CHECKING:
 
 
 class Scalar:
-    """The latest of a row of numbers."""
+    """The latest of a series of numbers."""
 
     def __init__(self, value: float | Tensor) -> None:
         self._value = value
 
     def current(self) -> float:
-        """Return the number, as a number on the host."""
+        """Return the number on the host."""
         return float(self._value)
 
 
 class MessageHub:
-    """What a wrapper has to tell, such as `train/grad_norm`.
+    """The numbers that a wrapper logs, such as `train/grad_norm`.
 
     Example:
         >>> import torch
@@ -31,21 +31,27 @@ class MessageHub:
     """
 
     host: ClassVar[Any] = None
+    """What logs in the place of all hubs: that of MMEngine, once it is registered."""
 
     def __init__(self) -> None:
         self._scalars: dict[str, Scalar] = {}
 
+    @property
+    def current(self) -> Any:
+        """This hub, or the current one of the host."""
+        return self if self.host is None else self.host.current
+
     def update_scalar(
         self, key: str, value: float | Tensor, *args: Any, **kwargs: Any
     ) -> None:
-        """Note a number under a name."""
+        """Log a number under a name."""
         if self.host is None:
             self._scalars[key] = Scalar(value)
         else:
             self.host.update_scalar(key, value, *args, **kwargs)
 
     def get_scalar(self, key: str) -> Scalar:
-        """Return the latest that was noted under a name."""
+        """Return the latest number under a name."""
         if key not in self._scalars:
             raise KeyError(
                 f"nothing was noted under {key!r}, only under {list(self._scalars)}"

@@ -1,4 +1,4 @@
-"""Gradient synchronisation, kept off for the micro-batches that do not step."""
+"""Turn gradient synchronisation off for micro-batches that do not end a window."""
 
 from __future__ import annotations
 
@@ -15,44 +15,69 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-class Suppression:
-    """Keeps models from synchronising gradients until it is told to go on.
+class _UnsyncedModel:
+    """The wrappers that keep synchronisation of a model off, and how to restore it."""
 
-    The forward runs in a context, the backward after it. DDP asks in the forward
-    whether to synchronise; FSDP asks in the backward, when the context is closed. A
-    model that several wrappers train synchronises again when the last of them says so.
+    def __init__(self) -> None:
+        self.wrappers: set[int] = set()
+        self.restore = contextlib.ExitStack()
+
+
+_unsynced: weakref.WeakKeyDictionary[nn.Module, _UnsyncedModel]
+_unsynced = weakref.WeakKeyDictionary()
+
+
+class NoSync:
+    """Gradient synchronisation of a model, turned off by one wrapper.
+
+    The forward runs in a context, the backward after it: DDP reads the flag in the
+    forward, FSDP in the backward, when the context is closed.
     """
 
     def __init__(self) -> None:
-        self._silenced: _Silenced | None = None
-        self._withholds = False
+        self.model: _UnsyncedModel | None = None
+        self._model_holds_gradients = False
 
-    def begin(self, model: nn.Module) -> None:
-        """Suppress until `end`, if the model synchronises at all."""
-        self.end()
-        self._silenced = _Silenced.of(model)
-        self._silenced.add(self)
-        self._withholds |= _keeps_gradients(model)
+    @untraced
+    def begin(self, model: Any) -> None:
+        """Turn synchronisation off until `end`, if the model synchronises at all."""
+        if model not in _unsynced:
+            _unsynced[model] = _UnsyncedModel()
+        self.model = unsynced = _unsynced[model]
+        is_fsdp2 = not hasattr(model, "no_sync")
+        is_fsdp2 = is_fsdp2 and hasattr(model, "set_requires_gradient_sync")
+        if not unsynced.wrappers and is_fsdp2:
+            unsynced.restore.enter_context(_without_reduction(model))
+        elif not unsynced.wrappers and hasattr(model, "no_sync"):
+            unsynced.restore.enter_context(model.no_sync())
+        unsynced.wrappers.add(id(self))
+        self._model_holds_gradients |= is_fsdp2
 
+    @untraced
     def end(self) -> None:
-        """Restore what was set before, unless others suppress it, too."""
-        if self._silenced is not None:
-            silenced, self._silenced = self._silenced, None
-            silenced.discard(self)
+        """Restore what was set before, unless another wrapper keeps it turned off."""
+        if self.model is not None and id(self) in self.model.wrappers:
+            self.model.wrappers.remove(id(self))
+            if not self.model.wrappers:
+                self.model.restore.close()
+        self.model = None
 
-    def lift(self, model: nn.Module) -> None:
-        """Let a model synchronise, whoever suppresses it.
+    @untraced
+    def force_sync(self, model: nn.Module) -> None:
+        """Turn synchronisation on, whichever wrapper turned it off.
 
-        To synchronise once too often costs time; once too seldom, processes part.
+        Once too often costs time; once too seldom, parameters of processes diverge.
         """
-        _Silenced.of(model).clear()
-        self._withholds = False
+        if model in _unsynced:
+            _unsynced[model].wrappers.clear()
+            _unsynced[model].restore.close()
+        self._model_holds_gradients = False
 
     def check_gradients_are_here(self, params: Sequence[Tensor]) -> None:
-        """Refuse to save gradients that wait for a step inside FSDP2."""
+        """Refuse to save an open window of which FSDP2 holds the gradients."""
         sharded = [p for p in params if p.requires_grad and hasattr(p, "_local_tensor")]
         missing = bool(sharded) and all(p.grad is None for p in sharded)
-        if self._withholds or missing:
+        if self._model_holds_gradients or missing:
             raise ConfigValueError(
                 "the gradients of an open window wait inside the model: fully_shard "
                 "keeps them until it reduces them, and they would be missing in the "
@@ -60,87 +85,29 @@ class Suppression:
                 "wrapper.should_update() is true after update_params"
             )
 
-    def __deepcopy__(self, memo: object) -> Suppression:
-        return Suppression()  # A copy of a wrapper suppresses nothing yet.
-
-    def __reduce__(self) -> tuple[type[Suppression], tuple[()]]:
-        return Suppression, ()
-
-
-_known: weakref.WeakKeyDictionary[nn.Module, _Silenced] = weakref.WeakKeyDictionary()
-
-
-class _Silenced:
-    """A model that may be kept from synchronising, and by whom."""
-
-    def __init__(self) -> None:
-        self._by: set[int] = set()
-        self._restore = contextlib.ExitStack()
-        self._model: weakref.ref[Any] | None = None
-
-    @classmethod
-    @untraced
-    def of(cls, model: nn.Module) -> _Silenced:
-        found = _known.get(model)
-        if found is None:
-            found = _known[model] = cls()
-            found._model = weakref.ref(model)
-        return found
-
-    @untraced
-    def add(self, holder: object) -> None:
-        model = None if self._model is None else self._model()
-        if not self._by and model is not None:
-            for context in _suppressing(model):
-                self._restore.enter_context(context)
-        self._by.add(id(holder))
-
-    @untraced
-    def discard(self, holder: object) -> None:
-        if id(holder) in self._by:
-            self._by.discard(id(holder))
-            if not self._by:
-                self._restore.close()
-
-    @untraced
-    def clear(self) -> None:
-        self._by.clear()
-        self._restore.close()
-
-
-def _keeps_gradients(model: Any) -> bool:
-    """Whether gradients that are not synchronised stay inside: FSDP2."""
-    return not hasattr(model, "no_sync") and hasattr(
-        model, "set_requires_gradient_sync"
-    )
-
-
-def _suppressing(model: Any) -> Iterator[contextlib.AbstractContextManager[Any]]:
-    if hasattr(model, "no_sync"):
-        yield model.no_sync()
-    elif _keeps_gradients(model):
-        yield _without_reduction(model)
+    def __reduce__(self) -> tuple[type[NoSync], tuple[()]]:
+        return NoSync, ()  # A copy of a wrapper has turned nothing off yet.
 
 
 @contextlib.contextmanager
 def _without_reduction(model: Any) -> Iterator[None]:
-    """Suppress as FSDP2 does it, and restore what each of its modules was set to."""
+    """Turn reduction off in each FSDP2 module, and restore its flags at the end."""
     modules: Iterator[Any] = model.modules()
     parts = [part for part in modules if hasattr(part, "set_requires_gradient_sync")]
-    before = [_flags_of(part) for part in parts]
+    before = [flag for part in parts for flag in _flags_of(part)]
     for part in parts:
         part.set_requires_gradient_sync(False, recurse=False)
     try:
         yield
     finally:
-        for part, flags in zip(parts, before, strict=True):
+        for part in parts:
             part.set_requires_gradient_sync(True, recurse=False)
-            for group, name, value in flags:
-                setattr(group, name, value)
+        for group, name, value in before:
+            setattr(group, name, value)
 
 
 def _flags_of(part: Any) -> list[tuple[Any, str, bool]]:
-    """Return what an FSDP2 module is set to; torch has no public way to ask."""
+    """Return the flags of an FSDP2 module, which torch has no public way to read."""
     state = part._get_fsdp_state() if hasattr(part, "_get_fsdp_state") else None
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:

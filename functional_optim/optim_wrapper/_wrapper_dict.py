@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
-
-import torch
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from functional_optim.algebra._torch_modes import untraced
-from functional_optim.optim_wrapper._checkpoint import undo_of
+from functional_optim.optim_wrapper import _checkpoint as checkpoint
 from functional_optim.optim_wrapper._errors import (
     ConfigKeyError,
     ConfigTypeError,
@@ -19,17 +16,31 @@ from functional_optim.optim_wrapper._errors import (
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
+
+
+def _left_to_each(method: str) -> Any:
+    """Return a method that refuses to run for several wrappers."""
+
+    def refuse(self: OptimWrapperDict, *_: Any, **__: Any) -> Any:
+        """Raise NotImplementedError: each wrapper has its own."""
+        name = next(iter(self.optim_wrappers), "name")
+        raise NotImplementedError(
+            f"`{method}` should be called by each optimizer separately: "
+            f"wrappers[{name!r}].{method}(...)"
+        )
+
+    return refuse
 
 
 class OptimWrapperDict(OptimWrapper):
     """Several wrappers by name, such as those of a generator and a discriminator.
 
-    A mapping that is only read. State, rates and `zero_grad` reach all wrappers; each
-    runs its own backward and step, because only the training loop knows when. Where
-    several have a norm, each logs it under its name: `train/gen.grad_norm`.
+    A read-only mapping. State, rates and `zero_grad` reach all wrappers; each runs its
+    own backward and step, because only the training loop knows when. Where several
+    have a norm, each logs it under its name: `train/gen.grad_norm`.
 
     Args:
         optim_wrappers: The wrappers by name.
@@ -50,6 +61,15 @@ class OptimWrapperDict(OptimWrapper):
     Source:
         mmengine.optim.OptimWrapperDict 0.10.
     """
+
+    update_params = _left_to_each("update_params")
+    backward = _left_to_each("backward")
+    step = _left_to_each("step")
+    scale_loss = _left_to_each("scale_loss")
+    should_update = _left_to_each("should_update")
+    should_sync = _left_to_each("should_sync")
+    optim_context = _left_to_each("optim_context")
+    inner_count = property(_left_to_each("inner_count"))
 
     def __init__(self, /, **optim_wrappers: OptimWrapper) -> None:
         for name, wrapper in optim_wrappers.items():
@@ -73,55 +93,11 @@ class OptimWrapperDict(OptimWrapper):
         for name, wrapper in self.optim_wrappers.items():
             wrapper._prefix, wrapper._siblings = f"{name}.", siblings
 
-    # -- what each wrapper does by itself ---------------------------------------------
-
-    def update_params(
-        self,
-        loss: Tensor,
-        step_kwargs: dict[str, Any] | None = None,
-        zero_kwargs: dict[str, Any] | None = None,
-    ) -> NoReturn:
-        """Raise NotImplementedError: each wrapper updates its own parameters."""
-        self._refuse("update_params")
-
-    def backward(self, loss: Tensor, **kwargs: Any) -> NoReturn:
-        """Raise NotImplementedError: each wrapper runs its own backward."""
-        self._refuse("backward")
-
-    def step(self, **kwargs: Any) -> NoReturn:
-        """Raise NotImplementedError: each wrapper steps by itself."""
-        self._refuse("step")
-
-    def scale_loss(self, loss: Tensor) -> NoReturn:
-        """Raise NotImplementedError: windows belong to each wrapper."""
-        self._refuse("scale_loss")
-
-    def should_update(self) -> NoReturn:
-        """Raise NotImplementedError: windows belong to each wrapper."""
-        self._refuse("should_update")
-
-    def should_sync(self) -> NoReturn:
-        """Raise NotImplementedError: windows belong to each wrapper."""
-        self._refuse("should_sync")
-
-    @contextlib.contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Raise NotImplementedError: each wrapper has a context of its own."""
-        self._refuse("optim_context")
-        yield
-
-    def _refuse(self, method: str) -> NoReturn:
-        name = next(iter(self.optim_wrappers), "name")
-        raise NotImplementedError(
-            f"`{method}` should be called by each optimizer separately: "
-            f"wrappers[{name!r}].{method}(...)"
-        )
-
-    # -- what reaches all -------------------------------------------------------------
+    # -- what reaches all ------------------------------------------------------------
 
     def zero_grad(self, **kwargs: Any) -> None:
         """Set the gradients of all wrappers to None, or to zero."""
-        for wrapper in self.optim_wrappers.values():
+        for wrapper in self.values():
             wrapper.zero_grad(**kwargs)
 
     def initialize_count_status(
@@ -132,102 +108,66 @@ class OptimWrapperDict(OptimWrapper):
     @property
     def param_groups(self) -> Any:
         """The groups of each wrapper, by its name."""
-        return {name: w.param_groups for name, w in self.optim_wrappers.items()}
+        return {name: wrapper.param_groups for name, wrapper in self.items()}
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The defaults of each optimizer, by the name of its wrapper."""
-        return {name: w.defaults for name, w in self.optim_wrappers.items()}
-
-    @property
-    def inner_count(self) -> NoReturn:
-        """Raise NotImplementedError: each wrapper counts its own micro-batches."""
-        self._refuse("inner_count")
+        return {name: wrapper.defaults for name, wrapper in self.items()}
 
     def get_lr(self) -> dict[str, list[Any]]:
         """Return the rates of all wrappers under `name.lr` and `name.base_lr`."""
-        return {
-            f"{name}.{key}": rates
-            for name, wrapper in self.optim_wrappers.items()
-            for key, rates in wrapper.get_lr().items()
-        }
+        return self._by_name("get_lr")
 
     def get_momentum(self) -> dict[str, list[Any]]:
         """Return the momenta of all wrappers under `name.momentum`."""
-        return {
-            f"{name}.momentum": wrapper.get_momentum()["momentum"]
-            for name, wrapper in self.optim_wrappers.items()
-        }
+        return self._by_name("get_momentum")
 
     def readings(self) -> dict[str, Any]:
         """Return the readings of all wrappers under `name.reading`."""
+        return self._by_name("readings")
+
+    def _by_name(self, method: str) -> dict[str, Any]:
         return {
             f"{name}.{key}": value
-            for name, wrapper in self.optim_wrappers.items()
-            for key, value in wrapper.readings().items()
-        }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of each wrapper, by its name."""
-        return {name: w.state_dict() for name, w in self.optim_wrappers.items()}
-
-    @untraced
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from saved states.
-
-        Args:
-            state_dict: What `state_dict` returned; it does not change.
-
-        Raises:
-            ValueError, TypeError: a name is unknown, or a state does not fit; nothing
-                has changed then.
-        """
-        if not isinstance(state_dict, Mapping):
-            raise ConfigTypeError(
-                f"state_dict must be a dict, got a {type(state_dict).__name__}"
-            )
-        extra = [name for name in state_dict if name not in self.optim_wrappers]
-        missing = [name for name in self.optim_wrappers if name not in state_dict]
-        for verb, names in (("has", extra), ("lacks", missing)):
-            if names:
-                told = ", ".join(map(repr, names))
-                raise ConfigValueError(
-                    f"Mismatched `state_dict`: it {verb} {told}, the wrappers are "
-                    f"{', '.join(self.optim_wrappers)}; build those that were saved, "
-                    "or load one alone: wrappers[name].load_state_dict(...)"
-                )
-        # Who loads in a way of his own may have saved what only he knows.
-        alone = {name: w for name, w in self.items() if _loads_by_itself(w)}
-        loads = {
-            name: wrapper.prepared(state_dict[name])
             for name, wrapper in self.items()
-            if name not in alone
+            for key, value in getattr(wrapper, method)().items()
         }
-        undo = []
-        with torch.inference_mode(mode=False):
-            try:
-                for name, load in loads.items():
-                    optimizer = self.optim_wrappers[name].optimizer
-                    undo.append(undo_of(optimizer))
-                    optimizer.load_state_dict(load.optimizer)
-                for name, wrapper in alone.items():
-                    undo.append(undo_of(wrapper.optimizer))
-                    wrapper.load_state_dict(state_dict[name])
-            except Exception:
-                for back in undo:
-                    back()
-                raise
-            for load in loads.values():
-                for take in load.takes:
-                    take()
 
     def summary(self, print_fn: Any = print) -> None:
         """Print the settings of each wrapper under its name."""
-        for name, wrapper in self.optim_wrappers.items():
+        for name, wrapper in self.items():
             print_fn(f"{name}:")
             wrapper.summary(print_fn)
 
-    # -- a mapping --------------------------------------------------------------------
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of each wrapper, by its name."""
+        return {name: wrapper.state_dict() for name, wrapper in self.items()}
+
+    @untraced
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load a state for each wrapper; if a name or a state does not fit, none."""
+        checkpoint.check_mapping("state_dict", state_dict)
+        extra = [name for name in state_dict if name not in self]
+        missing = [name for name in self if name not in state_dict]
+        for verb, names in (("has", extra), ("lacks", missing)):
+            if names:
+                raise ConfigValueError(
+                    f"Mismatched `state_dict`: it {verb} "
+                    f"{', '.join(map(repr, names))}, the wrappers are "
+                    f"{', '.join(self)}; build those that were saved, "
+                    "or load one alone: wrappers[name].load_state_dict(...)"
+                )
+        checked, own_ways = [], []
+        for name, wrapper in self.items():
+            if type(wrapper).load_state_dict is OptimWrapper.load_state_dict:
+                checked.append(wrapper._check_state(state_dict[name]))
+            else:  # An override may have saved what only it knows.
+                load = partial(wrapper.load_state_dict, state_dict[name])
+                own_ways.append(checkpoint.CheckedState(wrapper.optimizer, load))
+        checkpoint.load(checked + own_ways)
+
+    # -- a mapping -------------------------------------------------------------------
 
     def items(self) -> Iterator[tuple[str, OptimWrapper]]:
         """Yield names and wrappers."""
@@ -266,7 +206,3 @@ class OptimWrapperDict(OptimWrapper):
 
     def __repr__(self) -> str:
         return "".join(f"name: {name}\n{w!r}" for name, w in self.items())
-
-
-def _loads_by_itself(wrapper: OptimWrapper) -> bool:
-    return type(wrapper).load_state_dict is not OptimWrapper.load_state_dict
