@@ -124,7 +124,7 @@ def _merge(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int
     merged: dict[Hashable, dict[str, Any]] = {}
     firsts = []
     for position, group in enumerate(groups):
-        key = tuple((k, _identity_key(v)) for k, v in group.items() if k not in LISTS)
+        key = tuple((k, _setting_key(v)) for k, v in group.items() if k not in LISTS)
         if key not in merged:
             merged[key] = {**group, "params": []}
             firsts.append(position)
@@ -135,15 +135,15 @@ def _merge(groups: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[int
 def _first_equal(values: Sequence[Any]) -> list[int]:
     """Return for each value the position of the first one that has the same effect."""
     first: dict[Hashable, int] = {}
-    return [first.setdefault(_identity_key(value), i) for i, value in enumerate(values)]
+    return [first.setdefault(_setting_key(value), i) for i, value in enumerate(values)]
 
 
-def _identity_key(value: Any) -> Hashable:
+def _setting_key(value: Any) -> Hashable:
     """Return a key that is equal only for values that have the same effect."""
     if type(value) is float and value:
         return value
     if isinstance(value, tuple):
-        return tuple(map(_identity_key, value))
+        return tuple(map(_setting_key, value))
     if isinstance(value, float):
         return type(value), str(value)  # 0.0 equals -0.0.
     if value is None or isinstance(value, (bool, int, str)):
