@@ -98,17 +98,7 @@ class AccumulationWindow:
         return count % self.accumulative_counts == 0 or count == self.max_counts
 
     def length(self) -> int:
-        """Return the length of the window that the next micro-batch belongs to.
-
-        Example:
-            >>> window = AccumulationWindow(4)
-            >>> window.set_end(10)
-            >>> lengths = []
-            >>> for window.inner_count in (0, 7, 8, 9, 10, 12):
-            ...     lengths.append(window.length())
-            >>> lengths
-            [4, 4, 2, 2, 2, 4]
-        """
+        """Return the length of the window that the next micro-batch belongs to."""
         every, end = self.accumulative_counts, self.max_counts
         start = self.inner_count - self.inner_count % every
         if not start < end < start + every:

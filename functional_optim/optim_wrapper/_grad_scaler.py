@@ -34,17 +34,13 @@ _OPTIONS = {"init_scale", "growth_factor", "backoff_factor", "growth_interval"}
 
 def checked_dtype(dtype: Any, valid: Sequence[str]) -> torch.dtype | None:
     """Return the dtype of autocast, None for the default of the device."""
-    if isinstance(dtype, str):
-        if dtype not in valid:
-            raise ConfigValueError(
-                f"dtype must be one of {', '.join(valid)}, got {dtype!r}"
-            )
-        named: torch.dtype = getattr(torch, dtype)
-        return named
+    if isinstance(dtype, str) and dtype in valid:
+        dtype = getattr(torch, dtype)
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
-    raise ConfigTypeError(
-        f"dtype must be a torch.dtype, its name, or None, got {dtype!r}"
+    raise (ConfigValueError if isinstance(dtype, str) else ConfigTypeError)(
+        f"dtype must be None, a torch.dtype, or one of {', '.join(valid)}, got "
+        f"{dtype!r}"
     )
 
 

@@ -20,15 +20,7 @@ class Scalar:
 
 
 class MessageHub:
-    """The numbers that a wrapper logs, such as `train/grad_norm`.
-
-    Example:
-        >>> import torch
-        >>> hub = MessageHub()
-        >>> hub.update_scalar("train/grad_norm", torch.tensor(2.0))
-        >>> hub.get_scalar("train/grad_norm").current()
-        2.0
-    """
+    """The numbers that a wrapper logs, such as `train/grad_norm`."""
 
     host: ClassVar[Any] = None
     """What logs in the place of all hubs: that of MMEngine, once it is registered."""

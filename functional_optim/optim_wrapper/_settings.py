@@ -57,23 +57,7 @@ def summary_of(
     names: Mapping[int, str],
     sources: Mapping[str, str],
 ) -> str:
-    """Return a table with a line for each parameter, in the order of the groups.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1)
-        >>> groups = [{"params": [model.weight], "lr": 0.1, "weight_decay": 0.0},
-        ...           {"params": [model.bias], "lr": 0.2, "weight_decay": 0.0}]
-        >>> names = {id(p): name for name, p in model.named_parameters()}
-        >>> print(summary_of(groups, names, {"bias": "bias_lr_mult"}))
-        parameter  shape   lr   weight_decay  rule
-        ---------  ------  ---  ------------  ------------
-        weight     (1, 2)  0.1  0.0
-        bias       (1,)    0.2  0.0           bias_lr_mult
-        <BLANKLINE>
-        2 parameters with 3 numbers in 2 groups, 2 different settings:
-        lr=0.1 weight_decay=0.0: 1 parameter ['weight']
-        lr=0.2 weight_decay=0.0: 1 parameter ['bias']
-    """
+    """Return a table with a line for each parameter, in the order of the groups."""
     keys = _summary_keys(param_groups)
     rows: list[tuple[str, ...]] = [("parameter", "shape", *keys, "rule")]
     settings: dict[str, list[str]] = {}
