@@ -332,11 +332,7 @@ def preset_cases() -> list[Case]:
 
 
 class Drawing:
-    """Draws chains.
-
-    Args:
-        rng: Where from.
-    """
+    """Draws chains."""
 
     def __init__(self, rng: random.Random) -> None:
         self._rng = rng
@@ -361,10 +357,7 @@ class Drawing:
 
     def _late_window(self, *, alone: bool) -> Call:
         kind = self._rng.choice(["plain", "plain", "plain", "named", "masked"])
-        if kind != "plain" or alone:
-            self._tags.add(WRAPPED)
-        else:
-            self._tags.add(INSIDE)
+        self._tags.add(WRAPPED if kind != "plain" or alone else INSIDE)
         if kind == "masked":
             return SAY.Masked(self._accumulate(), self._mask())
         window = self._accumulate()

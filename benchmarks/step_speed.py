@@ -19,8 +19,9 @@ Cases, all clip by global norm and AdamW in float32 on the CPU, gradients given:
   parameters, forward and backward included;
 - "compiled-small-fused": torch's fused AdamW stands for "before", and nobody clips.
 
-"After" are the files beside this script, exported like the other revision, so that all
-are read from files made in the same way.
+By default with one thread: where others use the cores, too, two threads that wait for
+each other say little. "After" are the files beside this script, exported like the other
+revision, so that all are read from files made in the same way.
 """
 
 from __future__ import annotations
@@ -251,7 +252,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Export, measure, print the table, and write it as JSON if asked to."""
     parser = argument_parser(__doc__.splitlines()[0])
-    parser.set_defaults(rounds=60)
+    parser.set_defaults(rounds=60, threads=1)
     parser.add_argument("--before", required=True, metavar="REV")
     parser.add_argument("--processes", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=CASES, default=DEFAULT)
