@@ -71,7 +71,13 @@ from torch import Tensor
 
 import functional_optim as fo
 
-REFUSED: dict[str, str] = {}
+_FIRST = "in place a window is the first member of its chain"
+REFUSED: dict[str, str] = {
+    "layout": "layout= is gone: there is one way to lay out",
+    "differentiable": "differentiable= is gone: the pure way differentiates",
+    "accumulate-inside": _FIRST,
+    "accumulate-wrapped": _FIRST,
+}
 """What this package may refuse though the other takes it: tags, with the reason.
 
 Tags are "layout", "differentiable" (both of `TransformOptimizer`), and in place
@@ -79,7 +85,9 @@ Tags are "layout", "differentiable" (both of `TransformOptimizer`), and in place
 "accumulate-wrapped" (`Accumulate` inside a combinator).
 """
 
-LEFT_OUT: dict[str, str] = {}
+LEFT_OUT: dict[str, str] = {
+    "differentiable": "no argument of the optimizer any longer",
+}
 """Keys of groups and state dicts that only one package may have, with the reason."""
 
 STEPS = 20
