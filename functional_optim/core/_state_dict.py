@@ -73,8 +73,11 @@ def _lists(value: Any) -> Any:
     return [_lists(part) for part in value] if isinstance(value, tuple) else value
 
 
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+def as_tuples(value: Any) -> Any:
+    """Return plain data with tuples in the place of lists."""
+    return (
+        tuple(as_tuples(part) for part in value) if isinstance(value, list) else value
+    )
 
 
 def load_state_dict(state: S, data: Mapping[str, Any]) -> S:
@@ -117,10 +120,12 @@ def load_state_dict(state: S, data: Mapping[str, Any]) -> S:
 def _loaded(template: Any, data: Any, place: str) -> Any:
     """Validate and rebuild one part of a state."""
     if isinstance(template, Tensor):
-        return _loaded_tensor(template, data, place)
+        check_like(template, data, place, exact=True)
+        loaded: Tensor = data.detach().to(template.device, copy=True)
+        return loaded
     if isinstance(template, Static):
         _check_type(data, "Static", place)
-        value = _tuples(data.get("value"))
+        value = as_tuples(data.get("value"))
         if type(value) is not type(template.value):
             wanted = type(template.value).__name__
             raise ValueError(
@@ -155,11 +160,12 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
             f"{place} must be a dict by parameter name, got {_described(data)}"
         )
     check_same_names(place, data, template)
-    loaded = {
-        name: _loaded(part, data[name], f"{place}[{name!r}]")
-        for name, part in template.items()
-    }
-    return _shared(loaded)
+    return _shared(
+        {
+            name: _loaded(part, data[name], f"{place}[{name!r}]")
+            for name, part in template.items()
+        }
+    )
 
 
 def _shared(column: TensorMap) -> TensorMap:
@@ -178,16 +184,54 @@ def _shared(column: TensorMap) -> TensorMap:
     }
 
 
-def _loaded_tensor(template: Tensor, data: Any, place: str) -> Tensor:
+def check_same_keys(
+    template: Mapping[str, Any],
+    data: Any,
+    place: str,
+    *,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Refuse saved data that has not the keys of a template."""
+    if not isinstance(data, Mapping):
+        raise error(f"{place} must be a dict, got {type(data).__name__}")
+    if data.keys() != template.keys():
+        raise error(
+            f"{place} has {format_names(data)} in the checkpoint and "
+            f"{format_names(template)} here; the checkpoint is of another transform"
+        )
+
+
+def check_like(
+    template: Tensor,
+    data: Any,
+    place: str,
+    *,
+    exact: bool = False,
+    error: type[Exception] = ValueError,
+) -> None:
+    """Refuse saved data that is no tensor like a template: of its shape and dtype.
+
+    Of its kind of dtype unless exact: moments in float32 fit bfloat16 parameters.
+    """
     if not isinstance(data, Tensor):
-        raise ValueError(f"{place} must be a tensor, got {_described(data)}")
-    if data.shape != template.shape or data.dtype != template.dtype:
-        raise ValueError(
+        raise error(f"{place} must be a tensor, got {_described(data)}")
+    if exact and (data.shape, data.dtype) != (template.shape, template.dtype):
+        raise error(
             f"{place} must have shape {tuple(template.shape)} and dtype "
             f"{template.dtype}, got {tuple(data.shape)} and {data.dtype}; the "
             "checkpoint is of another model"
         )
-    return data.detach().to(template.device, copy=True)
+    if data.shape != template.shape:
+        raise error(
+            f"{place} has shape {tuple(data.shape)} in the checkpoint, "
+            f"{tuple(template.shape)} here; the checkpoint is of another model or "
+            "transform"
+        )
+    if data.is_floating_point() != template.is_floating_point():
+        raise error(
+            f"{place} has dtype {data.dtype} in the checkpoint, {template.dtype} here; "
+            "the checkpoint is of another transform"
+        )
 
 
 def _check_type(data: Any, kind: str, place: str) -> None:
