@@ -230,7 +230,7 @@ def test_the_plan_of_an_optimizer() -> None:
     text = fo.explain(optimizer)
     plan = text[text.index("plan") :]
     assert plan.splitlines()[:3] == PLAN
-    params = {n: p for p, n in optimizer._names.items()}
+    params = {n: p for p, n in optimizer._groups.names.items()}
     assert text.startswith(fo.explain(clipped, params))
 
 

@@ -78,7 +78,7 @@ def test_what_means_nothing_in_a_group_is_zero_there() -> None:
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert (decayed["momentum"], plain["momentum"]) == (0.0, 0.9)
     decayed["momentum"] = 0.5  # Schedulers cycle it everywhere.
-    params = {name: param for param, name in optimizer._names.items()}
+    params = {name: param for param, name in optimizer._groups.names.items()}
     train(optimizer, params, range(1))
     plain["weight_decay"] = 5.0
     with pytest.raises(ValueError, match=r"\[1\] has weight_decay=5.0, which no trans"):
@@ -250,7 +250,7 @@ def test_words_in_a_state() -> None:
 
 def test_names_with_module_inside() -> None:
     """Only what wrappers put before names is left out when names are compared."""
-    from functional_optim.torch_optimizer._params import bare
+    from functional_optim.torch_optimizer._params import strip_wrapper_prefix
 
-    assert bare("module.my_submodule.weight") == "my_submodule.weight"
-    assert bare("_orig_mod.a.module.weight") == "a.weight"
+    assert strip_wrapper_prefix("module.my_submodule.weight") == "my_submodule.weight"
+    assert strip_wrapper_prefix("_orig_mod.a.module.weight") == "a.weight"

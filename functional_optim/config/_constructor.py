@@ -37,8 +37,8 @@ from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 from functional_optim.torch_optimizer._params import (
     check_no_duplicates,
+    materialize_params,
     pairs_of,
-    read_once,
 )
 
 _logger = logging.getLogger("functional_optim")
@@ -187,7 +187,7 @@ class DefaultOptimWrapperConstructor:
         in_deformable = bool(is_dcn_module)
         if rules.bypass_duplicate:
             for given in params:  # An override may have put iterators there.
-                given.update(read_once(given))
+                given.update(materialize_params(given))
         for name, param in module.named_parameters(recurse=False):
             at = ModuleParam(module, name, prefix, in_deformable, param)
             group: dict[str, Any] = {"params": [param]}
@@ -377,7 +377,7 @@ def _as_groups(added: list[Any]) -> list[dict[str, Any]]:
     """Return groups that can be read again; parameters alone are one group."""
     if not (added and isinstance(added[0], Mapping)):
         return [{"params": added}]
-    return [read_once(group, index) for index, group in enumerate(added)]
+    return [materialize_params(group, index) for index, group in enumerate(added)]
 
 
 def _with_names(

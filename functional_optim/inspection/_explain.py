@@ -97,8 +97,8 @@ def explain(
         if params is not None:
             raise TypeError("params must be left out for an optimizer: it has its own")
         with torch.no_grad():
-            engine = tx._followed()
-            blocks = _transform_blocks(engine.transform, engine.everyone())
+            engine = tx._synced_engine()
+            blocks = _transform_blocks(engine.transform, engine.all_params())
             blocks.insert(2, _plan_lines(tx, engine))
     elif params is None:
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Keys and values of groups: which mean something, and when one has changed."""
+"""Validate keys of groups: which have an effect, and which are typos."""
 
 from __future__ import annotations
 
@@ -7,71 +7,62 @@ from typing import TYPE_CHECKING, Any
 
 from functional_optim._messages import close_matches, format_names
 from functional_optim.core._hyperparameters import is_schedule, is_zero
+from functional_optim.torch_optimizer._group_hyperparameters import group_value
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from functional_optim.torch_optimizer._group_hyperparameters import Option
 
 TRANSFORM_STATE = "transform_state"
-"""The key of the first group that has what belongs to the transform as a whole."""
+"""The key of the first group that holds the state of the transform as a whole."""
 
 OWN_KEYS = {"params", "param_names", "differentiable", TRANSFORM_STATE}
-"""What every group has beside hyperparameters."""
+"""Keys of groups that are no hyperparameters; `differentiable` is torch's."""
 
 OPTIONS = {"transform", "amp_scaling", "compile", "notes"}
-"""What an optimizer has among its defaults, but no group."""
+"""Arguments of the optimizer among its defaults; groups have none of them."""
+
+_FLAGS = {"amsgrad", "nesterov", "maximize"}
+_NO_EFFECT_AT_ZERO = {"weight_decay", "momentum", "dampening"} | _FLAGS
+_MEANINGFUL = {"lr", "betas", "eps", "max_norm"} | _NO_EFFECT_AT_ZERO
+
+ZERO_UNLESS_OWN = _NO_EFFECT_AT_ZERO - {"momentum"}
+"""Keys that must be zero in other groups; schedulers cycle momentum in all of them."""
 
 _WRITTEN_BY_SCHEDULERS = {
     before + key
     for before in ("initial_", "base_", "max_", "min_", "swa_")
     for key in ("lr", "momentum")
 }
-_MEANINGFUL = {
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-    "momentum",
-    "dampening",
-    "max_norm",
-    "amsgrad",
-    "nesterov",
-    "maximize",
-}
-
-_NOTHING_AT_ZERO = _MEANINGFUL - {"lr", "betas", "eps", "max_norm"}
-_SLIPS = 2
-"""Letters that a slip of the pen adds or leaves out."""
-
 _ALIASES = {"learning_rate": "lr", "wd": "weight_decay", "l2": "weight_decay"}
 
-INERT_AT_ZERO = _NOTHING_AT_ZERO - {"momentum"}
-"""What must be zero where nobody has it; schedulers cycle momentum in all groups."""
+_TYPO_LETTERS = 2
+"""Letters that a typo adds or leaves out at most."""
 
 
 def check_keys(
     group: Mapping[str, Any],
     own: set[str],
-    elsewhere: Iterable[str],
+    elsewhere: Collection[str],
     place: str,
     *,
-    new: bool,
+    new: bool = False,
 ) -> bool:
-    """Refuse a key that looks as if it meant something, and does not.
+    """Refuse keys that look like hyperparameters and have no effect.
 
-    Schedulers and users may keep their own things in a group. A decay of zero asks for
-    nothing, so a transform without one is right; it may not become another number.
+    Returns whether one is legal by its value only, which may be written later.
     """
-    inert = {*own, *OWN_KEYS, *elsewhere}
-    changeable = False
+    by_value = False
     for key, value in group.items():
-        if key in inert or not isinstance(key, str):
+        if not isinstance(key, str) or key in own | OWN_KEYS or key in elsewhere:
             continue
-        if key in _NOTHING_AT_ZERO and isinstance(value, (int, float)) and value == 0:
-            changeable = True
+        if key in _NO_EFFECT_AT_ZERO and isinstance(value, (int, float)) and value == 0:
+            by_value = True
             continue
         follows = not new and key == "momentum" and "betas" in own
         if follows and group["betas"][0] == value:
-            changeable = True  # MMEngine's schedulers set it, and then betas by it.
+            by_value = True  # MMEngine's schedulers set it, and then betas by it.
             continue
         if key in _MEANINGFUL:
             remedy = "leave it out, or add a transform that has it"
@@ -81,57 +72,29 @@ def check_keys(
                 f"{place} has {key!r}, which no transform here has for each group; the "
                 f"keys are {format_names(sorted(own), most=20)}: {remedy}"
             )
-        if key in _WRITTEN_BY_SCHEDULERS:
-            continue
-        meant = _slip(key, own)
+        meant = None if key in _WRITTEN_BY_SCHEDULERS else _meant_key(key, own)
         if meant:
             raise ValueError(
                 f"{place} has {key!r}; did you mean {meant!r}? If it is a note of your "
                 f"own, say so: TransformOptimizer(..., notes=[{key!r}])"
             )
-    return changeable
+    return by_value
 
 
-def checked_notes(notes: Any) -> tuple[str, ...]:
-    """Return the keys that a user lists as notes."""
-    found = (
-        [notes]
-        if isinstance(notes, str) or not isinstance(notes, Iterable)
-        else [*notes]
-    )
-    if not all(isinstance(note, str) for note in found):
-        raise TypeError(
-            f'notes must be a list of keys of groups, such as ["lrs"], got {notes!r}'
-        )
-    return tuple(found)
-
-
-def _slip(key: str, own: Iterable[str]) -> str | None:
-    """Return the key that was probably meant: a letter or two are other ones.
-
-    `weight_decay_mult` and the like are words of their own.
-    """
+def _meant_key(key: str, own: Collection[str]) -> str | None:
+    """Return the key of which another is a typo; `weight_decay_mult` is none."""
     if _ALIASES.get(key, "") in own:
         return _ALIASES[key]
     alike = close_matches(key, own, cutoff=0.8)
-    return alike[0] if alike and abs(len(key) - len(alike[0])) <= _SLIPS else None
+    return (
+        alike[0] if alike and abs(len(key) - len(alike[0])) <= _TYPO_LETTERS else None
+    )
 
 
-def inert_value(key: str, value: Any) -> Any:
-    """Return what a group shows for a key that means something in other groups only."""
-    at_zero = key in _NOTHING_AT_ZERO and isinstance(value, (int, float))
-    return type(value)(0) if at_zero else value
-
-
-def check_inert(group: Mapping[str, Any], own: set[str], place: str) -> None:
-    """Refuse a decay and the like where no transform has it, but others do."""
-    for key in INERT_AT_ZERO - own:
-        value = group.get(key, 0)
-        if not isinstance(value, (int, float)) or value != 0:
-            raise ValueError(
-                f"{place} has {key}={value!r}, which no transform of its parameters "
-                "has; write it into the groups where it means something"
-            )
+def without_effect(key: str, value: Any) -> Any:
+    """Return the value of a key of other groups for a group that has no use for it."""
+    at_zero = key in _NO_EFFECT_AT_ZERO and isinstance(value, (int, float))
+    return type(value)(0) if at_zero else group_value(value)
 
 
 def check_written(option: Option, value: Any, place: str) -> None:
@@ -142,20 +105,11 @@ def check_written(option: Option, value: Any, place: str) -> None:
             "put a schedule into the transform, and build the optimizer with it"
         )
     if option.field == "dampening" and is_zero(value) != is_zero(option.value):
-        raise ValueError(f"{place}: {fixed(option.key, option.value)}")
-
-
-def key_of(value: Any) -> Any:
-    """Return what tells values apart: numbers by value, all else by identity."""
-    if isinstance(value, tuple):
-        return tuple(map(key_of, value))
-    if isinstance(value, (int, float)):
-        return value
-    return "object", id(value)
+        raise ValueError(f"{place}: {fixed_key(option.key, option.value)}")
 
 
 def two_owners(key: str) -> str:
-    """Say that a schedule and somebody else set the same key."""
+    """Return the message for a key that a schedule and something else set."""
     return (
         f"{key} has two owners: the transform has a schedule for it, and something "
         "else, such as an LRScheduler, sets it in the groups; put a number into the "
@@ -163,8 +117,8 @@ def two_owners(key: str) -> str:
     )
 
 
-def fixed(key: str, value: object) -> str:
-    """Say that a key decides structure."""
+def fixed_key(key: str, value: object) -> str:
+    """Return the message for a key that decides structure."""
     return (
         f"{key} is {value} in the transform and cannot be changed in a group, because "
         "it decides the structure of the state; build an optimizer with another "
@@ -172,9 +126,51 @@ def fixed(key: str, value: object) -> str:
     )
 
 
-def lacking(place: str, keys: Iterable[str]) -> str:
-    """Say that a group has no value for what it must have one for."""
-    return (
-        f"{place} lacks {format_names(sorted(keys), most=20)}; every group must "
-        "have a value for what its transform has one for"
-    )
+# -- arguments of the optimizer ----------------------------------------------------
+
+_REMOVED = {
+    "layout": "small tensors are always gathered, as layout='auto' did; leave it out",
+    "differentiable": "an optimizer steps in place; for derivatives through a step "
+    "call transform.update and apply_updates(..., differentiable=True)",
+}
+"""Arguments of earlier versions, and what to do instead."""
+
+
+def check_arguments(transform: Any, defaults: Mapping[str, Any]) -> None:
+    """Refuse arguments of earlier versions, and hyperparameters without a transform."""
+    for name in _REMOVED.keys() & defaults.keys():
+        raise TypeError(
+            f"TransformOptimizer has no argument {name!r}: {_REMOVED[name]}"
+        )
+    if transform is None:
+        numbers = ", ".join(f"{key}={value!r}" for key, value in defaults.items())
+        raise TypeError(
+            "TransformOptimizer needs a transform, in which the hyperparameters stand: "
+            f"write TransformOptimizer(params, functional_optim.adamw({numbers}))"
+        )
+
+
+def check_defaults(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse hyperparameters beside the transform, unless they are all `defaults`."""
+    if not defaults or own.keys() <= defaults.keys():
+        return
+    first = next(iter(defaults))
+    remedy = "leave it out"
+    if first in own:
+        remedy = (
+            f"hyperparameters stand in the transform: write adamw({first}="
+            f"{defaults[first]!r}) there, or {{'params': ..., {first!r}: ...}} for a "
+            "group"
+        )
+    raise TypeError(f"TransformOptimizer has no argument {first!r}; {remedy}")
+
+
+def checked_notes(notes: Any) -> tuple[str, ...]:
+    """Return the keys of groups that a user lists as notes."""
+    single = isinstance(notes, str) or not isinstance(notes, Iterable)
+    found = (notes,) if single else tuple(notes)
+    if not all(isinstance(note, str) for note in found):
+        raise TypeError(
+            f'notes must be a list of keys of groups, such as ["lrs"], got {notes!r}'
+        )
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +15,37 @@ from functional_optim.core._chain import as_chain, validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._readings import readings
 from functional_optim.core._value_class import same_value
+from functional_optim.torch_optimizer._engine import Engine
 from functional_optim.torch_optimizer._gradients import scaling_of, warn_of_no_gradient
-from functional_optim.torch_optimizer._group_keys import checked_notes
-from functional_optim.torch_optimizer._param_groups import Groups
-from functional_optim.torch_optimizer._params import (
-    by_choices,
-    check_group_parameters,
-    members_of,
-    read_once,
+from functional_optim.torch_optimizer._group_keys import (
+    OPTIONS,
+    TRANSFORM_STATE,
+    check_arguments,
+    check_defaults,
+    checked_notes,
 )
-from functional_optim.torch_optimizer._state_dict import text_of, transform_of
-from functional_optim.torch_optimizer._tracking import Tracking
+from functional_optim.torch_optimizer._param_groups import ParamGroups
+from functional_optim.torch_optimizer._param_state import entries_at, starting_state
+from functional_optim.torch_optimizer._params import (
+    check_distinct,
+    given_params,
+    materialize_params,
+    split_by_labels,
+)
+from functional_optim.torch_optimizer._state_dict import (
+    pack_groups,
+    pack_state,
+    text_of,
+    transform_of,
+    unpack,
+)
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
 
 
-class TransformOptimizer(Tracking):
+class TransformOptimizer(torch.optim.Optimizer):
     """A transform that updates parameters in place, as a `torch.optim.Optimizer`.
 
         p <- p + u,    (u, state) <- transform.update(p.grad, state, p)
@@ -113,43 +128,50 @@ class TransformOptimizer(Tracking):
         notes: Iterable[str] = (),
         **defaults: Any,
     ) -> None:
-        _check_removed(defaults)
+        check_arguments(transform, defaults)
         if not isinstance(compile, bool):
             raise ValueError(f"compile must be True or False, got {compile!r}")
-        if transform is None:
-            raise TypeError(_no_transform(defaults))
         transform = validate_transform("transform", transform_of(transform))
         self._transform = as_chain(transform)
         self._compiles = compile
         self._step_supports_amp_scaling = amp_scaling
         self._notes = checked_notes(notes)
-        self._start()
+        self._engine: Engine | None = None
+        self._groups = ParamGroups(self._transform, self._notes)
+        self._warned = False
         if isinstance(params, Tensor):
             super().__init__(params, {})  # Says what is wrong.
         given = list(params)
         grouped = bool(given) and isinstance(given[0], Mapping)
-        groups = [read_once(g) for g in given] if grouped else [{"params": given}]
-        members = [members_of(group) for group in groups]
-        check_group_parameters(members)
-        everyone = [member for some in members for member in some]
-        self._groups = Groups(self._transform, self._notes)
-        own = self._groups.defaults(list(by_choices(self._transform, everyone, 0)))
-        if defaults and not own.keys() <= defaults.keys():
-            raise TypeError(_twice(defaults, own))
+        groups = [materialize_params(g) for g in given if grouped] or [
+            {"params": given}
+        ]
+        count = itertools.count()
+        members = [
+            [
+                (str(number) if name is None else name, param)
+                for (name, param), number in zip(given_params(g), count, strict=False)
+            ]
+            for g in groups
+        ]
+        check_distinct(members)
+        everyone = itertools.chain.from_iterable(members)
+        own = self._groups.defaults(split_by_labels(self._transform, everyone))
+        check_defaults(defaults, own)
+        # What a schedule shows at first was set by no user.
+        shown = {k for k in own if k in defaults and same_value(defaults[k], own[k])}
+        defaults.update({key: own[key] for key in shown})
+        self._first_defaults = own
+        # With these, `type(optimizer)(params, **optimizer.defaults)` is one like it.
         options = {
             "transform": text_of(self._transform),
             "amp_scaling": amp_scaling,
             "compile": compile,
             "notes": self._notes,
         }
-        # What a schedule shows at first was set by no user.
-        shown = {k for k in own if k in defaults and same_value(defaults[k], own[k])}
-        defaults.update({key: own[key] for key in shown})
-        self._first_defaults = own
-        # With these, `type(optimizer)(params, **optimizer.defaults)` is one like it.
         super().__init__(groups if given else [], {**own, **defaults, **options})
         with torch.no_grad():
-            self._engine = self._built(self._next_start(self._names))
+            self._install(self._new_engine())
 
     # -- steps -----------------------------------------------------------------------
 
@@ -188,21 +210,19 @@ class TransformOptimizer(Tracking):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        told = loss if isinstance(loss, Tensor) else None
-        context = Context(
-            loss=None if told is None else told.detach(), weight=weight, last=last
-        )
+        known = loss.detach() if isinstance(loss, Tensor) else None
+        context = Context(loss=known, weight=weight, last=last)
         # What a step allocates must be of use outside of inference mode, too.
         with torch.inference_mode(mode=False), torch.no_grad():
-            engine = self._followed()
+            engine = self._synced_engine()
             grads = engine.survey.gradients()
             if not grads and not self._warned:
                 self._warned = True
                 warn_of_no_gradient()
             if grads:
                 engine.step(grads, context=context, scaling=scaling_of(self))
-                self._groups.show_schedules()
-                engine.show_replaced(self.state)
+                self._groups.write_schedules()
+                engine.write_replaced_state(self.state)
         return loss
 
     # -- state -----------------------------------------------------------------------
@@ -223,7 +243,7 @@ class TransformOptimizer(Tracking):
             chain(ScaleByLearningRate(0.5))
         """
         with torch.no_grad():
-            return self._followed().transform
+            return self._synced_engine().transform
 
     @untraced
     def transform_state(self) -> Any:
@@ -239,7 +259,7 @@ class TransformOptimizer(Tracking):
             {'0': tensor([0., 0.])}
         """
         with torch.no_grad():
-            return self._followed(each=True).state
+            return self._synced_engine(each=True).state
 
     @untraced
     def load_transform_state(self, state: Any) -> None:
@@ -264,10 +284,10 @@ class TransformOptimizer(Tracking):
             tensor([1., 1.])
         """
         with torch.no_grad():
-            engine = self._followed()
-            self._take(engine, *engine.saved(state))
-            self._groups.show_schedules()
-            self._followed()
+            engine = self._synced_engine()
+            self._load_state(engine, *engine.split_state(state))
+            self._groups.write_schedules()
+            self._synced_engine()
 
     @untraced
     def readings(self) -> TensorMap:
@@ -281,7 +301,7 @@ class TransformOptimizer(Tracking):
             ['lr', 'norm']
         """
         with torch.no_grad():
-            engine = self._followed()
+            engine = self._synced_engine()
             return readings(engine.transform, engine.state)
 
     @untraced
@@ -306,11 +326,11 @@ class TransformOptimizer(Tracking):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with torch.no_grad():
-            engine = self._followed(each=True)
-            engine.show_rest()
-            saved = {
-                "state": self._packed(engine),
-                "param_groups": self._packed_groups(),
+            engine = self._synced_engine(each=True)
+            engine.write_global_entries()
+            saved: dict[str, Any] = {
+                "state": pack_state(self.state, self._groups, engine),
+                "param_groups": pack_groups(self.param_groups, self._groups),
             }
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, saved)
@@ -335,43 +355,157 @@ class TransformOptimizer(Tracking):
             replaced = hook(self, data)
             data = data if replaced is None else replaced
         with torch.no_grad():
-            self._load(data)
+            engine = self._synced_engine()
+            saved = unpack(data, self.param_groups, self._groups, self.state, engine)
+            self._load_state(engine, saved.per_name, saved.global_entries)
+            self._groups.load(self.param_groups, saved.groups)
+            for param, entries in saved.notes.items():
+                self.state[param].update(entries)
+            self.state.update(saved.others)
+            self._groups.write_schedules()
+            self._synced_engine()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
+    def _load_state(
+        self,
+        engine: Engine,
+        per_name: Mapping[str, Any],
+        global_entries: Mapping[str, Any],
+    ) -> None:
+        """Load a saved state; parameters without entries in it begin afresh."""
+        entries = engine.load_state(per_name, global_entries)
+        if entries is None:
+            return
+        engine = self._new_engine(entries, global_entries)
+        engine.check()
+        for param, name in self._groups.names.items():
+            own = entries_at(self.state, param, name)
+            for key in engine.entries_like(name).keys() & own.keys():
+                del self.state[param][key]
+        self._install(engine)
 
-_REMOVED = {
-    "layout": "small tensors are always gathered, as layout='auto' did; leave it out",
-    "differentiable": "an optimizer steps in place; for derivatives through a step "
-    "call transform.update and apply_updates(..., differentiable=True)",
-}
-"""Arguments of earlier versions, and what to do instead."""
+    # -- changes from outside --------------------------------------------------------
 
+    @untraced
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, with hyperparameters of their own where given."""
+        if not isinstance(param_group, dict):
+            super().add_param_group(param_group)  # Says what is wrong.
+        is_built = self._engine is not None
+        if is_built:
+            with torch.no_grad():
+                self._synced_engine()
+        count = len(self.param_groups)
+        new = self._groups.new_groups(param_group, self.defaults, self._first_defaults)
+        try:
+            for group, labels, params in new:
+                super().add_param_group(group)
+                for key in OPTIONS:
+                    group.pop(key, None)
+                self._groups.add(group, labels, params)
+            if is_built:
+                self._install(self._new_engine())
+        except Exception:
+            del self.param_groups[count:]
+            self._groups.forget(count)
+            raise
 
-def _check_removed(given: Mapping[str, Any]) -> None:
-    for name in _REMOVED.keys() & given.keys():
-        raise TypeError(
-            f"TransformOptimizer has no argument {name!r}: {_REMOVED[name]}"
+    def _synced_engine(self, *, each: bool = False) -> Engine:
+        """Return the engine after changes from outside to parameters, state and groups.
+
+        Schedulers write into groups, `model.to` moves parameters, trainers put others
+        into a group or replace the state: the values before a step count in it.
+        """
+        engine = self._engine
+        if engine is not None and self._groups.have_other_params(self.param_groups):
+            engine = self._rebuilt_for_groups()
+        elif engine is None or not engine.sync_state(self.state, each=each):
+            engine = self._install(self._new_engine())
+        transforms = self._groups.changed(self.param_groups)
+        if transforms is not None:
+            engine.set_transforms(transforms)
+        engine.write_replaced_state(self.state)
+        return engine
+
+    def _rebuilt_for_groups(self) -> Engine:
+        """Return an engine for parameters that were put into groups by hand."""
+        before = self._groups
+        self._groups = before.reread(self.param_groups)
+        try:
+            return self._install(self._new_engine())
+        except Exception:
+            self._groups = before
+            raise
+
+    def _new_engine(
+        self,
+        state: Mapping[Tensor, Any] | None = None,
+        global_entries: Mapping[str, Any] | None = None,
+    ) -> Engine:
+        """Return an engine that goes on from a state, by default from that of now."""
+        names = self._groups.names
+        start = starting_state(
+            self._transform,
+            names,
+            self.state if state is None else state,
+            before=None if self._engine is None else self._engine.start,
+            global_entries=global_entries,
+        )
+        transforms = self._groups.transforms(self.param_groups)
+        return Engine(
+            self._transform,
+            names,
+            self._groups.group_of,
+            transforms,
+            start,
+            compiles=self._compiles,
         )
 
+    def _install(self, engine: Engine) -> Engine:
+        """Use an engine, and write its state where users and schedulers read it."""
+        self._groups.connect(engine.state, engine.params())
+        self._groups.write_schedules()
+        engine.write_state(self.state)
+        for group in self.param_groups:
+            group.pop(TRANSFORM_STATE, None)
+        if engine.global_entries:
+            self.param_groups[0][TRANSFORM_STATE] = engine.global_entries
+        self._engine = engine
+        return engine
 
-def _no_transform(defaults: Mapping[str, Any]) -> str:
-    """Say what is missing, and where hyperparameters stand."""
-    numbers = ", ".join(f"{key}={value!r}" for key, value in defaults.items())
-    return (
-        "TransformOptimizer needs a transform, in which the hyperparameters stand: "
-        f"write TransformOptimizer(params, functional_optim.adamw({numbers}))"
-    )
+    @untraced
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what pickle and deepcopy keep: no plan, and no memory of others."""
+        with torch.no_grad():
+            self._synced_engine(each=True)
+        return {
+            "defaults": self.defaults,
+            "param_groups": self.param_groups,
+            "state": dict(self.state),
+            "_transform": self._transform,
+            "_compiles": self._compiles,
+            "_step_supports_amp_scaling": self._step_supports_amp_scaling,
+            "_notes": self._notes,
+            "_first_defaults": self._first_defaults,
+            "_names": list(self._groups.names.items()),
+        }
 
-
-def _twice(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """Say that numbers stand in the transform."""
-    first = next(iter(defaults))
-    remedy = "leave it out"
-    if first in own:
-        remedy = (
-            f"hyperparameters stand in the transform: write adamw({first}="
-            f"{defaults[first]!r}) there, or {{'params': ..., {first!r}: ...}} for a "
-            "group"
-        )
-    return f"TransformOptimizer has no argument {first!r}; {remedy}"
+    @untraced
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what pickle kept, or what torch's own code hands over: a part."""
+        state = dict(state)
+        names = state.pop("_names", None)
+        super().__setstate__(state)
+        if names is None:
+            return
+        self._engine, self._warned = None, False
+        self.defaults.pop("differentiable", None)  # torch puts it there.
+        self.defaults["transform"] = text_of(self._transform)
+        self.state = defaultdict(dict, state["state"])
+        groups = ParamGroups(self._transform, self._notes)
+        groups.names = dict(names)
+        self._groups = groups.reread(self.param_groups)
+        with torch.no_grad():
+            saved = self.param_groups[0].get(TRANSFORM_STATE, {})
+            self._install(self._new_engine(global_entries=saved))

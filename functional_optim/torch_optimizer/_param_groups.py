@@ -1,16 +1,18 @@
-"""The groups of an optimizer: what they show, and the transforms that they mean."""
+"""Read, validate and write the hyperparameters in `param_groups`."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import operator
-from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from functional_optim._messages import format_names
 from functional_optim.core._hyperparameters import ScheduleState, evaluate
 from functional_optim.core._traversal import Path, walk
 from functional_optim.core._value_class import same_value
@@ -26,87 +28,378 @@ from functional_optim.torch_optimizer._group_hyperparameters import (
 from functional_optim.torch_optimizer._group_keys import (
     OPTIONS,
     OWN_KEYS,
-    TRANSFORM_STATE,
-    check_inert,
+    ZERO_UNLESS_OWN,
     check_keys,
     check_written,
-    fixed,
-    inert_value,
-    key_of,
-    lacking,
+    fixed_key,
     two_owners,
+    without_effect,
+)
+from functional_optim.torch_optimizer._params import (
+    check_distinct,
+    given_params,
+    materialize_params,
+    named_params,
+    renamed_params,
+    split_by_labels,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
+    from functional_optim.torch_optimizer._params import NamedParams
+
+_same = functools.partial(same_value, tensors="identity")
 
 
-class _Shown(NamedTuple):
-    group: int
+@dataclass
+class _ScheduledKey:
+    """A key of a group with the value of a schedule, in tensors of the group."""
+
     option: Option
-    position: int
-    tensor: Tensor
+    tensors: list[Tensor]
+    versions: list[int]
 
 
-class Scheduled:
-    """Keeps what groups show in step with the schedules of a transform."""
+class GroupRecord:
+    """A group as it was read last: its parameters, keys, values and transform."""
 
-    def __init__(self, transform: Transform) -> None:
-        self._transform = transform
-        self._held = scheduled_places(transform)
+    def __init__(
+        self,
+        transform: Transform,
+        group: Mapping[str, Any],
+        labels: Choices,
+        place: str,
+    ) -> None:
+        self.transform, self.labels, self.place = transform, labels, place
+        self.params = list(group["params"])
+        self.options = options_of(transform, labels)
+        self.flags = structure_of(transform, labels)
+        self.keys = {*self.flags, *[option.key for option in self.options]}
+        self.zero_keys = ZERO_UNLESS_OWN - self.keys
+        self.scheduled = [
+            _ScheduledKey(option, tensors, [t._version for t in tensors])
+            for option in self.options
+            if option.scheduled
+            for tensors in [_tensors(group[option.key])]
+        ]
+        self.betas = group.get("betas")
+        self.values: tuple[Any, ...] | None = None
+        self.num_keys = -1
+
+    def values_in(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return the values of hyperparameters; pairs as tuples, since lists change."""
+        values = [group[option.key] for option in self.options]
+        if list in set(map(type, values)):
+            pairs = zip(self.options, values, strict=True)
+            values = [
+                tuple(value)
+                if type(value) is list and isinstance(option.value, tuple)
+                else value
+                for option, value in pairs
+            ]
+        return tuple(values)
+
+
+class ParamGroups:
+    """The groups of an optimizer: names of parameters, and hyperparameters."""
+
+    def __init__(self, transform: Transform, notes: Collection[str]) -> None:
+        self._transform, self._notes = transform, notes
+        self.names: dict[Tensor, str] = {}
+        self.records: list[GroupRecord] = []
+        self._schedules = scheduled_places(transform)
         self._counts: dict[Path, ScheduleState] = {}
-        self._shown: list[_Shown] = []
-        self._versions: list[int] = []
 
-    def first_value(self, option: Option) -> Any:
-        """Return what a schedule gives before the first step."""
+    def defaults(self, labels: Iterable[Choices]) -> dict[str, Any]:
+        """Return what every group has, for parameters with these labels."""
+        found: dict[str, Any] = {}
+        for some in labels:
+            for key, value in self._initial_values(some).items():
+                found.setdefault(key, value)
+        return found
+
+    def _initial_values(self, labels: Choices) -> dict[str, Any]:
+        """Return what a group has before the first step; tensors are the user's own."""
         zero = ScheduleState(torch.zeros((), dtype=torch.float64))
-        now, _ = evaluate(self._held[option.paths[0]], zero, {})
-        return group_value(getattr(now, option.field))
-
-    def add(self, index: int, group: Mapping[str, Any], options: list[Option]) -> None:
-        """Watch what one more group shows."""
-        for option in options:
+        values = {}
+        for option in options_of(self._transform, labels):
+            values[option.key] = option.value
             if option.scheduled:
-                for position, part in enumerate(_tensors(group[option.key])):
-                    self._shown.append(_Shown(index, option, position, part))
-                    self._versions.append(part._version)
+                now, _ = evaluate(self._schedules[option.paths[0]], zero, {})
+                values[option.key] = group_value(getattr(now, option.field))
+        return {**values, **structure_of(self._transform, labels)}
+
+    def new_groups(
+        self,
+        group: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        first_defaults: Mapping[str, Any],
+    ) -> list[tuple[dict[str, Any], Choices, NamedParams]]:
+        """Return the groups that a new one is split into, with their labels and names.
+
+        What was written into the defaults counts for new groups, as with torch.
+        """
+        group = materialize_params(group)
+        members = given_params(group)
+        params = named_params(members, self.names.values())
+        check_distinct([params], self.names)
+        split = split_by_labels(self._transform, params)
+        given = {k: v for k, v in group.items() if k not in {"params", "param_names"}}
+        initial = {labels: self._initial_values(labels) for labels in split}
+        meant = {
+            key: value
+            for key, value in given.items()
+            if key not in defaults or not _same(value, defaults[key])
+        }
+        own = {key for values in initial.values() for key in values}
+        check_keys(meant, own, self._notes, self._next_place(), new=True)
+        written = {
+            key: value
+            for key, value in defaults.items()
+            if not _same(value, first_defaults.get(key, value))
+        }
+        is_named = any(name is not None for name, _ in members)
+        found = []
+        for labels, values in initial.items():
+            self._set_values(values, labels, {**written, **given})
+            for key in defaults.keys() - OWN_KEYS - OPTIONS - given.keys():
+                if key not in values:
+                    values[key] = without_effect(key, defaults[key])
+            some = split[labels]
+            new = {**given, **values, "params": some}
+            if not is_named:
+                new["params"] = [param for _, param in some]
+            if not some and "param_names" in group:
+                new["param_names"] = []  # No pair says that it has names.
+            found.append((new, labels, some))
+        return found
+
+    def _set_values(
+        self, values: dict[str, Any], labels: Choices, given: Mapping[str, Any]
+    ) -> None:
+        """Set the values that are given for a new group, after validating them."""
+        changed = [o for o in options_of(self._transform, labels) if o.key in given]
+        for option in changed:
+            if option.scheduled:
+                raise ValueError(two_owners(option.key))
+            values[option.key] = given[option.key]
+        with_values(self._transform, _changes((o, values[o.key]) for o in changed))
+        for key, value in structure_of(self._transform, labels).items():
+            if given.get(key, value) != value:
+                raise ValueError(fixed_key(key, value))
+
+    def _next_place(self) -> str:
+        return f"param_groups[{len(self.records)}]"
+
+    def add(
+        self, group: Mapping[str, Any], labels: Choices, params: NamedParams
+    ) -> None:
+        """Record one more group."""
+        record = GroupRecord(self._transform, group, labels, self._next_place())
+        self.records.append(record)
+        self.names.update({param: name for name, param in params})
+
+    @property
+    def group_of(self) -> dict[str, int]:
+        """The index of the group of each parameter, by name."""
+        return {
+            self.names[param]: index
+            for index, record in enumerate(self.records)
+            for param in record.params
+        }
 
     def forget(self, count: int) -> None:
-        """Watch no groups after the first ones."""
-        pairs = zip(self._shown, self._versions, strict=True)
-        kept = [(shown, version) for shown, version in pairs if shown.group < count]
-        self._shown = [shown for shown, _ in kept]
-        self._versions = [version for _, version in kept]
+        """Forget the groups after the first ones, and the names of their parameters."""
+        for record in self.records[count:]:
+            for param in record.params:
+                del self.names[param]
+        del self.records[count:]
+
+    def have_other_params(self, groups: list[dict[str, Any]]) -> bool:
+        """Whether groups have other parameters than when they were recorded."""
+        if len(groups) != len(self.records):
+            return True
+        for group, record in zip(groups, self.records, strict=True):
+            params, known = group["params"], record.params
+            if len(params) != len(known) or not all(map(operator.is_, params, known)):
+                return True
+        return False
+
+    def reread(self, groups: list[dict[str, Any]]) -> ParamGroups:
+        """Return the records of groups whose parameters were changed by hand."""
+        found = ParamGroups(self._transform, self._notes)
+        everyone: list[NamedParams] = []
+        here = {param for group in groups for param in group["params"]}
+        known = {param: n for param, n in self.names.items() if param in here}
+        for index, group in enumerate(groups):
+            place, count = f"param_groups[{index}]", sum(map(len, everyone))
+            params = renamed_params(group, place, known, count)
+            everyone.append(params)
+            known.update({param: name for name, param in params})
+            labels, *others = split_by_labels(self._transform, params)
+            if others:
+                raise ValueError(
+                    f"{place} has parameters of {1 + len(others)} labels; add new ones "
+                    "with add_param_group, which gives each label a group of its own"
+                )
+            found.add(group, labels, params)
+        check_distinct(everyone)
+        return found
+
+    # -- schedules -------------------------------------------------------------------
 
     def connect(self, state: Any, params: TensorMap) -> None:
-        """Find the counts that the schedules are evaluated at."""
+        """Find the counts in a state at which schedules are evaluated."""
         self._counts = {}
         for stage in walk(self._transform, state, params):
             own = getattr(stage.state, "schedule", stage.state)
-            if stage.path in self._held and isinstance(own, ScheduleState):
+            if stage.path in self._schedules and isinstance(own, ScheduleState):
                 self._counts[stage.path] = own
 
-    def show(self) -> None:
-        """Write the values of the next step into the groups."""
+    def write_schedules(self) -> None:
+        """Write the values that schedules have at the next step into the groups."""
         now = {
-            path: evaluate(self._held[path], count, {})[0]
+            path: evaluate(self._schedules[path], count, {})[0]
             for path, count in self._counts.items()
         }
-        for shown in self._shown:
-            value = getattr(now[shown.option.paths[0]], shown.option.field)
-            shown.tensor.copy_(_tensors(value)[shown.position])
-        self._versions = [shown.tensor._version for shown in self._shown]
+        for record in self.records:
+            for each in record.scheduled:
+                value = getattr(now[each.option.paths[0]], each.option.field)
+                for tensor, number in zip(each.tensors, _tensors(value), strict=True):
+                    tensor.copy_(number)
+                each.versions = [tensor._version for tensor in each.tensors]
 
-    def check(self, groups: list[dict[str, Any]]) -> None:
-        """Refuse that somebody else has written what a schedule decides."""
-        for shown, version in zip(self._shown, self._versions, strict=True):
-            group, key = groups[shown.group], shown.option.key
-            here = _tensors(group[key])
-            own = len(here) > shown.position and here[shown.position] is shown.tensor
-            if not own or shown.tensor._version != version or f"initial_{key}" in group:
-                raise ValueError(two_owners(key))
+    # -- values ----------------------------------------------------------------------
+
+    def transforms(self, groups: list[dict[str, Any]]) -> list[Transform]:
+        """Return the transform of each group; groups that agree share one object."""
+        self.changed(groups)
+        return [record.transform for record in self.records]
+
+    def changed(self, groups: list[dict[str, Any]]) -> list[Transform] | None:
+        """Return the transform of each group if a value has changed, else None."""
+        values = list(map(self._read, self.records, groups))
+        before = [record.values for record in self.records]
+        if all(map(_are_same, values, before)):
+            return None
+        known: dict[Any, Transform] = {}
+        transforms = []
+        for record, own in zip(self.records, values, strict=True):
+            key = record.labels, tuple(map(_key_of, own))
+            if key not in known:
+                known[key] = self._with_values(record, own)
+            transforms.append(known[key])
+        # At once: after an error the next step finds the same changes.
+        for record, own, new in zip(self.records, values, transforms, strict=True):
+            record.values, record.transform = own, new
+        return transforms
+
+    def _read(self, record: GroupRecord, group: dict[str, Any]) -> tuple[Any, ...]:
+        """Validate a group, and return the values of its hyperparameters."""
+        if len(group) != record.num_keys:
+            again = self._check_keys(record, group)
+            record.num_keys = -1 if again else len(group)
+        _check_zeros(record, group)
+        try:
+            if "betas" not in record.keys and group.get("betas") is not record.betas:
+                # torch's OneCycleLR and CyclicLR cycle betas or momentum in all groups.
+                before, record.betas = record.betas, group["betas"]
+                if "momentum" in record.keys and not _same(before, record.betas):
+                    group["momentum"] = group["betas"][0]
+            for key, value in record.flags.items():
+                if group[key] is not value:
+                    raise ValueError(fixed_key(key, value))
+            for each in record.scheduled:
+                _check_unwritten(each, group)
+            return record.values_in(group)
+        except KeyError as error:
+            raise ValueError(
+                f"{record.place} lacks {format_names(error.args)}; every group must "
+                "have a value for what its transform has one for"
+            ) from None
+
+    def _check_keys(self, record: GroupRecord, group: Mapping[str, Any]) -> bool:
+        elsewhere = {*self._notes, *[key for one in self.records for key in one.keys]}
+        return check_keys(group, record.keys, elsewhere, record.place)
+
+    def _with_values(self, record: GroupRecord, values: tuple[Any, ...]) -> Transform:
+        """Return the transform with the values of a group, after validating them."""
+        changed = [
+            (option, value)
+            for option, value in zip(record.options, values, strict=True)
+            if not (option.scheduled or _same(value, option.value))
+        ]
+        for option, value in changed:
+            check_written(option, value, record.place)
+        try:
+            return with_values(self._transform, _changes(changed))
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{record.place}: {error}") from None
+
+    # -- state dicts -----------------------------------------------------------------
+
+    def check_saved(self, saved: list[dict[str, Any]]) -> None:
+        """Refuse groups of a state dict that the next step could not go on from."""
+        for record, theirs in zip(self.records, saved, strict=True):
+            scheduled = {o.key: o.value for o in record.options if o.scheduled}
+            missing = sorted(record.keys - scheduled.keys() - theirs.keys())
+            if missing:
+                raise ValueError(
+                    f"{record.place} lacks {format_names(missing)} in the state dict; "
+                    "it is of another transform. For one of torch.optim use "
+                    "from_torch_state_dict"
+                )
+            for key, value in record.flags.items():
+                if theirs[key] != value:
+                    raise ValueError(
+                        f"{record.place} has {key}={theirs[key]} in the state dict, "
+                        f"{value} here; build the optimizer with the transform that it "
+                        "was saved with"
+                    )
+            self._with_values(record, record.values_in({**theirs, **scheduled}))
+            try:
+                self._check_keys(record, theirs)
+                _check_zeros(record, theirs)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. It stands in the state dict: build the optimizer with "
+                    "the transform that it was saved with"
+                ) from None
+
+    def load(self, groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+        """Copy saved values into the groups; names only where a group has none."""
+        for record, group, theirs in zip(self.records, groups, saved, strict=True):
+            kept = OWN_KEYS - ({"param_names"} - group.keys())
+            kept |= record.flags.keys() | {each.option.key for each in record.scheduled}
+            new = {key: value for key, value in theirs.items() if key not in kept}
+            group.update(copy.deepcopy(new))
+            record.betas = group.get("betas")  # No scheduler wrote them.
+
+
+def _are_same(now: tuple[Any, ...], before: tuple[Any, ...] | None) -> bool:
+    """Whether values are the same; most are the very objects of the step before."""
+    if before is None or len(now) != len(before):
+        return False
+    return all(map(operator.is_, now, before)) or all(map(_same, now, before))
+
+
+def _changes(values: Iterable[tuple[Option, Any]]) -> dict[Path, dict[str, Any]]:
+    """Return values of keys by path and field, as `with_values` takes them."""
+    found: dict[Path, dict[str, Any]] = {}
+    for option, value in values:
+        for path in option.paths:
+            found.setdefault(path, {})[option.field] = value
+    return found
+
+
+def _key_of(value: Any) -> Any:
+    """Return a hashable key for a value: numbers by value, all else by identity."""
+    if isinstance(value, tuple):
+        return tuple(map(_key_of, value))
+    return value if isinstance(value, (int, float)) else ("object", id(value))
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -114,278 +407,25 @@ def _tensors(value: Any) -> list[Tensor]:
     return [part for part in parts if isinstance(part, Tensor)]
 
 
-class Groups:
-    """What the groups of an optimizer show, and what was written into them."""
-
-    def __init__(self, transform: Transform, notes: Collection[str]) -> None:
-        self._transform, self._notes = transform, notes
-        self._options: list[list[Option]] = []
-        self._structure: list[dict[str, bool]] = []
-        self._choices: list[Choices] = []
-        self._seen: list[tuple[Any, ...]] = []
-        self._sizes: list[int] = []
-        self._own: list[set[str]] = []
-        self._params: list[list[Tensor]] = []
-        self._scheduled = Scheduled(transform)
-        self._cycled: list[Any] = []
-        self._known: list[Transform] = []
-
-    def defaults(self, choices: Sequence[Choices]) -> dict[str, Any]:
-        """Return what every group has, for parameters with these labels."""
-        found: dict[str, Any] = {}
-        for labels in choices or [()]:
-            for option in options_of(self._transform, labels):
-                if option.key not in found:
-                    found[option.key] = self._first_value(option)
-            for key, value in structure_of(self._transform, labels).items():
-                found.setdefault(key, value)
-        return found
-
-    def _first_value(self, option: Option) -> Any:
-        """Return an option as a group shows it before the first step.
-
-        A tensor is the user's own, in every group, as with torch.
-        """
-        if option.scheduled:
-            return self._scheduled.first_value(option)
-        return option.value
-
-    def values_of_new(
-        self,
-        choices: list[Choices],
-        given: Mapping[str, Any],
-        defaults: Mapping[str, Any],
-        written: Mapping[str, Any],
-        place: str,
-    ) -> list[dict[str, Any]]:
-        """Return the values of new groups, those that the user gave included."""
-        own = {option.key for c in choices for option in options_of(self._transform, c)}
-        own |= {key for c in choices for key in structure_of(self._transform, c)}
-        meant = {
-            key: value
-            for key, value in given.items()
-            if key not in defaults or not _same(value, defaults[key])
-        }
-        check_keys(meant, own, self._notes, place, new=True)
-        return [
-            self._own_values(labels, given, defaults, written) for labels in choices
-        ]
-
-    def _own_values(
-        self,
-        choices: Choices,
-        given: Mapping[str, Any],
-        defaults: Mapping[str, Any],
-        written: Mapping[str, Any],
-    ) -> dict[str, Any]:
-        """Return the values of a new group, those that the user gave included."""
-        values: dict[str, Any] = {}
-        changes: dict[Path, dict[str, Any]] = {}
-        chosen = {**written, **given}
-        for option in options_of(self._transform, choices):
-            if option.key not in chosen:
-                values[option.key] = self._first_value(option)
-                continue
-            if option.scheduled:
-                raise ValueError(two_owners(option.key))
-            values[option.key] = chosen[option.key]
-            for path in option.paths:
-                changes.setdefault(path, {})[option.field] = chosen[option.key]
-        with_values(self._transform, changes)  # Checks them.
-        for key, value in structure_of(self._transform, choices).items():
-            if chosen.get(key, value) != value:
-                raise ValueError(fixed(key, value))
-            values[key] = value
-        inert = defaults.keys() - values.keys() - OWN_KEYS - OPTIONS - given.keys()
-        shown = {key: group_value(inert_value(key, defaults[key])) for key in inert}
-        return {**values, **shown}
-
-    def add(self, group: dict[str, Any], choices: Choices) -> None:
-        """Watch one more group."""
-        index = len(self._options)
-        options = options_of(self._transform, choices)
-        self._choices.append(choices)
-        self._options.append(options)
-        self._structure.append(structure_of(self._transform, choices))
-        self._own.append({option.key for option in options} | {*self._structure[-1]})
-        self._seen.append((None,))  # Unlike any values, also unlike none.
-        self._sizes.append(-1)
-        self._params.append(list(group["params"]))
-        self._cycled.append(group.get("betas"))
-        self._scheduled.add(index, group, options)
-
-    def forget(self, count: int) -> None:
-        """Watch no groups after the first ones."""
-        for own in (
-            self._options,
-            self._structure,
-            self._choices,
-            self._seen,
-            self._sizes,
-            self._own,
-            self._params,
-            self._cycled,
-            self._known,
-        ):
-            del own[count:]
-        self._scheduled.forget(count)
-
-    def have_moved(self, groups: list[dict[str, Any]]) -> bool:
-        """Whether groups have other parameters than when they were added."""
-        return len(groups) != len(self._params) or not all(
-            len(group["params"]) == len(known)
-            and all(map(operator.is_, group["params"], known))
-            for group, known in zip(groups, self._params, strict=True)
-        )
-
-    def connect(self, state: Any, params: TensorMap) -> None:
-        """Find the counts of the schedules in a state; see `Scheduled`."""
-        self._scheduled.connect(state, params)
-
-    def show_schedules(self) -> None:
-        """Write the values that schedules have at the next step into the groups."""
-        self._scheduled.show()
-
-    def changed(self, groups: list[dict[str, Any]]) -> list[Transform] | None:
-        """Return the transform of each group if somebody wrote into one, else None.
-
-        Groups that agree share one object.
-        """
-        seen = []
-        for index, (group, options) in enumerate(
-            zip(groups, self._options, strict=True)
-        ):
-            own, place = self._own[index], f"param_groups[{index}]"
-            if len(group) != self._sizes[index]:
-                again = self._check_keys(index, group)
-                self._sizes[index] = -1 if again else len(group)
-            check_inert(group, own, place)
-            if "betas" not in own and group.get("betas") is not self._cycled[index]:
-                self._follow_cycle(index, group)
-            try:
-                for key, value in self._structure[index].items():
-                    if group[key] is not value:
-                        raise ValueError(fixed(key, value))
-                seen.append(tuple([_value(option, group) for option in options]))
-            except KeyError as error:
-                raise ValueError(lacking(place, error.args)) from None
-        self._scheduled.check(groups)
-        # Most steps find the very objects of the step before.
-        if all(map(_all_same, seen, self._seen)):
-            return None
-        transforms = self._built(seen)
-        self._seen, self._known = seen, transforms
-        return transforms
-
-    def _check_keys(self, index: int, group: Mapping[str, Any]) -> bool:
-        """Refuse keys of a group that mean nothing; see `check_keys`."""
-        elsewhere = {*self._notes, *set().union(*self._own)}
-        place = f"param_groups[{index}]"
-        return check_keys(group, self._own[index], elsewhere, place, new=False)
-
-    def _follow_cycle(self, index: int, group: dict[str, Any]) -> None:
-        """Copy the first beta that a scheduler cycled to momentum.
-
-        torch's OneCycleLR and CyclicLR write either of the two into all groups.
-        """
-        before, self._cycled[index] = self._cycled[index], group["betas"]
-        if "momentum" in self._own[index] and not _same(before, group["betas"]):
-            group["momentum"] = group["betas"][0]
-
-    def settle(self, groups: list[dict[str, Any]]) -> None:
-        """Record the loaded betas, which no scheduler wrote."""
-        self._cycled = [group.get("betas") for group in groups]
-
-    def transforms(self, groups: list[dict[str, Any]]) -> list[Transform]:
-        """Return the transform of each group, as `changed` does, in any case."""
-        changed = self.changed(groups)
-        return self._known if changed is None else changed
-
-    def _built(self, seen: list[tuple[Any, ...]]) -> list[Transform]:
-        known: dict[Any, Transform] = {}
-        found = []
-        for index, values in enumerate(seen):
-            key = self._choices[index], tuple(map(key_of, values))
-            if key not in known:
-                known[key] = self._with_values(index, values)
-            found.append(known[key])
-        return found
-
-    def _with_values(self, index: int, values: tuple[Any, ...]) -> Transform:
-        changes: dict[Path, dict[str, Any]] = {}
-        place = f"param_groups[{index}]"
-        for option, value in zip(self._options[index], values, strict=True):
-            if option.scheduled or _same(value, option.value):
-                continue
-            check_written(option, value, place)
-            for path in option.paths:
-                changes.setdefault(path, {})[option.field] = value
-        try:
-            return with_values(self._transform, changes)
-        except (ValueError, TypeError) as error:
-            raise type(error)(f"{place}: {error}") from None
-
-    @property
-    def choices(self) -> list[Choices]:
-        """The labels of the parameters of each group."""
-        return self._choices
-
-    @property
-    def keys(self) -> list[list[str]]:
-        """The keys of each group that a checkpoint sets."""
-        return [
-            [option.key for option in options if not option.scheduled]
-            for options in self._options
-        ]
-
-    def owned(self, index: int, group: Mapping[str, Any]) -> dict[str, Any]:
-        """Return copies of what a step writes into a group."""
-        shown = [option.key for option in self._options[index] if option.scheduled]
-        found = {key: group_value(group[key]) for key in shown if key in group}
-        if TRANSFORM_STATE in group:
-            found[TRANSFORM_STATE] = copy.deepcopy(group[TRANSFORM_STATE])
-        return found
-
-    def fixed_keys(self, index: int) -> set[str]:
-        """Return the keys of a group that only the transform decides."""
-        keys = {option.key for option in self._options[index] if option.scheduled}
-        return keys | set(self._structure[index])
-
-    @property
-    def structure(self) -> list[dict[str, bool]]:
-        """The structural options of each group."""
-        return self._structure
-
-    def check_saved(self, index: int, saved: Mapping[str, Any]) -> None:
-        """Refuse a group of a checkpoint that the next step could not follow."""
-        self._with_values(
-            index,
-            tuple(
-                option.value if option.scheduled else _value(option, saved)
-                for option in self._options[index]
-            ),
-        )
-        try:
-            self._check_keys(index, saved)
-            check_inert(saved, self._own[index], f"param_groups[{index}]")
-        except ValueError as error:
+def _check_zeros(record: GroupRecord, group: Mapping[str, Any]) -> None:
+    """Refuse a decay and the like in a group where no transform has it."""
+    for key in record.zero_keys:
+        value = group.get(key, 0)
+        if not isinstance(value, (int, float)) or value != 0:
             raise ValueError(
-                f"{error}. It stands in the state dict: build the optimizer with the "
-                "transform that it was saved with"
-            ) from None
+                f"{record.place} has {key}={value!r}, which no transform of its "
+                "parameters has; write it into the groups where it means something"
+            )
 
 
-def _value(option: Option, group: Mapping[str, Any]) -> Any:
-    """Return the value of an option; a list for a pair may be written into later."""
-    value = group[option.key]
-    pair = type(value) is list and isinstance(option.value, tuple)
-    return tuple(value) if pair else value
-
-
-def _all_same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    if len(now) != len(before):
-        return False
-    return all(map(operator.is_, now, before)) or all(map(_same, now, before))
-
-
-_same = functools.partial(same_value, tensors="identity")
+def _check_unwritten(each: _ScheduledKey, group: Mapping[str, Any]) -> None:
+    """Refuse values of a schedule that something else has written, too."""
+    key = each.option.key
+    found = _tensors(group[key])
+    if (
+        f"initial_{key}" in group
+        or len(found) != len(each.tensors)
+        or not all(map(operator.is_, found, each.tensors))
+        or [tensor._version for tensor in found] != each.versions
+    ):
+        raise ValueError(two_owners(key))

@@ -1,48 +1,50 @@
-"""The state of a transform as `torch.optim` keeps it: a flat dict for each parameter.
-
-What belongs to one parameter stands under its key, with torch's names where torch has
-them; what belongs to the transform as a whole is plain data beside.
-"""
+"""The state of a transform in `optimizer.state`: a flat dict for each parameter."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from functional_optim._messages import format_names
-from functional_optim.core._transform import Static
-from functional_optim.torch_optimizer._params import bare
+from functional_optim.core._state_dict import as_tuples, check_like, check_same_keys
+from functional_optim.core._transform import Scope, Static
+from functional_optim.execution._state_tree import fields_of, mapped, nodes_of, rebuilt
+from functional_optim.torch_optimizer._params import check_memory, strip_wrapper_prefix
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Set
+
+    from functional_optim.algebra._tensor_map import TensorMap
+    from functional_optim.core._transform import Transform
     from functional_optim.execution._state_tree import Field, Node
 
-_TORCH = {
+_TORCH_KEYS = {
     "ScaleByAdam": {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
     "Trace": {"momentum_buffer"},
 }
 
 
-def keys_of(nodes: list[Node], fields: list[Field]) -> list[str]:
+def _keys_of(nodes: list[Node], fields: list[Field]) -> list[str]:
     """Return the key of every node, different for all that a parameter may have."""
     keys = []
-    for field in fields:
+    by_key: dict[str, list[int]] = {}
+    for index, field in enumerate(fields):
+        is_torch = field.name in _TORCH_KEYS.get(field.owner, ())
         full = ".".join(filter(None, [field.owner, field.name]))
-        known = field.name in _TORCH.get(field.owner, ())
-        keys.append(field.name if known else full)
-    groups: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        groups.setdefault(key, []).append(index)
-    for key, indices in groups.items():
-        if not _collide([nodes[i] for i in indices]):
-            continue
-        for count, index in enumerate(indices):
-            field = fields[index]
-            keys[index] = f"{count}.{field.owner}.{field.name or key}"
+        keys.append(field.name if is_torch else full)
+        by_key.setdefault(keys[-1], []).append(index)
+    for key, indices in by_key.items():
+        if _collide([nodes[i] for i in indices]):
+            for count, index in enumerate(indices):
+                field = fields[index]
+                keys[index] = f"{count}.{field.owner}.{field.name or key}"
     return keys
 
 
@@ -62,122 +64,270 @@ def entries_of(nodes: list[Node], keys: list[str], name: str) -> dict[str, Tenso
     }
 
 
-def rest_of(nodes: list[Node], keys: list[str]) -> dict[str, Any]:
-    """Return what belongs to the transform as a whole; tensors are not copied."""
-    plain: dict[str, Any] = {}
+def global_entries_of(nodes: list[Node], keys: list[str]) -> dict[str, Any]:
+    """Return the state of the transform as a whole; the tensors are not copied."""
+    entries: dict[str, Any] = {}
     for node, key in zip(nodes, keys, strict=True):
         if isinstance(node, Static):
-            plain[key] = _written(node.value)
+            # As text: torch.distributed takes no lists that grow.
+            is_tuple = isinstance(node.value, tuple)
+            entries[key] = json.dumps(node.value) if is_tuple else node.value
         elif isinstance(node, Tensor):
-            plain[key] = node.detach()
-    return plain
+            entries[key] = node.detach()
+    return entries
 
 
-def _written(value: Any) -> Any:
-    """Return a value for a checkpoint: torch.distributed wants no lists that grow."""
-    return json.dumps(value) if isinstance(value, tuple) else value
+# -- loading -----------------------------------------------------------------------
 
 
-def _read(value: Any, like: Any) -> Any:
-    """Return the value that was written, as far as it can be read."""
-    if not (isinstance(like, tuple) and isinstance(value, str)):
-        return value
-    try:
-        return _tuples(json.loads(value))
-    except json.JSONDecodeError:
-        return value
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(_tuples(part) for part in value)
-    return value
-
-
-def loaded_nodes(
+def load_nodes(
     nodes: list[Node],
     keys: list[str],
     per_name: Mapping[str, Mapping[str, Any]],
-    rest: Mapping[str, Any],
+    saved: Mapping[str, Any],
     names: Iterable[str],
 ) -> list[Node]:
-    """Return nodes with the numbers of a checkpoint; nothing is changed."""
-    for name, saved in per_name.items():
-        _check_keys(f"state of {name!r}", saved, entries_of(nodes, keys, name))
+    """Return nodes with the values of a state dict, after validating all of them."""
+    for name, entries in per_name.items():
+        own = entries_of(nodes, keys, name)
+        check_same_keys(own, entries, f"state of {name!r}")
+        for key, like in own.items():
+            check_like(like, entries[key], f"{key} of {name!r}")
     return [
-        {
-            name: _fitting(f"{key} of {name!r}", per_name[name][key], entry)
-            for name, entry in node.items()
-        }
+        {name: _widened(per_name[name][key], like) for name, like in node.items()}
         if isinstance(node, dict)
         else node
-        for node, key in zip(loaded_rest(nodes, keys, rest, names), keys, strict=True)
+        for node, key in zip(
+            load_global_nodes(nodes, keys, saved, names), keys, strict=True
+        )
     ]
 
 
-def loaded_rest(
-    nodes: list[Node], keys: list[str], rest: Mapping[str, Any], names: Iterable[str]
+def load_global_nodes(
+    nodes: list[Node], keys: list[str], saved: Mapping[str, Any], names: Iterable[str]
 ) -> list[Node]:
-    """Return nodes with what a checkpoint has of the transform as a whole."""
-    _check_keys("transform_state", rest, rest_of(nodes, keys))
+    """Return nodes with the values of a state dict for the transform as a whole."""
+    check_same_keys(global_entries_of(nodes, keys), saved, "transform_state")
     loaded: list[Node] = []
     for node, key in zip(nodes, keys, strict=True):
+        place = f"transform_state[{key!r}]"
         if isinstance(node, Static):
-            loaded.append(_fitting_static(key, rest[key], node, names))
+            value = _loaded_value(node.value, saved[key], place, names)
+            loaded.append(Static(value))
         elif isinstance(node, Tensor):
-            found = _fitting(f"transform_state[{key!r}]", rest[key], node)
-            loaded.append(found.to(node))
+            check_like(node, saved[key], place)
+            loaded.append(saved[key].detach().to(node))
         else:
             loaded.append(node)
     return loaded
 
 
-def _fitting_static(
-    key: str, value: Any, like: Static[Any], names: Iterable[str]
-) -> Static[Any]:
-    value = _read(value, like.value)
-    if type(value) is not type(like.value):
+def _loaded_value(like: Any, value: Any, place: str, names: Iterable[str]) -> Any:
+    """Return the saved value of a `Static`, in which names are those of parameters."""
+    if isinstance(like, tuple) and isinstance(value, str):
+        with contextlib.suppress(json.JSONDecodeError):
+            value = as_tuples(json.loads(value))
+    if type(value) is not type(like):
         raise ValueError(
-            f"transform_state[{key!r}] must be a {type(like.value).__name__}, got "
-            f"{value!r}; the checkpoint is damaged"
+            f"{place} must be a {type(like).__name__}, got {value!r}; the checkpoint "
+            "is damaged"
         )
     if not isinstance(value, tuple):
-        return Static(value)
+        return value
     # Strings are names of parameters, unless those here are others: a user's words.
-    own = {bare(name): name for name in names}
-    if any(isinstance(t, str) and bare(t) not in own for t in like.value):
-        return Static(value)
-    told = [own.get(bare(t)) if isinstance(t, str) else t for t in value]
-    if None in told:
+    own = {strip_wrapper_prefix(name): name for name in names}
+    if any(isinstance(n, str) and strip_wrapper_prefix(n) not in own for n in like):
+        return value
+    known = tuple(
+        own.get(strip_wrapper_prefix(part)) if isinstance(part, str) else part
+        for part in value
+    )
+    if None in known:
         raise ValueError(
-            f"transform_state[{key!r}] must be names of parameters, got {value!r}; the "
-            "checkpoint is of another model"
+            f"{place} must be names of parameters, got {value!r}; the checkpoint is of "
+            "another model"
         )
-    return Static(tuple(told))
+    return known
 
 
-def _check_keys(place: str, saved: Any, own: Mapping[str, Any]) -> None:
-    if not isinstance(saved, Mapping):
-        raise ValueError(f"{place} must be a dict, got {type(saved).__name__}")
-    if saved.keys() != own.keys():
-        raise ValueError(
-            f"{place} has {format_names(saved)} in the checkpoint and "
-            f"{format_names(own)} here; the checkpoint is of another transform"
-        )
+def _widened(value: Tensor, like: Tensor, device: torch.device | None = None) -> Tensor:
+    """Return a stored tensor, with no fewer bits than it had and a fresh one has."""
+    dtype = torch.promote_types(value.dtype, like.dtype)
+    own = value.detach() if value.requires_grad else value
+    return own.to(device or value.device, dtype)
 
 
-def _fitting(place: str, value: Any, like: Tensor) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise ValueError(f"{place} must be a tensor, got {value!r}")
-    if value.shape != like.shape:
-        raise ValueError(
-            f"{place} has shape {tuple(value.shape)} in the checkpoint, "
-            f"{tuple(like.shape)} here; the checkpoint is of another model or transform"
+# -- building ----------------------------------------------------------------------
+
+
+class StateTemplate:
+    """The keys, shapes and dtypes of the state of all parameters, without memory."""
+
+    def __init__(self, transform: Transform, state: Any, params: TensorMap) -> None:
+        self.keys = _keys_of(nodes_of(state), fields_of(transform, state, params))
+        self.state = mapped(
+            state, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")
         )
-    if value.is_floating_point() != like.is_floating_point():
-        raise ValueError(
-            f"{place} has dtype {value.dtype} in the checkpoint, {like.dtype} here; "
-            "the checkpoint is of another transform"
+        self.nodes = nodes_of(self.state)
+        self.shapes = {name: param.shape for name, param in params.items()}
+
+    def entries(self, name: str) -> dict[str, Tensor]:
+        """Return the entries of one parameter, on the meta device."""
+        return entries_of(self.nodes, self.keys, name)
+
+
+class StartingState(NamedTuple):
+    """A state to go on from, over the parameters that have one."""
+
+    state: Any
+    names: list[str]
+    template: StateTemplate
+
+
+def starting_state(
+    transform: Transform,
+    names: Mapping[Tensor, str],
+    state: Mapping[Tensor, Any],
+    *,
+    before: StartingState | None = None,
+    global_entries: Mapping[str, Any] | None = None,
+) -> StartingState:
+    """Return a state with the entries of `optimizer.state`, fresh where it has none."""
+    params = {name: param.detach() for param, name in names.items()}
+    check_memory(params)
+    entries = {name: entries_at(state, param, name) for param, name in names.items()}
+    frozen = {n for p, n in names.items() if not p.requires_grad and p.grad is None}
+    fresh: Any = None
+    ready: set[str] = set()
+    shapes = {name: param.shape for name, param in params.items()}
+    if before is not None and before.template.shapes == shapes:
+        template = before.template
+    else:
+        ready = {n for n in params if n not in frozen and not entries[n]}
+        fresh = fresh_state(transform, params, ready)
+        template = StateTemplate(transform, fresh, params)
+    wanted = {name: template.entries(name) for name in params}
+    kept = {n for n in params if not wanted[n].keys().isdisjoint(entries[n])}
+    for name in kept:
+        check_entries(name, entries[name], wanted[name])
+    served = [name for name in params if name in kept or name not in frozen]
+    new = {name for name in served if wanted[name]} - kept
+    if not new <= ready:
+        fresh = fresh_state(transform, params, new)
+    if fresh is None:
+        fresh = template.state  # Nothing of it is needed.
+    nodes: list[Node] = [
+        {
+            name: _widened(entries[name][key], like[name], params[name].device)
+            if name in kept
+            else own[name]
+            for name in served
+            if name in like
+        }
+        if isinstance(like, dict) and isinstance(own, dict)
+        else own
+        for key, like, own in zip(
+            template.keys, template.nodes, nodes_of(fresh), strict=True
         )
-    # No bit is lost: float32 moments of what are bfloat16 parameters now stay.
-    return value.detach().to(torch.promote_types(value.dtype, like.dtype))
+    ]
+    if before is not None:
+        gone = new | {*before.names} - {*served}
+        nodes = _with_globals(nodes, nodes_of(before.state), gone, params)
+    if global_entries is not None:
+        nodes = load_global_nodes(nodes, template.keys, global_entries, params)
+    return StartingState(rebuilt(template.state, iter(nodes)), served, template)
+
+
+def _with_globals(
+    nodes: list[Node], before: list[Node], gone: Set[str], params: TensorMap
+) -> list[Node]:
+    """Return nodes with the former state of the transform as a whole."""
+    result: list[Node] = []
+    for node, old in zip(nodes, before, strict=True):
+        if isinstance(old, Static) and isinstance(old.value, tuple):
+            result.append(Static(tuple(n for n in old.value if n not in gone)))
+        elif isinstance(old, Tensor):
+            result.append(old.to(next(iter(params.values()), old).device))
+        else:
+            result.append(old if isinstance(old, Static) else node)
+    return result
+
+
+def fresh_state(transform: Transform, params: TensorMap, names: Collection[str]) -> Any:
+    """Return a fresh state over all parameters; only that of some names has memory."""
+    others = params.keys() - set(names)
+    if others and transform.scope is not Scope.GLOBAL:
+        # init sees all parameters, or a mask of frozen ones alone would match nothing;
+        # these are fake, because their state may be as large as the model.
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        try:
+            fakes = {n: mode.from_tensor(p) for n, p in params.items() if n in others}
+            state = transform.init({**params, **fakes})
+        except Exception:  # A user's transform may read values here.
+            return _initial_state(transform, params)
+        if _has_memory(state, others):
+            return state
+    return _initial_state(transform, params)
+
+
+def _has_memory(state: Any, others: Set[str]) -> bool:
+    """Whether all but the entries of some names has memory."""
+    return not any(
+        isinstance(entry, FakeTensor)
+        for node in nodes_of(state)
+        for name, entry in (node if isinstance(node, dict) else {"": node}).items()
+        if name not in others
+    )
+
+
+def _initial_state(transform: Transform, params: TensorMap) -> Any:
+    """Return a fresh state; an error over names says how to pass them."""
+    try:
+        return transform.init(params)
+    except ValueError as error:
+        if all(name.isdecimal() for name in params):
+            raise ValueError(
+                f"{error}. These parameters have no names: pass "
+                "model.named_parameters() instead of model.parameters()"
+            ) from None
+        raise
+
+
+# -- entries written by users ------------------------------------------------------
+
+
+def entries_at(
+    state: Mapping[Tensor, Any], param: Tensor, name: str
+) -> Mapping[str, Any]:
+    """Return the entries of a parameter in `optimizer.state`."""
+    entries = state.get(param, {})
+    if not isinstance(entries, Mapping):
+        raise ValueError(
+            f"state of {name!r} must be a dict, got {entries!r}; delete "
+            "optimizer.state[parameter] to begin afresh"
+        )
+    return entries
+
+
+def check_entries(
+    name: str, entries: Mapping[str, Any], wanted: Mapping[str, Tensor]
+) -> None:
+    """Refuse entries that cannot be the state of a parameter."""
+    missing = wanted.keys() - entries.keys()
+    if missing:
+        raise ValueError(
+            f"state of {name!r} has "
+            f"{format_names(sorted(wanted.keys() & entries.keys()))} and lacks "
+            f"{format_names(sorted(missing))}; move all of its entries, or none: "
+            "without any it begins afresh"
+        )
+    for key, like in wanted.items():
+        entry = entries[key]
+        is_tensor = isinstance(entry, Tensor)
+        if not is_tensor or entry.shape != like.shape:
+            got = f"one of {tuple(entry.shape)}" if is_tensor else repr(entry)
+            raise ValueError(
+                f"state of {name!r}: {key} must be a tensor of shape "
+                f"{tuple(like.shape)}, as the parameter is now, got {got}; give it "
+                "that shape, or delete optimizer.state[parameter] to begin afresh"
+            )

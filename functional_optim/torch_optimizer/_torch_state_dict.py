@@ -103,7 +103,7 @@ def to_torch_state_dict(optimizer: TransformOptimizer) -> dict[str, Any]:
         index += len(indices)
         groups.append({**_torch_options(group, kind), "params": indices})
         for position, param in zip(indices, group["params"], strict=True):
-            found = _torch_entries(engine.entries(optimizer._names[param]))
+            found = _torch_entries(engine.entries(optimizer._groups.names[param]))
             if found:
                 state[position] = found
     return {"state": state, "param_groups": groups}
@@ -164,7 +164,7 @@ def from_torch_state_dict(
             group["params"],
             strict=True,
         ):
-            name = optimizer._names[param]
+            name = optimizer._groups.names[param]
             given = state_dict["state"].get(saved, {})
             if given or param in engine.names:
                 result["state"][ours] = _own_entries(given, first[name])
@@ -177,13 +177,14 @@ def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpa
         kind = type(optimizer).__name__
         raise TypeError(f"optimizer must be a TransformOptimizer, got a {kind}")
     with torch.no_grad():
-        engine = optimizer._followed()
+        engine = optimizer._synced_engine()
     if engine.executor.holds:
         raise ValueError(
             "torch.optim has no place for the open window of an Accumulate; leave it "
             "out of the transform and accumulate in .grad"
         )
-    return engine, counterparts(optimizer._transform, optimizer._groups.choices)
+    labels = [record.labels for record in optimizer._groups.records]
+    return engine, counterparts(optimizer._transform, labels)
 
 
 def _check_roots(groups: Sequence[Mapping[str, Any]]) -> None:
