@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -26,12 +25,7 @@ from functional_optim.torch_optimizer._group_keys import (
 )
 from functional_optim.torch_optimizer._param_groups import ParamGroups
 from functional_optim.torch_optimizer._param_state import entries_at, starting_state
-from functional_optim.torch_optimizer._params import (
-    check_distinct,
-    given_params,
-    materialize_params,
-    split_by_labels,
-)
+from functional_optim.torch_optimizer._params import materialize_params
 from functional_optim.torch_optimizer._state_dict import (
     pack_groups,
     pack_state,
@@ -146,17 +140,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         groups = [materialize_params(g) for g in given if grouped] or [
             {"params": given}
         ]
-        count = itertools.count()
-        members = [
-            [
-                (str(number) if name is None else name, param)
-                for (name, param), number in zip(given_params(g), count, strict=False)
-            ]
-            for g in groups
-        ]
-        check_distinct(members)
-        everyone = itertools.chain.from_iterable(members)
-        own = self._groups.defaults(split_by_labels(self._transform, everyone))
+        own = self._groups.defaults(groups)
         check_defaults(defaults, own)
         # What a schedule shows at first was set by no user.
         shown = {k for k in own if k in defaults and same_value(defaults[k], own[k])}

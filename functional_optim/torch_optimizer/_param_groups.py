@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -113,11 +114,21 @@ class ParamGroups:
         self._schedules = scheduled_places(transform)
         self._counts: dict[Path, ScheduleState] = {}
 
-    def defaults(self, labels: Iterable[Choices]) -> dict[str, Any]:
-        """Return what every group has, for parameters with these labels."""
+    def defaults(self, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return what every group has, after validating the parameters of all."""
+        count = itertools.count()
+        members = [
+            [
+                (str(number) if name is None else name, param)
+                for (name, param), number in zip(given, count, strict=False)
+            ]
+            for given in map(given_params, groups)
+        ]
+        check_distinct(members)
+        everyone = itertools.chain.from_iterable(members)
         found: dict[str, Any] = {}
-        for some in labels:
-            for key, value in self._initial_values(some).items():
+        for labels in split_by_labels(self._transform, everyone):
+            for key, value in self._initial_values(labels).items():
                 found.setdefault(key, value)
         return found
 
