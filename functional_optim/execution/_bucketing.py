@@ -8,7 +8,7 @@ tensors are pooled, large ones cut where the scope allows it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,52 +36,26 @@ if TYPE_CHECKING:
     from functional_optim.execution._reductions import Call
     from functional_optim.execution._state_tree import Field, Node
 
-_CALM = 100
-"""After so many steps with the same gradients old differences are forgotten."""
 
+class Divergence:
+    """Sets of parameters that must not share a bucket: their steps or groups differed.
 
-class Cohorts:
-    """Parameters that a plan may put together.
-
-    A plan is not for free, so those that part stay apart: by what their groups said for
-    good, by the steps that only some of them took until all is calm.
+    They stay separate for good, because making a plan is expensive.
     """
 
     def __init__(self) -> None:
-        self._groups: dict[str, tuple[Hashable, ...]] = {}
-        self._steps: dict[str, tuple[Hashable, ...]] = {}
-        self._calm = 0
+        self._set_of: dict[str, int] = {}
 
-    def key(self, name: str) -> Hashable:
-        """Return what must be equal for parameters that are put together."""
-        return self._groups.get(name), self._steps.get(name)
+    def set_of(self, name: str) -> int:
+        """Return the number of the set that a parameter is in."""
+        return self._set_of.get(name, 0)
 
-    def part_groups(self, told: Mapping[str, Hashable]) -> None:
-        """Keep apart what groups tell differently."""
-        for name, value in told.items():
-            self._groups[name] = (*self._groups.get(name, ()), value)
-
-    def follow(
-        self, kinds: Mapping[str, Hashable], together: Iterable[list[str]]
-    ) -> bool:
-        """Keep apart what does not take the same step."""
-        self._calm = 0
-        parted = any(len({kinds[name] for name in names}) > 1 for names in together)
-        if parted:
-            for name, kind in kinds.items():
-                self._steps[name] = (*self._steps.get(name, ()), kind)
-        return parted
-
-    def rest(self, kinds: Mapping[str, Hashable]) -> bool:
-        """Count a step like the one before; forget old differences after many."""
-        self._calm += 1
-        if not self._steps or self._calm <= _CALM:
-            return False
-        left: dict[str, tuple[Hashable, ...]] = {}
-        if len(set(kinds.values())) > 1:
-            left = {name: (kind,) for name, kind in kinds.items()}
-        changed, self._steps = left != self._steps, left
-        return changed
+    def split(self, by: Mapping[str, Hashable]) -> None:
+        """Split each set by a value of its parameters."""
+        numbers: dict[Hashable, int] = {}
+        for name, value in by.items():
+            key = self.set_of(name), value
+            self._set_of[name] = numbers.setdefault(key, len(numbers))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +117,7 @@ class Layout:
     params: TensorMap
     transforms: list[Transform]
     group_of: Mapping[str, int]
-    cohorts: Cohorts
+    divergence: Divergence
     template: Any
     nodes: list[Node]
     fields: list[Field]
@@ -186,7 +160,7 @@ class Layout:
                 tuple(routes_of(transform, name, param)),
                 param.dtype,
                 param.device,
-                self.cohorts.key(name),
+                self.divergence.set_of(name),
                 self._has_scalars([name]),
                 histories.get(name),
                 tuple(

@@ -13,7 +13,7 @@ from functional_optim.core._hyperparameters import resolve
 from functional_optim.core._value_class import same_value
 from functional_optim.execution._bucketing import (
     Bucket,
-    Cohorts,
+    Divergence,
     ExecutionOptions,
     Layout,
 )
@@ -46,7 +46,7 @@ class Plan:
         self.buckets: list[Bucket] = []
         self.units: list[tuple[Bucket, Unit]] = []
         self._options = options
-        self._cohorts = Cohorts()
+        self._divergence = Divergence()
         self._given: tuple[list[str], list[torch.dtype]] = ([], [])
         self._wanted: dict[str, torch.dtype | None] = {}
         self.renew()
@@ -67,7 +67,7 @@ class Plan:
             self._params,
             self._transforms,
             self._group_of,
-            self._cohorts,
+            self._divergence,
             self._store.state,
             self._store.nodes,
             self._store.fields,
@@ -91,31 +91,21 @@ class Plan:
             if bucket.whole:
                 bucket.transform = joined(transforms, self._group_of, self._params)
                 continue
-            chosen = {id(transforms[group]): group for group in bucket.members}
-            found = [
-                resolve(transforms[group], name, self._params[name])
-                for group in chosen.values()
-                for name in [bucket.members[group]]
-            ]
-            if not all(
-                same_value(other, found[0], tensors="identity") for other in found[1:]
-            ):
-                # They part for good: a plan is not for free.
-                self._part_by_group()
-                return
-            bucket.transform = found[0]
-
-    def _part_by_group(self) -> None:
-        first: dict[int, int] = {}
-        for group, transform in enumerate(self._transforms):
-            first.setdefault(id(transform), group)
-        self._cohorts.part_groups(
-            {
-                name: first[id(self._transforms[group])]
-                for name, group in self._group_of.items()
+            members = {
+                id(transforms[group]): (transforms[group], name)
+                for group, name in bucket.members.items()
             }
-        )
-        self.renew()
+            first, *others = [
+                resolve(transform, name, self._params[name])
+                for transform, name in members.values()
+            ]
+            if not all(same_value(x, first, tensors="identity") for x in others):
+                self._divergence.split(
+                    {name: id(transforms[g]) for name, g in self._group_of.items()}
+                )
+                self.renew()
+                return
+            bucket.transform = first
 
     def dtypes_of(
         self, grads: Mapping[str, Tensor]
@@ -130,13 +120,13 @@ class Plan:
         return self._wanted
 
     def follow(self, dtypes: Mapping[str, torch.dtype | None]) -> None:
-        """Let parameters part that did not get a gradient alike, or were written to."""
-        written = [column._version for column in self._columns] != self._versions
-        if written or (dtypes is self._last_dtypes and self._cohorts.rest(dtypes)):
+        """Separate parameters whose gradients or written counts differ."""
+        if [column._version for column in self._columns] != self._versions:
             self.renew()
         if dtypes is not self._last_dtypes:  # Also after a plan: it ignores gradients.
             together = [unit.names for _, unit in self.units if unit.pooled]
             together += [list(b.params) for b in self.buckets if b.columns]
-            if self._cohorts.follow(dtypes, together):
+            if any(len({dtypes[name] for name in names}) > 1 for names in together):
+                self._divergence.split(dtypes)
                 self.renew()
         self._last_dtypes = dtypes
