@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 
+from chains import in_place_chains
 from graph_code import the_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +25,7 @@ PARAMS = fixed_examples(None)[0].params
 
 @settings(max_examples=60)
 @given(
-    transform=strategies.chains(list(SHAPES)),
+    transform=in_place_chains(list(SHAPES)),
     example=strategies.examples(PARAMS),
     elements=st.sampled_from([1, 3, 1000]),
 )

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from chains import in_place_chains
 from hypothesis import event, given
 from hypothesis import strategies as st
 
@@ -40,7 +41,7 @@ def _copied(state: Any) -> Any:
 
 
 @given(
-    transform=strategies.chains(list(SHAPES)),
+    transform=in_place_chains(list(SHAPES)),
     example=strategies.examples(PARAMS, elements=strategies.finite),
     dtypes=st.lists(st.sampled_from(DTYPES), min_size=5, max_size=5),
     elements=st.sampled_from([1, 3, 1000]),
@@ -106,7 +107,7 @@ def _laid_out(draw: Any, tensor: torch.Tensor) -> torch.Tensor:
 
 @given(
     data=st.data(),
-    transform=strategies.chains(list(SHAPES)),
+    transform=in_place_chains(list(SHAPES)),
     example=strategies.examples(PARAMS, elements=strategies.finite),
     elements=st.sampled_from([1, 3, 1000]),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import torch
+from chains import in_place_chains
 from graph_code import the_graph
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ PARAMS = {name: torch.zeros(shape).double() for name, shape in SHAPES.items()}
 
 @settings(max_examples=60)
 @given(
-    transform=strategies.chains(list(SHAPES)),
+    transform=in_place_chains(list(SHAPES)),
     example=strategies.examples(PARAMS),
     elements=st.sampled_from([1, 20, 1000]),
     compiles=st.booleans(),

@@ -83,6 +83,36 @@ def test_no_transform(transform: object) -> None:
         fo.TransformOptimizer([W], transform)
 
 
+CLIP, WINDOW = fo.ClipByValue(1.0), fo.Accumulate(2)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (
+            fo.chain(CLIP, WINDOW),
+            r"Value\(1\.0\) comes before Accumulate\(2\); move",
+        ),
+        (
+            fo.chain(fo.Named("x", fo.chain(CLIP)), fo.Named("y", WINDOW)),
+            "comes before .* behind Accumulate, or, .* micro-batch, use the pure way",
+        ),
+        (fo.chain(WINDOW, CLIP, fo.Accumulate(3)), r"Accumulate\(3\); keep one"),
+        (
+            fo.Masked(WINDOW, "*"),
+            r"Masked\(Accumulate\(2\), '\*'\) has one inside",
+        ),
+        (fo.Partition({"x": fo.chain(WINDOW)}, {"*": "x"}), "has one inside; take it"),
+        (fo.chain(WINDOW, fo.Masked(WINDOW, "*")), "has one inside; take it out"),
+    ],
+    ids=str,
+)
+def test_accumulate_is_first_in_place(transform: Any, message: str) -> None:
+    """What must move, and where it would work, is said when an optimizer is made."""
+    with pytest.raises(ValueError, match=f"first member of the chain: .*{message}"):
+        fo.TransformOptimizer(parameters().items(), transform)
+
+
 def test_rules_by_name_need_names() -> None:
     """A mask that matches nothing says that the parameters have no names."""
     masked = fo.Masked(fo.sgd(0.1), "*.bias")

@@ -179,20 +179,6 @@ def test_a_number_of_a_number_is_not_a_tensor_like_it() -> None:
     assert b.item() == 0.0
 
 
-def test_a_window_that_closes_reaches_the_one_behind_it() -> None:
-    """Also for a parameter whose only gradient came before, while that stays open."""
-    a, b = _two(10)
-    chain = fo.chain(fo.Accumulate(2), fo.Accumulate(2), fo.sgd(1.0))
-    optimizer = fo.TransformOptimizer([a, b], chain)
-    for step in range(4):
-        a.grad = torch.ones(10)
-        b.grad = torch.full((10,), 4.0) if step == 0 else None
-        optimizer.step()
-    assert torch.equal(a, torch.zeros(10))
-    # Its windows: the mean of 4 and of nothing, over two; the second window has none.
-    assert torch.equal(b, torch.full((10,), 0.0))
-
-
 @pytest.mark.parametrize(
     "trace",
     [

@@ -1,166 +1,132 @@
-"""What holds and what emits: the `Static` part of a step, decided once for all units.
-
-A unit cannot know by itself that others were given something. So the whole update runs
-on stand-ins without memory, and tells the next `Static` values and the names that come
-out; the answer depends on nothing but what is known on the host, and is remembered.
-"""
+"""Track `Accumulate` in place: which steps hold, and which parameters a step moves."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from functional_optim.core._context import Context
-from functional_optim.core._transform import Scope, Static, Transform
-from functional_optim.core._traversal import Label, children_of, map_children, routes
-from functional_optim.execution._state_tree import mapped, nodes_of, rebuilt
+from functional_optim.core._transform import Role, Static, Transform
+from functional_optim.core._traversal import children_of, routes, walk
+from functional_optim.execution._state_tree import mapped, nodes_of, rebuilt, statics_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Mapping
+
+    from torch import Tensor
+
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.execution._state_tree import Node
 
 _MOST_KNOWN = 256
-"""Where gradients are missing by chance, no answer is asked for twice."""
+"""Where gradients are missing by chance, no effect comes again."""
 
 
-class Structure(NamedTuple):
-    """What a step does to structure."""
+class StepEffect(NamedTuple):
+    """The effect of a step: new `Static` values, and the parameters that it moves."""
 
     statics: dict[int, Static[Any]]
-    touched: frozenset[str]
+    moved: list[str]
 
 
-class Windows:
-    """Tells what a step does to structure."""
+class AccumulationTracker:
+    """Finds the effect of a step by running it on tensors without memory.
+
+    A unit sees its own parameters only. The effect depends on nothing but values on the
+    host, so it is kept.
+    """
 
     def __init__(self, transform: Transform, template: Any, params: TensorMap) -> None:
         self._transform, self._template = transform, template
         self._params = params
-        self._known: dict[Hashable, Structure] = {}
+        self._known: dict[Hashable, StepEffect] = {}
 
-    def structure(
+    def effect_of(
         self,
-        given: dict[str, torch.dtype],
+        dtypes: Mapping[str, torch.dtype | None],
         nodes: list[Node],
         *,
-        context: Context,
-    ) -> Structure:
-        """Return what a step does."""
-        key = tuple(given.items()), statics_of(nodes), context.last
+        last: bool = False,
+    ) -> StepEffect:
+        """Return the effect of a step with gradients of these dtypes."""
+        key = tuple(dtypes.items()), statics_of(nodes), last
         if key not in self._known:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            self._known[key] = self._tried(given, nodes, context)
+            try:
+                effect = self._run(lambda t: t.to("meta"), dtypes, nodes, last=last)
+            except RuntimeError:
+                # A number is read on the host, as by error_if_nonfinite: zeros have
+                # one, at the price of results as large as the parameters.
+                effect = self._run(_zeros, dtypes, nodes, last=last)
+            self._known[key] = effect
         return self._known[key]
 
-    def _tried(
-        self, given: dict[str, torch.dtype], nodes: list[Node], context: Context
-    ) -> Structure:
-        context = dataclasses.replace(context, loss=None, weight=None)
-        try:
-            return self._tried_on(_without_memory, given, nodes, context)
-        except RuntimeError:
-            # Something reads a number on the host, such as error_if_nonfinite: zeros
-            # have one, at the price of results as large as the parameters.
-            return self._tried_on(_of_zeros, given, nodes, context)
-
-    def _tried_on(
+    def _run(
         self,
         stand_in: Callable[[Tensor], Tensor],
-        given: dict[str, torch.dtype],
+        dtypes: Mapping[str, torch.dtype | None],
         nodes: list[Node],
-        context: Context,
-    ) -> Structure:
+        *,
+        last: bool,
+    ) -> StepEffect:
         state = mapped(rebuilt(self._template, iter(nodes)), stand_in)
-        before = nodes_of(state)
         params = {name: stand_in(param) for name, param in self._params.items()}
-        updates = {name: params[name].to(dtype) for name, dtype in given.items()}
-        moved, new_state = self._transform.update(
-            updates, state, params, context=context
+        updates = {n: params[n].to(dtype) for n, dtype in dtypes.items() if dtype}
+        moved, new = self._transform.update(
+            updates, state, params, context=Context(last=last)
         )
-        touched = set(moved)
-        statics = {}
-        for index, (old, new) in enumerate(
-            zip(before, nodes_of(new_state), strict=True)
-        ):
-            if isinstance(new, Static):
-                statics[index] = new
-            elif isinstance(old, dict) and isinstance(new, dict):
-                touched |= {name for name in old if new[name] is not old[name]}
-        return Structure(statics, frozenset(touched))
+        statics = {
+            index: node
+            for index, node in enumerate(nodes_of(new))
+            if isinstance(node, Static)
+        }
+        return StepEffect(statics, list(moved))
 
 
-def statics_of(nodes: list[Node]) -> Hashable:
-    """Return the values that are known on the host."""
-    return tuple(node.value for node in nodes if isinstance(node, Static))
-
-
-def _without_memory(tensor: Tensor) -> Tensor:
-    return tensor.to("meta")
-
-
-def _of_zeros(tensor: Tensor) -> Tensor:
+def _zeros(tensor: Tensor) -> Tensor:
     return tensor.new_zeros(()).expand(tensor.shape)
 
 
-@final
-@dataclasses.dataclass(frozen=True)
-class _Resting:
-    """A transform that is not run, with its state as it is."""
-
-    inner: Transform
-
-    @property
-    def scope(self) -> Scope:
-        return self.inner.scope
-
-    def init(self, params: TensorMap) -> Any:
-        return self.inner.init(params)
-
-    def update(
-        self,
-        updates: TensorMap,
-        state: Any,
-        params: TensorMap,
-        *,
-        context: Context | None = None,
-    ) -> tuple[TensorMap, Any]:
-        return updates, state
-
-
-def from_window(transform: Transform, state: Any) -> Transform:
-    """Return what of a transform runs for names that got nothing when a window closes.
-
-    What stands in front of the window saw nothing of them in this step.
+def check_accumulation(transform: Transform) -> None:
+    """Refuse `Accumulate` in place anywhere but first, or behind `Unscale` at most.
 
     Example:
-        >>> import torch
-        >>> from functional_optim import Accumulate, Scale, chain
-        >>> windowed = chain(Scale(2.0), Accumulate(2), Scale(3.0))
-        >>> from_window(windowed, windowed.init({"w": torch.ones(1)}))
-        chain(_Resting(inner=Scale(2.0)), Accumulate(2), Scale(3.0))
+        >>> from functional_optim import Accumulate, Scale, Unscale, chain
+        >>> check_accumulation(chain(Unscale(8.0), Accumulate(2), Scale(2.0)))
     """
-    labels = list(children_of(transform))
-    if not labels or not _has_static(state):
-        return transform
-    combinator: Any = transform
-    states = combinator.split_state(state)
-    holding = next(label for label in labels if _has_static(states[label]))
+    earlier: Transform | None = None
+    for member in _members(transform):
+        if not any(_accumulates(node.transform) for node in walk(member)):
+            if getattr(member, "role", None) is not Role.UNSCALE:
+                earlier = earlier or member
+            continue
+        if not _accumulates(member):
+            found = f"{member!r} has one inside; take it out"
+        elif earlier is None:
+            earlier = member
+            continue
+        elif _accumulates(earlier):
+            found = f"{earlier!r} comes before {member!r}; keep one"
+        else:
+            found = f"{earlier!r} comes before {member!r}; move it behind Accumulate"
+        raise ValueError(
+            f"in place, Accumulate must be the first member of the chain: {found}, or, "
+            "where it must act on each micro-batch, use the pure way: transform.update "
+            "and apply_updates"
+        )
 
-    def change(label: Label, child: Transform) -> Transform:
-        if routes(transform) or label == holding:
-            return from_window(child, states[label])
-        is_before = labels.index(label) < labels.index(holding)
-        return _Resting(child) if is_before else child
 
-    return map_children(transform, change)
+def _members(transform: Transform) -> Iterator[Transform]:
+    """Yield the members of a chain, through names and the chains in them."""
+    children = children_of(transform)
+    if not children or routes(transform):
+        yield transform
+    else:
+        for child in children.values():
+            yield from _members(child)
 
 
-def _has_static(state: Any) -> bool:
-    if isinstance(state, tuple):
-        return any(map(_has_static, state))
-    return isinstance(state, Static)
+def _accumulates(transform: object) -> bool:
+    return getattr(transform, "role", None) is Role.ACCUMULATE

@@ -38,7 +38,6 @@ class Plan:
         transforms: list[Transform],
         group_of: Mapping[str, int],
         store: Store,
-        *,
         options: ExecutionOptions,
     ) -> None:
         self._params, self._transforms, self._group_of = params, transforms, group_of

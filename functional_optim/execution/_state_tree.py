@@ -77,6 +77,11 @@ def tensors_of(state: Any) -> Iterator[Tensor]:
             yield node
 
 
+def statics_of(nodes: list[Node]) -> tuple[Any, ...]:
+    """Return the values of a state that are on the host."""
+    return tuple(node.value for node in nodes if isinstance(node, Static))
+
+
 def rebuilt(template: Any, nodes: Iterator[Node]) -> Any:
     """Return a state of the structure of another with other nodes, in order."""
     if isinstance(template, tuple):
@@ -183,6 +188,7 @@ class Store:
             dict(node) if isinstance(node, dict) else node for node in nodes_of(state)
         ]
         self.state = rebuilt(state, iter(self.nodes))
+        self.statics = statics_of(self.nodes)
 
     def load(self, nodes: list[Node]) -> None:
         """Take over the numbers of other nodes; tensors stay where dtypes agree."""
@@ -203,13 +209,14 @@ class Store:
         self._take(rebuilt(self.state, iter(self.nodes)))
 
     def set_statics(self, statics: dict[int, Static[Any]]) -> bool:
-        """Go on with other values that are known on the host."""
-        if all(self.nodes[index] == node for index, node in statics.items()):
-            return False
-        for index, node in statics.items():
+        """Replace values on the host; return whether one has changed."""
+        changed = {i: node for i, node in statics.items() if self.nodes[i] != node}
+        for index, node in changed.items():
             self.nodes[index] = node
-        self.state = rebuilt(self.state, iter(self.nodes))
-        return True
+        if changed:
+            self.state = rebuilt(self.state, iter(self.nodes))
+            self.statics = statics_of(self.nodes)
+        return bool(changed)
 
 
 def free(new: Tensor, homes: set[int]) -> Tensor:

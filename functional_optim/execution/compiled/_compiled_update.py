@@ -349,7 +349,7 @@ def _plain(grad: Tensor) -> Tensor:
 def compiled(run: Run, given: Given, steps: dict[Hashable, CompiledStep]) -> UnitUpdate:
     """Return an update as compiled code, or itself where there is none."""
     kernels = run.bucket.kernels
-    if kernels is None or kernels.failure or run.alone:
+    if kernels is None or kernels.failure:
         return run
     if not any(param.numel() for param in run.unit.params.values()):
         return run  # Code for any length is not code for none.

@@ -11,6 +11,7 @@ from functional_optim.core._apply import apply_updates
 from functional_optim.core._chain import chain
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Scope, Transform
+from functional_optim.execution._accumulation import check_accumulation
 from functional_optim.execution._bucketing import ExecutionOptions
 from functional_optim.execution._executor import Executor
 from functional_optim.testing._compare import difference
@@ -40,17 +41,22 @@ _CAUSE_WHOLE = (
 @law(rounds=True, hint=_CAUSE)
 def in_place(transform: Transform, example: Example) -> None:
     """Run in place, in units of any size, it moves parameters as in the pure way."""
-    for elements in (1, 3, 1000):
-        moves_alike(chain(transform), example, elements)
-    for chained in _beside_others(transform):
-        moves_alike(chained, example, 3)
+    for chained, elements in _chains(transform):
+        moves_alike(chained, example, elements)
 
 
-def _beside_others(transform: Transform) -> Iterator[Transform]:
-    """Yield chains with neighbours that hand over, or take, what can be overwritten."""
-    for members in ((Scale(1.0), transform), (transform, Scale(1.0))):
-        with contextlib.suppress(ValueError):  # Nothing may stand behind a guard.
-            yield chain(*members)
+def _chains(transform: Transform) -> Iterator[tuple[Transform, int]]:
+    """Yield the transform, also beside others that reuse memory, and sizes of units."""
+    for members, sizes in (
+        ((transform,), (1, 3, 1000)),
+        ((Scale(1.0), transform), (3,)),
+        ((transform, Scale(1.0)), (3,)),
+    ):
+        # Nothing may stand behind a guard nor, in place, in front of Accumulate.
+        with contextlib.suppress(ValueError):
+            chained = chain(*members)
+            check_accumulation(chained)
+            yield from ((chained, elements) for elements in sizes)
 
 
 def moves_alike(
