@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -44,14 +43,8 @@ if TYPE_CHECKING:
     from functional_optim.torch_optimizer._engine import Engine
 
 _STARTED = "Trace.started"
-
-
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
-
-
 _NUMBERS = {"lr", "betas", "eps", "weight_decay", "momentum", "dampening"}
-
-
 _FLAGS = {"amsgrad", "nesterov", "maximize"}
 
 
@@ -94,7 +87,6 @@ def to_torch_state_dict(optimizer: TransformOptimizer) -> dict[str, Any]:
         torch.optim.SGD, Adam, AdamW.
     """
     engine, kinds = _counterparts(optimizer)
-    _check_roots(optimizer.param_groups)
     state: dict[int, dict[str, Any]] = {}
     groups = []
     index = 0
@@ -150,7 +142,6 @@ def from_torch_state_dict(
         torch.optim.SGD, Adam, AdamW.
     """
     engine, kinds = _counterparts(optimizer)
-    _check_roots(optimizer.param_groups)
     theirs = saved_groups(state_dict, optimizer.param_groups)
     result = optimizer.state_dict()
     first = engine.first_entries()
@@ -171,44 +162,18 @@ def from_torch_state_dict(
     return result
 
 
-def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpart]]:
-    """Return the engine of an optimizer, and what torch has for each of its groups."""
-    if not isinstance(optimizer, TransformOptimizer):
-        kind = type(optimizer).__name__
-        raise TypeError(f"optimizer must be a TransformOptimizer, got a {kind}")
-    with torch.no_grad():
-        engine = optimizer._synced_engine()
-    if engine.executor.holds:
-        raise ValueError(
-            "torch.optim has no place for the open window of an Accumulate; leave it "
-            "out of the transform and accumulate in .grad"
-        )
-    labels = [record.labels for record in optimizer._groups.records]
-    return engine, counterparts(optimizer._transform, labels)
-
-
-def _check_roots(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what torch has no place for in the formula."""
-    for index, group in enumerate(groups):
-        if group.get("eps_root", 0.0) != 0:
-            raise ValueError(
-                f"param_groups[{index}] has no counterpart in torch.optim: it has "
-                f"eps_root={group['eps_root']}, and torch has none"
-            )
-
-
 # -- to torch ----------------------------------------------------------------------
 def _torch_options(group: Mapping[str, Any], kind: Counterpart) -> dict[str, Any]:
     """Return the options of one group as the class of torch has them."""
     options = kind.defaults
-    off = dict.fromkeys({"weight_decay", "momentum"} & options.keys(), 0.0)
+    off = {"weight_decay", "momentum"} & options.keys() - kind.keys
     for key, value in group.items():
         if key in OWN_KEYS:
             continue
         # What schedulers and users keep in a group goes along.
         if key in options or key not in kind.keys:
             options[key] = copy.deepcopy(group_value(value))
-    return options | {key: 0.0 for key in off if key not in kind.keys}
+    return options | dict.fromkeys(off, 0.0)
 
 
 def _torch_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -249,20 +214,19 @@ def _check_options(
             )
     for key in _FLAGS & ours.keys():
         if bool(theirs.get(key, False)) != ours[key]:
-            raise ValueError(_unlike(place, key, theirs.get(key, False), ours[key]))
+            raise _unlike(place, key, theirs.get(key, False), ours[key])
     decoupled = kind.optimizer is torch.optim.AdamW
     theirs_decoupled = theirs.get("decoupled_weight_decay", decoupled)
     if theirs_decoupled != decoupled and theirs["weight_decay"] != 0:
-        key = "decoupled_weight_decay"
-        raise ValueError(_unlike(place, key, theirs_decoupled, decoupled))
-    if "momentum" in kind.keys and (theirs["dampening"] != 0) != kind.dampens:
-        raise ValueError(
-            _unlike(place, "dampening", theirs["dampening"], ours["dampening"])
-        )
+        raise _unlike(place, "decoupled_weight_decay", theirs_decoupled, decoupled)
+    if "momentum" in kind.keys:
+        given, own = theirs["dampening"], ours["dampening"]
+        if (given == 0) != is_zero(own):
+            raise _unlike(place, "dampening", given, own)
 
 
-def _unlike(place: str, key: str, theirs: object, ours: object) -> str:
-    return (
+def _unlike(place: str, key: str, theirs: object, ours: object) -> ValueError:
+    return ValueError(
         f"{place} has {key}={theirs} in the state dict, {ours} here; it decides what "
         "is remembered: build the optimizer with the options of the one that was saved"
     )
@@ -284,16 +248,17 @@ def _own_entries(
     theirs: Mapping[str, Any], first: Mapping[str, Tensor]
 ) -> dict[str, Any]:
     """Return the state of one parameter, from what torch has for it."""
-    given = {key: value for key, value in theirs.items() if value is not None}
-    if not given:
+    found = {key: value for key, value in theirs.items() if value is not None}
+    if not found:
         return dict(first)
-    found = dict(given)
     if _STARTED in first:
         found[_STARTED] = torch.ones((), dtype=torch.bool)
     if "step" in first and "step" in found:  # Once a Python number.
         found["step"] = torch.as_tensor(found["step"]).to(first["step"])
     return found
 
+
+# -- counterparts ------------------------------------------------------------------
 
 _OPTIMIZERS: Mapping[tuple[type, ...], type[torch.optim.Optimizer]] = {
     (ScaleByAdam, AddDecayedWeights, ScaleByLearningRate): torch.optim.AdamW,
@@ -304,10 +269,8 @@ _OPTIMIZERS: Mapping[tuple[type, ...], type[torch.optim.Optimizer]] = {
     (Trace, ScaleByLearningRate): torch.optim.SGD,
     (ScaleByLearningRate,): torch.optim.SGD,
 }
-
-
-_CORE = {kind for kinds in _OPTIMIZERS for kind in kinds}
-
+_RULES = {kind for kinds in _OPTIMIZERS for kind in kinds}
+_ADAMS = {torch.optim.Adam, torch.optim.AdamW}
 
 _BEFORE = (
     ClipByGlobalNorm,
@@ -318,46 +281,50 @@ _BEFORE = (
     Unscale,
     ZeroNans,
 )
-"""What a loop around an optimizer of torch does to gradients by itself."""
-
-
-@functools.cache
-def _defaults(optimizer: Any) -> dict[str, Any]:
-    found: dict[str, Any] = optimizer([torch.zeros(())]).defaults
-    return found
+"""What a training loop with an optimizer of torch does to gradients itself."""
 
 
 class Counterpart(NamedTuple):
-    """An optimizer of torch, and what of it the transforms of a group have."""
+    """A class of torch, and the keys of it that the transforms of a group have."""
 
     optimizer: type[torch.optim.Optimizer]
     keys: frozenset[str]
-    dampens: bool
-    decays: bool
 
     @property
     def defaults(self) -> dict[str, Any]:
-        """All options of the class, in the version of torch that is installed."""
+        """The options of the class, in the version of torch that is installed."""
         make: Any = self.optimizer
-        return dict(_defaults(make))
+        return dict(make([torch.zeros(())]).defaults)
 
 
-def counterparts(transform: Transform, groups: Sequence[Choices]) -> list[Counterpart]:
-    """Return the optimizer of torch that does the same, for each group.
-
-    What stands in front of it, such as a clip, is what a torch loop does before the
-    step.
-    """
+def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpart]]:
+    """Return the engine of an optimizer, and the counterpart of each of its groups."""
+    if not isinstance(optimizer, TransformOptimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a TransformOptimizer, got a {kind}")
+    with torch.no_grad():
+        engine = optimizer._synced_engine()
+    if engine.executor.holds:
+        raise ValueError(
+            "torch.optim has no place for the open window of an Accumulate; leave it "
+            "out of the transform and accumulate in .grad"
+        )
     found = [
-        _counterpart(transform, choices, f"param_groups[{index}]")
-        for index, choices in enumerate(groups)
+        _counterpart(optimizer._transform, record.labels, record.place)
+        for record in optimizer._groups.records
     ]
-    adams = {torch.optim.Adam, torch.optim.AdamW}
-    decided = {one.optimizer for one in found if one.decays}
-    if len(decided & adams) == 1:
-        [adam] = decided & adams
+    for record, group in zip(
+        optimizer._groups.records, optimizer.param_groups, strict=True
+    ):
+        if group.get("eps_root", 0.0) != 0:
+            reason = f"it has eps_root={group['eps_root']}, and torch has none"
+            raise _without(record.place, reason)
+    # A group without decay is of either Adam: of that of the others.
+    decided = {one.optimizer for one in found if "weight_decay" in one.keys} & _ADAMS
+    if len(decided) == 1:
+        [adam] = decided
         found = [
-            one._replace(optimizer=adam) if one.optimizer in adams else one
+            one._replace(optimizer=adam) if one.optimizer in _ADAMS else one
             for one in found
         ]
     names = sorted({one.optimizer.__name__ for one in found})
@@ -366,18 +333,18 @@ def counterparts(transform: Transform, groups: Sequence[Choices]) -> list[Counte
             f"the groups have no counterpart in torch.optim: they are those of "
             f"{' and '.join(names)}, and a state dict is of one class"
         )
-    return found
+    return engine, found
 
 
-def _counterpart(transform: Transform, choices: Choices, place: str) -> Counterpart:
-    """Return the optimizer of torch that does the same to one group."""
-    path = [found.transform for found in on_path(transform, choices)]
+def _counterpart(transform: Transform, labels: Choices, place: str) -> Counterpart:
+    """Return the class of torch that does the same to one group."""
+    path = [found.transform for found in on_path(transform, labels)]
     leaves = [one for one in path if not children_of(one)]
     for one in path:
         if children_of(one) and not _is_transparent(one):
             raise _without(place, f"{one!r} acts on some of its parameters only")
     kinds = list(map(type, leaves))
-    start = next((i for i, kind in enumerate(kinds) if kind in _CORE), len(kinds))
+    start = next((i for i, kind in enumerate(kinds) if kind in _RULES), len(kinds))
     found = _OPTIMIZERS.get(tuple(kinds[start:]))
     if found is None:
         written = " -> ".join(kind.__name__ for kind in kinds) or "nothing"
@@ -388,7 +355,7 @@ def _counterpart(transform: Transform, choices: Choices, place: str) -> Counterp
             raise _without(place, f"torch has no {leaf!r} before its rule")
     for leaf in leaves[start:]:
         _check_plain(leaf, place)
-    options = options_of(transform, choices)
+    options = options_of(transform, labels)
     for option in options:
         if option.scheduled:
             raise _without(
@@ -396,13 +363,7 @@ def _counterpart(transform: Transform, choices: Choices, place: str) -> Counterp
                 f"{option.key} is a schedule, whose count torch keeps in an "
                 "LRScheduler; put a number into the transform",
             )
-    dampens = any(isinstance(x, Trace) and not is_zero(x.dampening) for x in leaves)
-    return Counterpart(
-        optimizer=found,
-        keys=frozenset(option.key for option in options),
-        dampens=dampens,
-        decays=AddDecayedWeights in kinds,
-    )
+    return Counterpart(found, frozenset(option.key for option in options))
 
 
 def _is_transparent(combinator: Transform) -> bool:
@@ -416,7 +377,7 @@ def _is_transparent(combinator: Transform) -> bool:
 
 
 def _check_plain(leaf: object, place: str) -> None:
-    """Refuse what torch has no place for in one transform."""
+    """Refuse hyperparameters that differ by parameter."""
     if isinstance(leaf, AddDecayedWeights) and leaf.mask is not None:
         raise _without(
             place,
