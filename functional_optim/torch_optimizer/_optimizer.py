@@ -44,49 +44,47 @@ class TransformOptimizer(torch.optim.Optimizer):
 
         p <- p + u,    (u, state) <- transform.update(p.grad, state, p)
 
-    The same `update` as in the pure way, run on small units of memory: what a step
-    allocates does not grow with the model, unless rules that look at whole tensors
-    stand in front of a joint norm (`explain` tells). Schedulers, gradient scalers,
-    checkpoints, trainers: whatever takes a torch optimizer takes this one.
+    The same `update` as in the pure way, run on small units of memory: a step allocates
+    no more for a larger model, unless rules over whole tensors precede a joint norm
+    (see `explain`). Schedulers, gradient scalers, checkpoints and trainers that take an
+    optimizer of torch take this one.
 
-    Hyperparameters stand in `param_groups` under the names of their fields (`lr`,
-    `betas`, `weight_decay`, ...), and what is written there counts from the next step.
-    A group can be given its own values, as in torch: `{"params": ..., "lr": 0.1}`.
-    Parameters with different labels of a `Partition` stand in groups of their own.
-    The `max_norm` of `ClipByGlobalNorm` is no key of a group: one clip sees all of
-    them; a map by name is none, because the transform decides. A frozen dataclass of
-    yours says by `hyperparameters = ("lr",)` which of its fields are. A schedule is
-    shown as its value at the next step, a 0-dim tensor; nobody else may write it.
+    `param_groups` has the hyperparameters under the names of their fields (`lr`,
+    `betas`, `weight_decay`, ...); values written there count from the next step. A
+    group can be given its own values, as in torch: `{"params": ..., "lr": 0.1}`.
+    Parameters with different labels of a `Partition` get groups of their own. Groups
+    have no `max_norm` of `ClipByGlobalNorm`, which clips all of them together, and no
+    maps by name. A frozen dataclass of yours lists fields that groups have in
+    `hyperparameters = ("lr",)`. A schedule is a 0-dim tensor with its value at the next
+    step, which nothing else may write.
 
     Args:
         params: Tensors, `(name, tensor)` pairs such as `model.named_parameters()`, or
             group dicts of these. Without names they are called "0", "1", ...; masks
             and labels by name then match nothing.
-        transform: The transform, such as `adamw(1e-3)` or a `chain(...)` of yours.
-            Hyperparameters stand in it.
-        amp_scaling: Whether a `torch.amp.GradScaler` hands over its scale and its flag
-            of overflow instead of reading the flag on the host, as for torch's fused
+        transform: The transform with its hyperparameters, such as `adamw(1e-3)` or a
+            `chain(...)` of yours.
+        amp_scaling: Whether a `torch.amp.GradScaler` passes its scale and its flag of
+            overflow instead of reading the flag on the host, as for torch's fused
             optimizers: a step then needs no sync. Lightning refuses to clip for such
-            an optimizer, and Accelerate cannot tell that a step was skipped.
-        compile: Whether what runs on units of memory is compiled, by TorchInductor: one
-            loop over the elements for the whole chain. Code is made once for a kind of
-            transform, in seconds, whatever the number of parameters: hyperparameters,
-            counts and totals go in as tensors. Numbers are rounded otherwise than
-            without, by an ulp or two. What cannot be compiled, because a rule looks at
-            whole tensors or at values, or there is no compiler, runs without, and a
-            warning says so in the second case.
+            an optimizer, and Accelerate cannot detect a skipped step.
+        compile: Whether the update is compiled by TorchInductor, into one loop over the
+            elements for the whole chain. Code is generated once for a kind of
+            transform, in seconds, whatever the number of parameters. Results differ by
+            an ulp or two. Rules that look at whole tensors or at values run without;
+            so does everything if there is no compiler, with a warning.
         notes: Keys of your own in the groups that look like a hyperparameter, such as
-            "lrs": a key that is a slip of the pen away from one is refused otherwise.
+            "lrs"; without it, a key that looks like a typo of one is refused.
         **defaults: The rest of the `defaults` of such an optimizer, all of them:
             `type(optimizer)(params, **optimizer.defaults)` is one like it.
 
     State:
         `state[p]`: the transform's state of this parameter, under torch's keys where
         torch has them (`step exp_avg exp_avg_sq max_exp_avg_sq momentum_buffer`), else
-        "Class.field". It is there from the start, for a frozen parameter
-        (`requires_grad=False`) from its first gradient. What is written, assigned,
-        moved or removed here counts at the next step; keys of your own stay. In a state
-        dict what belongs to the transform as a whole stands in the first group under
+        "Class.field". It exists from the start, for a frozen parameter
+        (`requires_grad=False`) from its first gradient. Entries that are written,
+        assigned, moved or removed here count at the next step; keys of your own stay.
+        The state of the transform as a whole is in the first group, under
         "transform_state".
 
     Raises:
@@ -214,7 +212,7 @@ class TransformOptimizer(torch.optim.Optimizer):
     @property
     @untraced
     def transform(self) -> Transform:
-        """The transform, as a chain, with the numbers that the groups have now.
+        """The transform, as a chain, with the values of the groups.
 
         Where groups differ it has them by name.
 
@@ -247,7 +245,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     @untraced
     def load_transform_state(self, state: Any) -> None:
-        """Go on from a state of the pure way; what `transform_state` returns.
+        """Load a state of the pure way, such as `transform_state` returns.
 
         Args:
             state: A state of this transform over parameters of these names. Its
@@ -275,7 +273,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     @untraced
     def readings(self) -> TensorMap:
-        """Return what the transform has to tell, as `functional_optim.readings`.
+        """Return logged numbers of the transform; see `functional_optim.readings`.
 
         Example:
             >>> import functional_optim as fo
@@ -292,10 +290,10 @@ class TransformOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as torch's optimizers do; see `torch.optim.Optimizer`.
 
-        All of it is of this moment, in memory of its own: later steps do not change it,
-        and each entry can be copied, pickled or sent by itself. The first group has
-        what belongs to the transform as a whole, as plain data. The indices of
-        parameters run through the groups; one without state has an empty dict.
+        It shares no memory with the optimizer, and later steps do not change it. The
+        first group has the state of the transform as a whole, as plain data. The
+        indices of parameters run through the groups; one without state has an empty
+        dict.
 
         Example:
             >>> import functional_optim as fo
@@ -323,9 +321,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     @untraced
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` returned.
-
-        Everything is checked first. Numbers keep their dtypes.
+        """Load a state dict, after validating all of it. Numbers keep their dtypes.
 
         Args:
             state_dict: The state dict of an optimizer with the same transform over the
@@ -399,7 +395,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         """Return the engine after changes from outside to parameters, state and groups.
 
         Schedulers write into groups, `model.to` moves parameters, trainers put others
-        into a group or replace the state: the values before a step count in it.
+        into a group or replace the state.
         """
         engine = self._engine
         if engine is not None and self._groups.have_other_params(self.param_groups):
@@ -447,7 +443,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         )
 
     def _install(self, engine: Engine) -> Engine:
-        """Use an engine, and write its state where users and schedulers read it."""
+        """Use an engine, and write its state into `state` and `param_groups`."""
         self._groups.connect(engine.state, engine.params())
         self._groups.write_schedules()
         engine.write_state(self.state)
@@ -460,7 +456,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     @untraced
     def __getstate__(self) -> dict[str, Any]:
-        """Return what pickle and deepcopy keep: no plan, and no memory of others."""
+        """Return the attributes that pickle and deepcopy store: no engine."""
         with torch.no_grad():
             self._synced_engine(each=True)
         return {
@@ -477,7 +473,7 @@ class TransformOptimizer(torch.optim.Optimizer):
 
     @untraced
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what pickle kept, or what torch's own code hands over: a part."""
+        """Set stored attributes, or those that torch's own code sets: some of them."""
         state = dict(state)
         names = state.pop("_names", None)
         super().__setstate__(state)
