@@ -23,7 +23,7 @@ from functional_optim.execution._state_tree import nodes_of, rebuilt
 from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
 from functional_optim.torch_optimizer._gradients import gradients_of
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
-from functional_optim.torch_optimizer._sharding import ShardCheck
+from functional_optim.torch_optimizer._params import ShardCheck
 from functional_optim.transforms import ClipByGlobalNorm, ClipByValue, Observe
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from functional_optim.torch_optimizer._param_state import (
     global_entries_of,
     load_nodes,
 )
-from functional_optim.torch_optimizer._sharding import ShardCheck
+from functional_optim.torch_optimizer._params import ShardCheck
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, MutableMapping

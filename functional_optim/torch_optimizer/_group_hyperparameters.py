@@ -32,7 +32,7 @@ Choices: TypeAlias = tuple[tuple[Path, str], ...]
 _DESCENDS = {Role.MOMENT, Role.LEARNING_RATE}
 
 
-class Option(NamedTuple):
+class GroupKey(NamedTuple):
     """A key of a group."""
 
     key: str
@@ -90,7 +90,7 @@ def choices_of(transform: Transform, name: str, param: Tensor) -> Choices:
     return tuple((path, label) for path, label in found if isinstance(label, str))
 
 
-def options_of(transform: Transform, choices: Choices) -> list[Option]:
+def options_of(transform: Transform, choices: Choices) -> list[GroupKey]:
     """Return the keys of a group."""
     places = on_path(transform, choices)
     turns = {place.path for place in _turns(places)}
@@ -99,13 +99,13 @@ def options_of(transform: Transform, choices: Choices) -> list[Option]:
 
 def _keyed(
     places: Sequence[Place], fields_of: Callable[[Transform], list[str]]
-) -> list[Option]:
+) -> list[GroupKey]:
     """Return the keys for fields of transforms; names come before those of several."""
     owners: dict[str, list[Place]] = {}
     for place in places:
         for field in fields_of(place.transform):
             owners.setdefault(field, []).append(place)
-    options: dict[str, Option] = {}
+    options: dict[str, GroupKey] = {}
     for field, owning in owners.items():
         for place in owning:
             key = field
@@ -114,7 +114,7 @@ def _keyed(
             value = getattr(place.transform, field)
             known = options.get(key)
             if known is None:
-                options[key] = Option(key, field, (place.path,), value)
+                options[key] = GroupKey(key, field, (place.path,), value)
             elif not same_value(known.value, value):
                 raise ValueError(_two_values(key, field, owning))
             else:

@@ -12,7 +12,7 @@ from functional_optim.torch_optimizer._group_hyperparameters import group_value
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from functional_optim.torch_optimizer._group_hyperparameters import Option
+    from functional_optim.torch_optimizer._group_hyperparameters import GroupKey
 
 TRANSFORM_STATE = "transform_state"
 """The key of the first group that holds the state of the transform as a whole."""
@@ -97,7 +97,7 @@ def without_effect(key: str, value: Any) -> Any:
     return type(value)(0) if at_zero else group_value(value)
 
 
-def check_written(option: Option, value: Any, place: str) -> None:
+def check_written(option: GroupKey, value: Any, place: str) -> None:
     """Refuse a value that would need another state."""
     if any(map(is_schedule, value if isinstance(value, tuple) else (value,))):
         raise TypeError(
@@ -136,7 +136,7 @@ _REMOVED = {
 """Arguments of earlier versions, and what to do instead."""
 
 
-def check_arguments(transform: Any, defaults: Mapping[str, Any]) -> None:
+def check_has_transform(transform: Any, defaults: Mapping[str, Any]) -> None:
     """Refuse arguments of earlier versions, and hyperparameters without a transform."""
     for name in _REMOVED.keys() & defaults.keys():
         raise TypeError(

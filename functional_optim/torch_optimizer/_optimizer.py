@@ -19,8 +19,8 @@ from functional_optim.torch_optimizer._gradients import scaling_of, warn_of_no_g
 from functional_optim.torch_optimizer._group_keys import (
     OPTIONS,
     TRANSFORM_STATE,
-    check_arguments,
     check_defaults,
+    check_has_transform,
     checked_notes,
 )
 from functional_optim.torch_optimizer._param_groups import ParamGroups
@@ -120,7 +120,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         notes: Iterable[str] = (),
         **defaults: Any,
     ) -> None:
-        check_arguments(transform, defaults)
+        check_has_transform(transform, defaults)
         if not isinstance(compile, bool):
             raise ValueError(f"compile must be True or False, got {compile!r}")
         transform = validate_transform("transform", transform_of(transform))

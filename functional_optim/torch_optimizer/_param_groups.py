@@ -19,7 +19,7 @@ from functional_optim.core._traversal import Path, walk
 from functional_optim.core._value_class import same_value
 from functional_optim.torch_optimizer._group_hyperparameters import (
     Choices,
-    Option,
+    GroupKey,
     group_value,
     options_of,
     scheduled_places,
@@ -59,7 +59,7 @@ _same = functools.partial(same_value, tensors="identity")
 class _ScheduledKey:
     """A key of a group with the value of a schedule, in tensors of the group."""
 
-    option: Option
+    option: GroupKey
     tensors: list[Tensor]
     versions: list[int]
 
@@ -84,7 +84,7 @@ class GroupRecord:
             _ScheduledKey(option, tensors, [t._version for t in tensors])
             for option in self.options
             if option.scheduled
-            for tensors in [_tensors(group[option.key])]
+            for tensors in [_tensors_in(group[option.key])]
         ]
         self.betas = group.get("betas")
         self.values: tuple[Any, ...] | None = None
@@ -158,6 +158,9 @@ class ParamGroups:
         params = named_params(members, self.names.values())
         check_distinct([params], self.names)
         split = split_by_labels(self._transform, params)
+        is_named = group.get("param_names") is not None or any(
+            n is not None for n, _ in members
+        )
         given = {k: v for k, v in group.items() if k not in {"params", "param_names"}}
         initial = {labels: self._initial_values(labels) for labels in split}
         meant = {
@@ -172,20 +175,16 @@ class ParamGroups:
             for key, value in defaults.items()
             if not _same(value, first_defaults.get(key, value))
         }
-        is_named = any(name is not None for name, _ in members)
         found = []
         for labels, values in initial.items():
             self._set_values(values, labels, {**written, **given})
             for key in defaults.keys() - OWN_KEYS - OPTIONS - given.keys():
                 if key not in values:
                     values[key] = without_effect(key, defaults[key])
-            some = split[labels]
-            new = {**given, **values, "params": some}
-            if not is_named:
-                new["params"] = [param for _, param in some]
-            if not some and "param_names" in group:
-                new["param_names"] = []  # No pair says that it has names.
-            found.append((new, labels, some))
+            new = {**given, **values, "params": [param for _, param in split[labels]]}
+            if is_named:
+                new["param_names"] = [name for name, _ in split[labels]]
+            found.append((new, labels, split[labels]))
         return found
 
     def _set_values(
@@ -279,7 +278,9 @@ class ParamGroups:
         for record in self.records:
             for each in record.scheduled:
                 value = getattr(now[each.option.paths[0]], each.option.field)
-                for tensor, number in zip(each.tensors, _tensors(value), strict=True):
+                for tensor, number in zip(
+                    each.tensors, _tensors_in(value), strict=True
+                ):
                     tensor.copy_(number)
                 each.versions = [tensor._version for tensor in each.tensors]
 
@@ -397,7 +398,7 @@ def _are_same(now: tuple[Any, ...], before: tuple[Any, ...] | None) -> bool:
     return all(map(operator.is_, now, before)) or all(map(_same, now, before))
 
 
-def _changes(values: Iterable[tuple[Option, Any]]) -> dict[Path, dict[str, Any]]:
+def _changes(values: Iterable[tuple[GroupKey, Any]]) -> dict[Path, dict[str, Any]]:
     """Return values of keys by path and field, as `with_values` takes them."""
     found: dict[Path, dict[str, Any]] = {}
     for option, value in values:
@@ -413,7 +414,7 @@ def _key_of(value: Any) -> Any:
     return value if isinstance(value, (int, float)) else ("object", id(value))
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors_in(value: Any) -> list[Tensor]:
     parts = value if isinstance(value, tuple) else (value,)
     return [part for part in parts if isinstance(part, Tensor)]
 
@@ -432,7 +433,7 @@ def _check_zeros(record: GroupRecord, group: Mapping[str, Any]) -> None:
 def _check_unwritten(each: _ScheduledKey, group: Mapping[str, Any]) -> None:
     """Refuse values of a schedule that something else has written, too."""
     key = each.option.key
-    found = _tensors(group[key])
+    found = _tensors_in(group[key])
     if (
         f"initial_{key}" in group
         or len(found) != len(each.tensors)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
+from functional_optim.core._context import Context
+from functional_optim.core._transform import Scope
 from functional_optim.core._validation import check_parameters
 from functional_optim.execution._tensor_memory import is_dense
 from functional_optim.torch_optimizer._group_hyperparameters import Choices, choices_of
-from functional_optim.torch_optimizer._sharding import check_no_dtensor
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
 
@@ -29,7 +29,7 @@ GivenParams: TypeAlias = Sequence[tuple[str | None, Tensor]]
 _WRAPPERS = {"module", "_orig_mod"}
 """Parts that DistributedDataParallel, torch.compile and the like put into names."""
 
-_NO_NAMES: Mapping[int, Sequence[str]] = MappingProxyType({})
+_NONE: Mapping[Any, Any] = MappingProxyType({})
 
 _REMEDY = (
     "pass the parameters themselves, or (name, parameter) pairs as in "
@@ -66,16 +66,16 @@ def materialize_params(group: Any, index: int | None = None) -> dict[str, Any]:
 def pairs_of(
     group: Mapping[str, Any],
     index: int | None = None,
-    names: Mapping[int, Sequence[str]] = _NO_NAMES,
+    names: Mapping[int, Sequence[str]] = _NONE,
 ) -> GivenParams:
     """Return the parameters of a group in pairs with their names, None without one."""
+    what = "a group" if index is None else f"group {index}"
     if "params" not in group:
-        what = "a group" if index is None else f"group {index}"
         raise ValueError(f"{what} must have 'params', got the keys {sorted(group)}")
     params = group["params"]
     if isinstance(params, Tensor):
         params = [params]
-    place = "params" if index is None else f"params of group {index}"
+    place = "params" if index is None else f"params of {what}"
     if isinstance(params, (set, frozenset)):
         raise TypeError(
             "optimizer parameters need to be organized in ordered collections, but "
@@ -143,9 +143,8 @@ def renamed_params(
     group: Mapping[str, Any], place: str, known: Mapping[Tensor, str], count: int
 ) -> NamedParams:
     """Return the parameters that a group has now; new ones are named by param_names."""
-    params, given = list(group["params"]), group.get("param_names")
-    if given is not None and len(given) != len(params):
-        given = []
+    params = list(group["params"])
+    given: Any = group.get("param_names")
     taken = set(known.values())
     members = []
     for index, param in enumerate(params):
@@ -153,7 +152,7 @@ def renamed_params(
         if name is None and given is None:
             name = _free_number(count + index, taken)
         elif name is None:
-            name = given[index] if given else None
+            name = given[index] if len(given) == len(params) else None
             if name is None or name in taken:
                 raise ValueError(
                     f"{place} has a new parameter at position {index}, and no name for "
@@ -169,10 +168,9 @@ def _free_number(first: int, taken: Collection[str]) -> str:
 
 
 def check_distinct(
-    groups: Sequence[NamedParams], known: Mapping[Tensor, str] | None = None
+    groups: Sequence[NamedParams], known: Mapping[Tensor, str] = _NONE
 ) -> None:
     """Refuse parameters that come twice, and names that do."""
-    known = known or {}
     check_no_duplicates(groups, known)
     names = set(known.values())
     for name, _ in itertools.chain.from_iterable(groups):
@@ -186,13 +184,13 @@ def check_distinct(
 
 def check_no_duplicates(
     groups: Sequence[GivenParams],
-    known: Mapping[Tensor, str] = MappingProxyType({}),
-    names: Mapping[int, Sequence[str]] = _NO_NAMES,
+    known: Mapping[Tensor, str] = _NONE,
+    names: Mapping[int, Sequence[str]] = _NONE,
     remedy: str = "model.named_parameters() has tied parameters once",
 ) -> None:
     """Refuse parameters that come twice."""
     seen: dict[int, tuple[str, int | None]] = {
-        id(param): (name, None) for param, name in known.items()
+        id(p): (n, None) for p, n in known.items()
     }
     for index, members in enumerate(groups):
         for given, param in members:
@@ -215,7 +213,7 @@ def check_no_duplicates(
 def check_memory(params: TensorMap) -> None:
     """Refuse parameters that share memory, or that are not updated in place."""
     check_parameters(params)
-    check_no_dtensor(params)
+    _check_no_dtensor(params)
     near: list[tuple[int, str]] = []
     for start, end, name in sorted(_spans(params)):
         near = [(its_end, other) for its_end, other in near if start < its_end]
@@ -249,8 +247,8 @@ def _share_elements(one: Tensor, two: Tensor) -> bool:
     """Whether two parameters with overlapping spans share an element."""
     if one.dtype != two.dtype or (is_dense(one) and is_dense(two)):
         return True
-    places = [_offsets(p) + p.data_ptr() // p.itemsize for p in (one, two)]
-    return bool(torch.isin(*places).any())
+    offsets = [_offsets(p) + p.data_ptr() // p.itemsize for p in (one, two)]
+    return bool(torch.isin(*offsets).any())
 
 
 def _offsets(tensor: Tensor) -> Tensor:
@@ -259,3 +257,93 @@ def _offsets(tensor: Tensor) -> Tensor:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         found = (found[:, None] + stride * torch.arange(size)).reshape(-1)
     return found
+
+
+_ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
+_TOTAL = (
+    "what looks at all gradients (context.reduce: ClipByGlobalNorm, SkipNonfinite, "
+    "Observe, DynamicLossScale) would get another number in each process"
+)
+
+
+def _check_no_dtensor(params: TensorMap) -> None:
+    """Refuse DTensors, which are not updated in place."""
+    for name, param in params.items():
+        if hasattr(param, "_local_tensor") and hasattr(param, "placements"):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor ({param.placements}), and in place "
+                "only plain tensors are updated; use the pure way, updates, state = "
+                "transform.update(grads, state, parameters(model)) and "
+                "load_parameters(model, apply_updates(...)), which runs on DTensors, "
+                "or an optimizer of torch.optim"
+            )
+
+
+class ShardCheck:
+    """Checks of transforms where this process has a part of the parameters."""
+
+    def __init__(self, names: Mapping[Tensor, str], transform: Transform) -> None:
+        self._first = next(iter(names.values()), "")
+        self._cut = _cut_parameter(names)
+        if self._cut is not None and transform.scope is not Scope.ELEMENTWISE:
+            raise ValueError(
+                f"{transform!r} looks at whole tensors ({transform.scope}), and of "
+                f"{self._cut!r} only a piece is here: FullyShardedDataParallel has cut "
+                "it; use elementwise transforms, or fully_shard and the pure way"
+            )
+
+    def check_totals(self) -> None:
+        """Refuse totals over parameters that are cut, or in other processes, too."""
+        if self._cut is not None:
+            self._refuse()
+        if _in_zero():
+            raise ValueError(
+                "ZeroRedundancyOptimizer gives a part of the parameters to each "
+                f"process, {self._first!r} and others to this one: {_TOTAL}; leave it "
+                "out of the transform, and clip before the step by torch.nn.utils."
+                "clip_grad_norm_, or by OptimWrapper(zero, clip_grad=...)"
+            )
+
+    def context(self) -> Context:
+        """Return a context that refuses totals over a parameter that FSDP1 has cut."""
+        return Context(reducer=None if self._cut is None else self._refuse)
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise ValueError(
+            f"FullyShardedDataParallel has cut {self._cut!r}, and only a piece of its "
+            f"gradient is here: {_TOTAL}; leave it out of the transform, and clip "
+            "before the step by the model's own clip_grad_norm_"
+        )
+
+
+def _cut_parameter(names: Mapping[Tensor, str]) -> str | None:
+    """Return a parameter that FSDP1 has cut, None if all are whole."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not several or torch.distributed.get_world_size() == 1:
+        return None
+    views = []
+    param: Any
+    for param, name in names.items():
+        if getattr(param, "_is_flat_param", False):
+            if param._sharded_size != param._unpadded_unsharded_size:
+                return name
+        elif getattr(param, "_fsdp_flattened", False):
+            views.append((param.ndim, name))
+    # With use_orig_params: pieces have one dimension, whole ones their own shapes.
+    return views[0][1] if views and {ndim for ndim, _ in views} == {1} else None
+
+
+def _in_zero() -> bool:
+    """Whether a ZeroRedundancyOptimizer of several processes makes this step.
+
+    It leaves no trace in the optimizer that it holds, so its callers are looked at.
+    """
+    module: Any = sys.modules.get(_ZERO)
+    frame = sys._getframe(1) if module else None
+    while frame is not None:
+        if frame.f_code.co_filename == module.__file__:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, module.ZeroRedundancyOptimizer):
+                return bool(owner.world_size > 1)
+        frame = frame.f_back
+    return False

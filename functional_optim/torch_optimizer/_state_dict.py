@@ -69,11 +69,6 @@ def plain(value: Any) -> Any:
 
     Hooks write what `np.interp` returns into groups; `torch.load(weights_only=True)`
     takes no such number.
-
-    Example:
-        >>> import numpy as np
-        >>> plain({"lr": np.float64(0.5), "betas": (np.float32(0.25), 0.9)})
-        {'lr': 0.5, 'betas': (0.25, 0.9)}
     """
     if type(value) is dict:
         return {plain(key): plain(inner) for key, inner in value.items()}
@@ -91,17 +86,13 @@ class SavedState(NamedTuple):
 
     groups: list[dict[str, Any]]
     per_name: dict[str, Any]
-    """The entries of the transform."""
+    """Entries of the transform."""
+    global_entries: Mapping[str, Any]
+    """The state of the transform as a whole."""
     notes: dict[Tensor, dict[str, Any]]
-    """Entries of a user's own, which are not validated."""
+    """Entries of a user's own."""
     others: dict[Any, Any]
     """State of no parameter."""
-
-    @property
-    def global_entries(self) -> Mapping[str, Any]:
-        """The state of the transform as a whole."""
-        entries: Mapping[str, Any] = self.groups[0].get(TRANSFORM_STATE, {})
-        return entries
 
 
 def unpack(
@@ -114,7 +105,7 @@ def unpack(
     """Return a state dict by parameter, after validating its groups."""
     saved = saved_groups(data, param_groups)
     for index, (theirs, ours) in enumerate(zip(saved, param_groups, strict=True)):
-        _check_names(index, theirs.get("param_names"), ours.get("param_names"))
+        _check_saved_names(index, theirs.get("param_names"), ours.get("param_names"))
     groups.check_saved(saved)
     params = [param for group in param_groups for param in group["params"]]
     indices = [index for group in saved for index in group["params"]]
@@ -133,7 +124,8 @@ def unpack(
             per_name[name] = own
     known = {*indices, *range(len(indices))}
     others = {key: own for key, own in data["state"].items() if key not in known}
-    return SavedState(saved, per_name, notes, copy.deepcopy(others))
+    rest = saved[0].get(TRANSFORM_STATE, {})
+    return SavedState(saved, per_name, rest, notes, copy.deepcopy(others))
 
 
 def saved_groups(data: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -160,7 +152,7 @@ def saved_groups(data: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]
     return saved
 
 
-def _check_names(index: int, theirs: Any, ours: Any) -> None:
+def _check_saved_names(index: int, theirs: Any, ours: Any) -> None:
     if theirs is None or ours is None:
         return
     for a, b in zip(theirs, ours, strict=True):
@@ -178,14 +170,7 @@ _living: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
 def text_of(transform: Transform) -> str:
-    """Return a text that names a transform as long as it lives, in this process.
-
-    Example:
-        >>> from functional_optim import chain, sgd
-        >>> pipeline = chain(sgd(0.1))
-        >>> transform_of(text_of(pipeline)) is pipeline
-        True
-    """
+    """Return a text that names a transform as long as it lives, in this process."""
     text = f"<{type(transform).__name__} at {id(transform):#x}>"
     _living[text] = transform
     return text

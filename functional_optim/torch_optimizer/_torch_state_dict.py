@@ -147,7 +147,7 @@ def from_torch_state_dict(
     first = engine.first_entries()
     for index, (group, kind) in enumerate(zip(theirs, kinds, strict=True)):
         own = result["param_groups"][index]
-        _check_options(group, own, kind, f"param_groups[{index}]")
+        _check_torch_options(group, own, kind, f"param_groups[{index}]")
         own.update(_own_options(group, kind))
         for param, ours, saved in zip(
             optimizer.param_groups[index]["params"],
@@ -191,7 +191,7 @@ def _torch_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 # -- from torch --------------------------------------------------------------------
-def _check_options(
+def _check_torch_options(
     theirs: Mapping[str, Any],
     ours: Mapping[str, Any],
     kind: Counterpart,
