@@ -30,6 +30,14 @@ def test_all_is_sorted_and_exact(module) -> None:
     assert all(hasattr(module, name) for name in module.__all__)
 
 
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_all_is_there_in_a_fresh_process(module) -> None:
+    """No name exists only because something else has imported it."""
+    name = module.__name__
+    program = f"import {name} as m; [getattr(m, name) for name in m.__all__]"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def _instances(transform: object) -> list[object]:
     return [node.transform for node in walk(transform)]
 

@@ -6,6 +6,7 @@ Needs hypothesis: `pip install 'functional_optim[testing]'`.
 from typing import TYPE_CHECKING
 
 from functional_optim._messages import no_attribute
+from functional_optim.testing import laws, strategies
 from functional_optim.testing._check import check_transform
 from functional_optim.testing._equivalent import (
     NotEquivalentError,
