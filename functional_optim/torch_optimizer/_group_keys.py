@@ -168,9 +168,9 @@ def check_defaults(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> None:
 def checked_notes(notes: Any) -> tuple[str, ...]:
     """Return the keys of groups that a user lists as notes."""
     single = isinstance(notes, str) or not isinstance(notes, Iterable)
-    found = (notes,) if single else tuple(notes)
-    if not all(isinstance(note, str) for note in found):
+    keys = (notes,) if single else tuple(notes)
+    if not all(isinstance(note, str) for note in keys):
         raise TypeError(
             f'notes must be a list of keys of groups, such as ["lrs"], got {notes!r}'
         )
-    return found
+    return keys

@@ -1,4 +1,4 @@
-"""A transform as a real `torch.optim.Optimizer`, executed in place."""
+"""Run a transform in place, as a `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 

@@ -126,11 +126,11 @@ class ParamGroups:
         ]
         check_distinct(members)
         everyone = itertools.chain.from_iterable(members)
-        found: dict[str, Any] = {}
+        defaults: dict[str, Any] = {}
         for labels in split_by_labels(self._transform, everyone):
             for key, value in self._initial_values(labels).items():
-                found.setdefault(key, value)
-        return found
+                defaults.setdefault(key, value)
+        return defaults
 
     def _initial_values(self, labels: Choices) -> dict[str, Any]:
         """Return what a group has before the first step; tensors are the user's own."""
@@ -175,7 +175,7 @@ class ParamGroups:
             for key, value in defaults.items()
             if not _same(value, first_defaults.get(key, value))
         }
-        found = []
+        groups = []
         for labels, values in initial.items():
             self._set_values(values, labels, {**written, **given})
             for key in defaults.keys() - OWN_KEYS - OPTIONS - given.keys():
@@ -184,8 +184,8 @@ class ParamGroups:
             new = {**given, **values, "params": [param for _, param in split[labels]]}
             if is_named:
                 new["param_names"] = [name for name, _ in split[labels]]
-            found.append((new, labels, split[labels]))
-        return found
+            groups.append((new, labels, split[labels]))
+        return groups
 
     def _set_values(
         self, values: dict[str, Any], labels: Choices, given: Mapping[str, Any]
@@ -240,7 +240,7 @@ class ParamGroups:
 
     def reread(self, groups: list[dict[str, Any]]) -> ParamGroups:
         """Return the records of groups whose parameters were changed by hand."""
-        found = ParamGroups(self._transform, self._notes)
+        reread = ParamGroups(self._transform, self._notes)
         everyone: list[NamedParams] = []
         here = {param for group in groups for param in group["params"]}
         known = {param: n for param, n in self.names.items() if param in here}
@@ -255,9 +255,9 @@ class ParamGroups:
                     f"{place} has parameters of {1 + len(others)} labels; add new ones "
                     "with add_param_group, which gives each label a group of its own"
                 )
-            found.add(group, labels, params)
+            reread.add(group, labels, params)
         check_distinct(everyone)
-        return found
+        return reread
 
     # -- schedules -------------------------------------------------------------------
 
@@ -400,11 +400,11 @@ def _are_same(now: tuple[Any, ...], before: tuple[Any, ...] | None) -> bool:
 
 def _changes(values: Iterable[tuple[GroupKey, Any]]) -> dict[Path, dict[str, Any]]:
     """Return values of keys by path and field, as `with_values` takes them."""
-    found: dict[Path, dict[str, Any]] = {}
+    changes: dict[Path, dict[str, Any]] = {}
     for option, value in values:
         for path in option.paths:
-            found.setdefault(path, {})[option.field] = value
-    return found
+            changes.setdefault(path, {})[option.field] = value
+    return changes
 
 
 def _key_of(value: Any) -> Any:
@@ -433,11 +433,11 @@ def _check_zeros(record: GroupRecord, group: Mapping[str, Any]) -> None:
 def _check_unwritten(each: _ScheduledKey, group: Mapping[str, Any]) -> None:
     """Refuse values of a schedule that something else has written, too."""
     key = each.option.key
-    found = _tensors_in(group[key])
+    tensors = _tensors_in(group[key])
     if (
         f"initial_{key}" in group
-        or len(found) != len(each.tensors)
-        or not all(map(operator.is_, found, each.tensors))
-        or [tensor._version for tensor in found] != each.versions
+        or len(tensors) != len(each.tensors)
+        or not all(map(operator.is_, tensors, each.tensors))
+        or [tensor._version for tensor in tensors] != each.versions
     ):
         raise ValueError(two_owners(key))

@@ -46,14 +46,14 @@ def split_by_labels(
     transform: Transform, params: Iterable[tuple[str, Tensor]]
 ) -> dict[Choices, NamedParams]:
     """Return parameters by their labels; one entry without labels if there are none."""
-    found: dict[Choices, NamedParams] = {}
+    split: dict[Choices, NamedParams] = {}
     for name, param in params:
-        found.setdefault(choices_of(transform, name, param), []).append((name, param))
-    return found or {(): []}
+        split.setdefault(choices_of(transform, name, param), []).append((name, param))
+    return split or {(): []}
 
 
 def materialize_params(group: Any, index: int | None = None) -> dict[str, Any]:
-    """Return a copy of a group with its parameters in a collection."""
+    """Return a copy of a group whose parameters can be iterated over again."""
     if not isinstance(group, Mapping):
         where = "" if index is None else f" as group {index}"
         raise TypeError(f"param_group must be a dict, but got {_kind_of(group)}{where}")
@@ -131,12 +131,12 @@ def given_params(group: Mapping[str, Any]) -> GivenParams:
 
 def named_params(members: GivenParams, taken: Collection[str]) -> NamedParams:
     """Return parameters with names; those without one get the next free numbers."""
-    names, found = set(taken), []
+    names, named = set(taken), []
     for index, (given, param) in enumerate(members, start=len(names)):
         name = _free_number(index, names) if given is None else given
         names.add(name)
-        found.append((name, param))
-    return found
+        named.append((name, param))
+    return named
 
 
 def renamed_params(
@@ -253,10 +253,10 @@ def _share_elements(one: Tensor, two: Tensor) -> bool:
 
 def _offsets(tensor: Tensor) -> Tensor:
     """Return the offsets of the elements from the first one."""
-    found = torch.zeros(1, dtype=torch.int64)
+    offsets = torch.zeros(1, dtype=torch.int64)
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        found = (found[:, None] + stride * torch.arange(size)).reshape(-1)
-    return found
+        offsets = (offsets[:, None] + stride * torch.arange(size)).reshape(-1)
+    return offsets
 
 
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"

@@ -177,13 +177,13 @@ def text_of(transform: Transform) -> str:
 
 
 def transform_of(given: Any) -> Any:
-    """Return the transform that a text names; what is no text is returned as it is."""
+    """Return the transform that a text names, or the argument if it is no text."""
     if not isinstance(given, str):
         return given
-    found = _living.get(given)
-    if found is None:
+    transform = _living.get(given)
+    if transform is None:
         raise TypeError(
             f"transform must be a transform, got the text {given!r}, which names none "
             "that lives in this process; pass one, such as functional_optim.adamw()"
         )
-    return found
+    return transform

@@ -1,4 +1,4 @@
-"""State dicts for torch's own optimizers, and from them."""
+"""Convert state dicts to those of torch's optimizers, and back."""
 
 from __future__ import annotations
 
@@ -95,9 +95,9 @@ def to_torch_state_dict(optimizer: TransformOptimizer) -> dict[str, Any]:
         index += len(indices)
         groups.append({**_torch_options(group, kind), "params": indices})
         for position, param in zip(indices, group["params"], strict=True):
-            found = _torch_entries(engine.entries(optimizer._groups.names[param]))
-            if found:
-                state[position] = found
+            entries = _torch_entries(engine.entries(optimizer._groups.names[param]))
+            if entries:
+                state[position] = entries
     return {"state": state, "param_groups": groups}
 
 
@@ -181,13 +181,13 @@ def _torch_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
     started = entries.get("step", entries.get(_STARTED))
     if started is not None and not started:
         return {}
-    found = {key: entries[key].clone() for key in _MOMENTS if key in entries}
+    moments = {key: entries[key].clone() for key in _MOMENTS if key in entries}
     if "step" not in entries:
-        return found
+        return moments
     # torch counts on the host, in the default dtype.
     wide = torch.get_default_dtype() is torch.float64
     dtype = torch.float64 if wide else torch.float32
-    return {"step": entries["step"].to("cpu", dtype, copy=True), **found}
+    return {"step": entries["step"].to("cpu", dtype, copy=True), **moments}
 
 
 # -- from torch --------------------------------------------------------------------
@@ -197,7 +197,7 @@ def _check_torch_options(
     kind: Counterpart,
     place: str,
 ) -> None:
-    """Refuse options of torch that mean something else than the transforms do."""
+    """Refuse options of torch that differ from those of the transforms."""
     name = kind.optimizer.__name__
     required = kind.defaults.keys() & (_NUMBERS | _FLAGS)
     missing = sorted(required - theirs.keys() - {"maximize"})  # torch 1.10 had none.
@@ -233,29 +233,29 @@ def _unlike(place: str, key: str, theirs: object, ours: object) -> ValueError:
 
 
 def _own_options(theirs: Mapping[str, Any], kind: Counterpart) -> dict[str, Any]:
-    """Return what a group here takes over from one of torch."""
+    """Return the options of a group here from those of one of torch."""
     # What schedulers and users keep in a group goes along.
     known = kind.defaults.keys() | OWN_KEYS | _FLAGS
-    found = {k: v for k, v in theirs.items() if k in kind.keys or k not in known}
+    options = {k: v for k, v in theirs.items() if k in kind.keys or k not in known}
     if "param_names" in theirs:
-        found["param_names"] = theirs["param_names"]
-    if "betas" in found:  # JSON has no tuples.
-        found["betas"] = tuple(found["betas"])
-    return copy.deepcopy(found)
+        options["param_names"] = theirs["param_names"]
+    if "betas" in options:  # JSON has no tuples.
+        options["betas"] = tuple(options["betas"])
+    return copy.deepcopy(options)
 
 
 def _own_entries(
     theirs: Mapping[str, Any], first: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    """Return the state of one parameter, from what torch has for it."""
-    found = {key: value for key, value in theirs.items() if value is not None}
-    if not found:
+    """Return the state of one parameter from that of torch."""
+    entries = {key: value for key, value in theirs.items() if value is not None}
+    if not entries:
         return dict(first)
     if _STARTED in first:
-        found[_STARTED] = torch.ones((), dtype=torch.bool)
-    if "step" in first and "step" in found:  # Once a Python number.
-        found["step"] = torch.as_tensor(found["step"]).to(first["step"])
-    return found
+        entries[_STARTED] = torch.ones((), dtype=torch.bool)
+    if "step" in first and "step" in entries:  # Once a Python number.
+        entries["step"] = torch.as_tensor(entries["step"]).to(first["step"])
+    return entries
 
 
 # -- counterparts ------------------------------------------------------------------
@@ -309,7 +309,7 @@ def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpa
             "torch.optim has no place for the open window of an Accumulate; leave it "
             "out of the transform and accumulate in .grad"
         )
-    found = [
+    kinds = [
         _counterpart(optimizer._transform, record.labels, record.place)
         for record in optimizer._groups.records
     ]
@@ -320,33 +320,33 @@ def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpa
             reason = f"it has eps_root={group['eps_root']}, and torch has none"
             raise _without(record.place, reason)
     # A group without decay is of either Adam: of that of the others.
-    decided = {one.optimizer for one in found if "weight_decay" in one.keys} & _ADAMS
+    decided = {one.optimizer for one in kinds if "weight_decay" in one.keys} & _ADAMS
     if len(decided) == 1:
         [adam] = decided
-        found = [
+        kinds = [
             one._replace(optimizer=adam) if one.optimizer in _ADAMS else one
-            for one in found
+            for one in kinds
         ]
-    names = sorted({one.optimizer.__name__ for one in found})
+    names = sorted({one.optimizer.__name__ for one in kinds})
     if len(names) > 1:
         raise ValueError(
             f"the groups have no counterpart in torch.optim: they are those of "
             f"{' and '.join(names)}, and a state dict is of one class"
         )
-    return engine, found
+    return engine, kinds
 
 
 def _counterpart(transform: Transform, labels: Choices, place: str) -> Counterpart:
     """Return the class of torch that does the same to one group."""
-    path = [found.transform for found in on_path(transform, labels)]
+    path = [inside.transform for inside in on_path(transform, labels)]
     leaves = [one for one in path if not children_of(one)]
     for one in path:
         if children_of(one) and not _is_transparent(one):
             raise _without(place, f"{one!r} acts on some of its parameters only")
     kinds = list(map(type, leaves))
     start = next((i for i, kind in enumerate(kinds) if kind in _RULES), len(kinds))
-    found = _OPTIMIZERS.get(tuple(kinds[start:]))
-    if found is None:
+    optimizer = _OPTIMIZERS.get(tuple(kinds[start:]))
+    if optimizer is None:
         written = " -> ".join(kind.__name__ for kind in kinds) or "nothing"
         raise _without(place, f"it is none of sgd, adam and adamw, but {written}")
     for leaf in leaves[:start]:
@@ -363,7 +363,7 @@ def _counterpart(transform: Transform, labels: Choices, place: str) -> Counterpa
                 f"{option.key} is a schedule, whose count torch keeps in an "
                 "LRScheduler; put a number into the transform",
             )
-    return Counterpart(found, frozenset(option.key for option in options))
+    return Counterpart(optimizer, frozenset(option.key for option in options))
 
 
 def _is_transparent(combinator: Transform) -> bool:
