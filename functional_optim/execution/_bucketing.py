@@ -22,10 +22,10 @@ from functional_optim.core._value_class import same_value
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._state_tree import Kind
 from functional_optim.execution._tensor_memory import (
-    Scratch,
+    ScratchMemory,
     copied_alone,
     is_dense,
-    own_like,
+    relayout_like,
 )
 from functional_optim.execution._units import Piece, Pooled, Shaped, Source, Unit
 from functional_optim.execution.compiled._kernels import BucketKernels, KernelCache
@@ -122,7 +122,9 @@ class Layout:
     nodes: list[Node]
     fields: list[Field]
     options: ExecutionOptions
-    scratch: Scratch = dataclasses.field(default_factory=lambda: Scratch(SCRATCH_BYTES))
+    scratch: ScratchMemory = dataclasses.field(
+        default_factory=lambda: ScratchMemory(SCRATCH_BYTES)
+    )
 
     def buckets(self) -> list[Bucket]:
         """Return the buckets with their units, in the order of the parameters."""
@@ -294,7 +296,7 @@ class Layout:
             if field.kind is not Kind.ELEMENTWISE or not isinstance(node, dict):
                 continue
             if name in node:
-                node[name] = own_like(node[name], param)
+                node[name] = relayout_like(node[name], param)
         return [
             Piece({name: param}, slice(start, start + size), source)
             for start in range(0, max(1, param.numel()), size)

@@ -26,7 +26,7 @@ from functional_optim.execution._grad_scaling import Scaling, scaled
 from functional_optim.execution._plan import Plan
 from functional_optim.execution._reductions import totals_of
 from functional_optim.execution._state_tree import Kind, Store, free
-from functional_optim.execution._tensor_memory import memory_of
+from functional_optim.execution._tensor_memory import storage_ptr
 from functional_optim.execution._unit_update import Given, Run
 from functional_optim.execution.compiled._compiled_update import compiled
 
@@ -180,7 +180,7 @@ class Executor:
             nodes = update.apply(totals, later)
             if self._has_whole and nodes is not None:
                 self._collect(update.unit, nodes, later)
-        homes = {memory_of(old) for old, _ in later.values()}
+        homes = {storage_ptr(old) for old, _ in later.values()}
         values = [(old, free(new, homes)) for old, new in later.values()]
         for old, new in values:
             old.copy_(new)

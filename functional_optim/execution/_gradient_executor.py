@@ -17,7 +17,7 @@ from functional_optim.algebra._buffers import Donated, Workspace
 from functional_optim.algebra._tensor_map import can_use_foreach
 from functional_optim.execution._grad_scaling import scaled, wrapped_state
 from functional_optim.execution._state_tree import mapped, tensors_of
-from functional_optim.execution._tensor_memory import memory_of
+from functional_optim.execution._tensor_memory import storage_ptr
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -94,8 +94,8 @@ def _kept(state: Any, *maps: TensorMap) -> Any:
     """Return a state that shares no memory with what others overwrite."""
     if not any(tensor.ndim for tensor in tensors_of(state)):
         return state
-    taken = {memory_of(t) for tensors in maps for t in tensors.values() if t.numel()}
-    return mapped(state, lambda t: t.clone() if memory_of(t) in taken else t)
+    taken = {storage_ptr(t) for tensors in maps for t in tensors.values() if t.numel()}
+    return mapped(state, lambda t: t.clone() if storage_ptr(t) in taken else t)
 
 
 def _write(moved: TensorMap, grads: TensorMap) -> None:
@@ -104,9 +104,9 @@ def _write(moved: TensorMap, grads: TensorMap) -> None:
     if not pairs:
         return
     targets, sources = map(list, zip(*pairs, strict=True))
-    taken = {memory_of(target) for target in targets if target.numel()}
+    taken = {storage_ptr(target) for target in targets if target.numel()}
     # What is written first may be what is read after.
-    sources = [s.clone() if memory_of(s) in taken else s for s in sources]
+    sources = [s.clone() if storage_ptr(s) in taken else s for s in sources]
     if can_use_foreach(targets) and can_use_foreach(sources):
         torch._foreach_copy_(targets, sources)
     else:

@@ -143,7 +143,7 @@ def dtype_of(grads: Mapping[str, Tensor], name: str) -> torch.dtype:
     return grads[name].dtype if dtype is None else dtype
 
 
-class Scan:
+class GradientScan:
     """Looks at parameters and gradients."""
 
     def __init__(self, params: TensorMap, native: Native) -> None:
@@ -174,7 +174,7 @@ class Scan:
             *map(address, arrays),
         )
 
-    def look(self) -> Gradients | None:
+    def scan(self) -> Gradients | None:
         """Return the gradients; None if one is not as its parameter, or all failed."""
         told = self._told()
         self.moved = bool(told & (_MOVED | _FAILED))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from functional_optim.core._transform import Static
 from functional_optim.core._traversal import walk
-from functional_optim.execution._tensor_memory import apart, memory_of
+from functional_optim.execution._tensor_memory import storage_ptr, unalias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -180,7 +180,7 @@ class Store:
     def __init__(self, transform: Transform, state: Any, params: TensorMap) -> None:
         self.replaced = True
         self.fields = fields_of(transform, state, params)
-        own = iter(apart(list(tensors_of(state)), params.values()))
+        own = iter(unalias(list(tensors_of(state)), params.values()))
         self._take(mapped(state, lambda _: next(own)))
 
     def _take(self, state: Any) -> None:
@@ -193,7 +193,7 @@ class Store:
     def load(self, nodes: list[Node]) -> None:
         """Take over the numbers of other nodes; tensors stay where dtypes agree."""
         # Ours may come back in another order: all is read before one is written.
-        mine = {memory_of(entry) for entry in tensors_of(self.state)}
+        mine = {storage_ptr(entry) for entry in tensors_of(self.state)}
         nodes = nodes_of(mapped(tuple(nodes), lambda new: free(new, mine)))
         for index, (old, new) in enumerate(zip(self.nodes, nodes, strict=True)):
             if isinstance(old, Tensor) and isinstance(new, Tensor):
@@ -221,4 +221,4 @@ class Store:
 
 def free(new: Tensor, homes: set[int]) -> Tensor:
     """Return a tensor that stays as it is while others are written."""
-    return new.clone() if memory_of(new) in homes else new
+    return new.clone() if storage_ptr(new) in homes else new

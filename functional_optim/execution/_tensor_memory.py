@@ -40,27 +40,27 @@ def is_dense(tensor: Tensor) -> bool:
     return True
 
 
-def apart(tensors: Sequence[Tensor], taken: Iterable[Tensor]) -> list[Tensor]:
+def unalias(tensors: Sequence[Tensor], taken: Iterable[Tensor]) -> list[Tensor]:
     """Return tensors that can be written one by one: copies of those that share memory.
 
     Example:
         >>> zero = torch.zeros(2)
-        >>> a, b = apart([zero, zero], [])
+        >>> a, b = unalias([zero, zero], [])
         >>> a is zero, b is zero
         (True, False)
     """
-    seen = {memory_of(tensor) for tensor in taken if tensor.numel()}
+    seen = {storage_ptr(tensor) for tensor in taken if tensor.numel()}
     found = []
     for tensor in tensors:
         has_memory = tensor.numel() > 0 and not tensor.is_meta
-        shared = has_memory and (memory_of(tensor) in seen or not is_dense(tensor))
+        shared = has_memory and (storage_ptr(tensor) in seen or not is_dense(tensor))
         own = tensor.clone() if shared else tensor
-        seen.add(memory_of(own))
+        seen.add(storage_ptr(own))
         found.append(own)
     return found
 
 
-def memory_of(tensor: Tensor) -> int:
+def storage_ptr(tensor: Tensor) -> int:
     """Return what tells whether two tensors lie in the same memory."""
     own = getattr(tensor, "_local_tensor", tensor)  # A DTensor has no memory itself.
     return int(own.untyped_storage().data_ptr())
@@ -98,11 +98,11 @@ def flat_like(tensor: Tensor, model: Tensor, where: slice) -> Tensor:
     return found[start - first * row : stop - first * row]
 
 
-def carved(memory: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+def split_views(memory: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
     """Return consecutive views of one-dimensional memory in the given shapes.
 
     Example:
-        >>> [v.shape for v in carved(torch.zeros(7), [torch.Size([2, 3])])]
+        >>> [v.shape for v in split_views(torch.zeros(7), [torch.Size([2, 3])])]
         [torch.Size([2, 3])]
     """
     views, start = [], 0
@@ -132,7 +132,7 @@ def copied_alone(view: Tensor) -> Tensor:
     return view
 
 
-def own_like(entry: Tensor, param: Tensor) -> Tensor:
+def relayout_like(entry: Tensor, param: Tensor) -> Tensor:
     """Return an entry of the state in memory of its own that lies like a parameter."""
     if entry.stride() == param.stride() and is_alone(entry):
         return entry
@@ -144,7 +144,7 @@ def is_alone(tensor: Tensor) -> bool:
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 
 
-class Scratch:
+class ScratchMemory:
     """Memory for gathered tensors: own buffers up to a budget, one for the rest."""
 
     def __init__(self, budget: int) -> None:
@@ -173,7 +173,7 @@ def _native(*, wanted: bool) -> Native | None:
     return found if isinstance(found, Native) else None
 
 
-class Versions:
+class VersionCounters:
     """Counts that tensors were written, so that autograd sees it."""
 
     def __init__(self, tensors: list[Tensor], *, compiles: bool) -> None:
@@ -190,14 +190,14 @@ class Versions:
             torch.autograd.graph.increment_version(self._tensors)
 
 
-class Gathered:
+class GatherBuffer:
     """One piece of memory for the elements of many tensors, one after the other."""
 
     def __init__(
         self, memory: Tensor, shapes: Sequence[torch.Size], *, compiles: bool
     ) -> None:
         self.memory = memory
-        self._views = carved(memory, shapes)
+        self._views = split_views(memory, shapes)
         self._compiles = compiles and memory.is_cpu
         self._numels = [shape.numel() for shape in shapes]
         self._place = memory.data_ptr()

@@ -20,14 +20,14 @@ from functional_optim.algebra._buffers import Donated
 from functional_optim.execution._native import Gradients, dtype_of
 from functional_optim.execution._state_tree import Kind, mapped, nodes_of, rebuilt
 from functional_optim.execution._tensor_memory import (
-    Gathered,
-    Versions,
-    carved,
+    GatherBuffer,
+    VersionCounters,
     copied_alone,
     flat,
     flat_like,
-    memory_of,
     places_of,
+    split_views,
+    storage_ptr,
 )
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Static
     from functional_optim.execution._state_tree import Field, Node
-    from functional_optim.execution._tensor_memory import Scratch
+    from functional_optim.execution._tensor_memory import ScratchMemory
 
 Later: TypeAlias = "dict[int, tuple[Tensor, Tensor]]"
 """What is written when all units have run: by `id`, the old tensor and the new."""
@@ -70,7 +70,7 @@ class Unit:
         self._columns = source.columns
         self._stored: list[dict[str, Tensor]] = []
         self._memory: set[int] | None = None
-        self._versions: Versions | None = None
+        self._versions: VersionCounters | None = None
         self.state: Any = None
         self.donated: Any = None
 
@@ -142,7 +142,7 @@ class Unit:
     def after_write(self) -> None:
         """Do what is left when parameters and state were written past torch."""
         if self._versions is None:
-            self._versions = Versions(self._written(), compiles=True)
+            self._versions = VersionCounters(self._written(), compiles=True)
         self._versions.bump()
 
     def _written(self) -> list[Tensor]:
@@ -153,14 +153,14 @@ class Unit:
         """Whether a result is what another entry of the state was, as in a delay."""
         if self._memory is None:
             mine = [entry for own in self._stored for entry in own.values()]
-            self._memory = {memory_of(entry) for entry in mine if entry.numel()}
+            self._memory = {storage_ptr(entry) for entry in mine if entry.numel()}
         for update in moved.values():
-            if memory_of(update) in self._memory:
+            if storage_ptr(update) in self._memory:
                 return True
         for node, stored in zip(nodes, self._stored, strict=True):
             if isinstance(node, dict):
                 for key, old in stored.items():
-                    if node[key] is not old and memory_of(node[key]) in self._memory:
+                    if node[key] is not old and storage_ptr(node[key]) in self._memory:
                         return True
         return False
 
@@ -257,7 +257,7 @@ class Pooled(Unit):
         self,
         params: TensorMap,
         source: Source,
-        scratch: Scratch,
+        scratch: ScratchMemory,
         *,
         compiles: bool = False,
     ) -> None:
@@ -268,8 +268,8 @@ class Pooled(Unit):
         self._key, self._scratch, self._compiles = self.names[0], scratch, compiles
         first = self._tensors[0]
         memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
-        self._all = Versions(self._tensors, compiles=compiles)
-        self._params = Gathered(memory, self._shapes, compiles=compiles)
+        self._all = VersionCounters(self._tensors, compiles=compiles)
+        self._params = GatherBuffer(memory, self._shapes, compiles=compiles)
         self._places = places_of(self._tensors) if memory.is_cpu else None
         self.params = {self._key: memory}
         self._grads = self._room(first.dtype)
@@ -291,7 +291,7 @@ class Pooled(Unit):
         """Bring the entries of all members into one flat tensor."""
         entries = [node[name] for name in self.names]
         memory = entries[0].new_empty(self._numel)
-        views = carved(memory, self._shapes)
+        views = split_views(memory, self._shapes)
         torch._foreach_copy_(views, entries)
         node.update(zip(self.names, map(copied_alone, views), strict=True))
         return memory
@@ -306,11 +306,11 @@ class Pooled(Unit):
             self._last = {self._key: self._gathered(grads)}
         return self._last
 
-    def _room(self, dtype: torch.dtype) -> Gathered:
+    def _room(self, dtype: torch.dtype) -> GatherBuffer:
         """Return where to gather gradients."""
         memory, own = self._scratch.take(self._numel, self._tensors[0], dtype, "grads")
         self._own = self._own and own
-        return Gathered(memory, self._shapes, compiles=self._compiles)
+        return GatherBuffer(memory, self._shapes, compiles=self._compiles)
 
     def _gathered(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Return the gradients, one after the other."""

@@ -300,8 +300,10 @@ def _plan_lines(optimizer: TransformOptimizer, engine: Engine) -> list[str]:
         for number, bucket in enumerate(buckets[:_MAX_LINES], start=1)
     )
     lines += _omitted(len(buckets))
-    if engine.survey.failure:
-        lines.append(f"not compiled: the look at gradients ({engine.survey.failure})")
+    if engine.collector.failure:
+        lines.append(
+            f"not compiled: the look at gradients ({engine.collector.failure})"
+        )
     return lines
 
 

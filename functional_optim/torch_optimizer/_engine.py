@@ -12,7 +12,7 @@ from functional_optim.execution._executor import Executor
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._state_tree import nodes_of
 from functional_optim.execution.compiled._kernels import KernelCache
-from functional_optim.torch_optimizer._gradients import Shown, Survey
+from functional_optim.torch_optimizer._gradients import GradientCollector, StateSnapshot
 from functional_optim.torch_optimizer._param_state import (
     StartingState,
     check_entries,
@@ -53,7 +53,7 @@ class Engine:
         self.frozen = [p for p, name in all_names.items() if name not in served]
         """Parameters without state, until they have a gradient."""
         self._group_of, self._transforms = group_of, transforms
-        self.survey = Survey(self.names, compiles=compiles)
+        self.collector = GradientCollector(self.names, compiles=compiles)
         self.executor = Executor(
             self.params(),
             transforms,
@@ -63,7 +63,7 @@ class Engine:
             check_totals=ShardCheck(self.names, transform).check_totals,
         )
         self._store = self.executor.store
-        self._shown = Shown({}, [])
+        self._shown = StateSnapshot({}, [])
         self.global_entries: dict[str, Any] = {}
         """The state of the transform as a whole, in the first group."""
         self.write_global_entries()
@@ -121,7 +121,9 @@ class Engine:
         for param, entries in own.items():
             if entries or param in state:
                 state.setdefault(param, {}).update(entries)
-        self._shown = Shown(state, [e for some in own.values() for e in some.values()])
+        self._shown = StateSnapshot(
+            state, [e for some in own.values() for e in some.values()]
+        )
         self._store.replaced = False
 
     def write_replaced_state(self, state: MutableMapping[Tensor, Any]) -> None:
@@ -141,11 +143,11 @@ class Engine:
 
         Returns False where tensors moved or began to be served: it needs a new plan.
         """
-        if self.survey.look() or self._shown.have_moved(each=each):
+        if self.collector.scan() or self._shown.have_moved(each=each):
             return False
         if self.frozen and any(param.grad is not None for param in self.frozen):
             return False
-        if self.survey.shows(state, self._shown.everything):
+        if self.collector.shows(state, self._shown.everything):
             return True
         changed: list[tuple[Tensor, Tensor]] = []
         for param, name in self._all_names.items():

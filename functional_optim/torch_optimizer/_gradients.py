@@ -14,8 +14,8 @@ from torch import Tensor
 from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._validation import check_updates
 from functional_optim.execution._grad_scaling import Scaling
-from functional_optim.execution._native import Native, Scan, native
-from functional_optim.execution._tensor_memory import memory_of
+from functional_optim.execution._native import GradientScan, Native, native
+from functional_optim.execution._tensor_memory import storage_ptr
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -66,7 +66,7 @@ def scaling_of(optimizer: object) -> Scaling | None:
 _dtype_of = operator.attrgetter("dtype")
 
 
-class Survey:
+class GradientCollector:
     """Looks at parameters, gradients and state.
 
     All is asked by functions in C, and few of them, because it is asked at every step:
@@ -77,7 +77,7 @@ class Survey:
         self._names = names
         self._strided = [param for param in names if not param.is_contiguous()]
         self._native: Native | None = None
-        self._scan: Scan | None = None
+        self._scan: GradientScan | None = None
         self.failure = ""
         """Why nothing is compiled although it should be."""
         if compiles and are_plain(names):
@@ -94,7 +94,7 @@ class Survey:
         self._native = found
         try:
             params = {name: param for param, name in self._names.items()}
-            self._scan = Scan(params, found)
+            self._scan = GradientScan(params, found)
         except RuntimeError as error:  # As on the meta device.
             self.failure = str(error)
 
@@ -108,7 +108,7 @@ class Survey:
         self._geometry = self._found_geometry()
         self._moved = False
         if self._scan is not None:
-            self._scan.look()
+            self._scan.scan()
 
     def _found_geometry(self) -> list[Any]:
         strides = [param.stride() for param in self._strided]
@@ -122,10 +122,10 @@ class Survey:
             strides,
         ]
 
-    def look(self) -> bool:
+    def scan(self) -> bool:
         """Look at everything."""
         if self._scan is not None:
-            self._found = self._scan.look()
+            self._found = self._scan.scan()
             # The next look compares with this one.
             self._moved = self._moved or self._scan.moved
         return self._moved or self._found_geometry() != self._geometry
@@ -143,7 +143,7 @@ class Survey:
         return same and all(map(operator.is_, found, entries))
 
 
-class Shown:
+class StateSnapshot:
     """Record the entries that a state shows, and their memory."""
 
     def __init__(self, state: Mapping[Tensor, Any], entries: list[Tensor]) -> None:
@@ -152,7 +152,7 @@ class Shown:
         self._places = list(map(_place, self._entries))
         # A look at each costs as much as the arithmetic on a small one: one of each
         # memory is looked at, and how many tensors share the memory.
-        first = {memory_of(entry): entry for entry in reversed(self._entries)}
+        first = {storage_ptr(entry): entry for entry in reversed(self._entries)}
         self._first = list(first.values())
         self._memories = [entry.untyped_storage() for entry in self._first]
         self._seen = self._look()

@@ -197,7 +197,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         # What a step allocates must be of use outside of inference mode, too.
         with torch.inference_mode(mode=False), torch.no_grad():
             engine = self._synced_engine()
-            grads = engine.survey.gradients()
+            grads = engine.collector.gradients()
             if not grads and not self._warned:
                 self._warned = True
                 warn_of_no_gradient()

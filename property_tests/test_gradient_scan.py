@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from functional_optim.execution._native import Gradients
-from functional_optim.execution._tensor_memory import Gathered
-from functional_optim.torch_optimizer._gradients import Survey
+from functional_optim.execution._tensor_memory import GatherBuffer
+from functional_optim.torch_optimizer._gradients import GradientCollector
 
 SHAPES = [(3, 4), (5,), (), (0, 2), (2, 3, 4, 5), (70,)]
 
@@ -76,9 +76,9 @@ def _change(param: Parameter, what: str) -> None:
         param.grad = None if grad is None else grad.to(param.dtype)
 
 
-def _told(survey: Survey) -> Any:
+def _told(collector: GradientCollector) -> Any:
     try:
-        return {name: id(grad) for name, grad in survey.gradients().items()}
+        return {name: id(grad) for name, grad in collector.gradients().items()}
     except TypeError as error:
         return str(error)
 
@@ -91,20 +91,20 @@ def test_as_python(steps: list[list[tuple[str, int]]]) -> None:
     """What moved, and which gradients there are, after every change."""
     params = _parameters()
     names = {param: str(index) for index, param in enumerate(params)}
-    compiled, plain = Survey(names, compiles=True), Survey(names)
+    compiled, plain = GradientCollector(names, compiles=True), GradientCollector(names)
     assert compiled.compiled
     assert not plain.compiled
     for changes in steps:
         for what, index in changes:
             _change(params[index], what)
-        moved = plain.look()
-        assert compiled.look() == moved
+        moved = plain.scan()
+        assert compiled.scan() == moved
         assert _told(compiled) == _told(plain)
         if moved:
-            assert compiled.look()  # Until it is told that this is right.
+            assert compiled.scan()  # Until it is told that this is right.
             compiled.restart()
             plain.restart()
-            assert not compiled.look()
+            assert not compiled.scan()
 
 
 @given(st.lists(st.sampled_from(list(GRADIENTS)), min_size=5, max_size=5))
@@ -113,17 +113,19 @@ def test_gathered_by_address(kinds: list[str]) -> None:
     params = [p for p in _parameters() if p.ndim != 4]
     for param, kind in zip(params, kinds, strict=True):
         _change(param, kind)
-    survey = Survey({p: str(i) for i, p in enumerate(params)}, compiles=True)
-    assert not survey.look()
+    collector = GradientCollector(
+        {p: str(i) for i, p in enumerate(params)}, compiles=True
+    )
+    assert not collector.scan()
     if "sparse" in kinds:
         with pytest.raises(TypeError, match="sparse"):
-            survey.gradients()
+            collector.gradients()
         return
-    grads = survey.gradients()
+    grads = collector.gradients()
     assert isinstance(grads, Gradients)
     members = [i for i, p in enumerate(params) if p.grad is not None]
     memory = torch.full((sum(params[i].numel() for i in members),), float("nan"))
-    gathered = Gathered(memory, [params[i].shape for i in members], compiles=True)
+    gathered = GatherBuffer(memory, [params[i].shape for i in members], compiles=True)
     done = gathered.gather_grads(grads, array("q", members))
     if done:
         wanted = [params[i].grad.detach().reshape(-1) for i in members]
@@ -137,17 +139,19 @@ def test_gathered_by_address(kinds: list[str]) -> None:
 def test_entries_of_the_state(data: st.DataObject) -> None:
     """A state is shown if its entries are these objects, in this order."""
     params = _parameters()
-    survey = Survey({p: str(i) for i, p in enumerate(params)}, compiles=True)
+    collector = GradientCollector(
+        {p: str(i) for i, p in enumerate(params)}, compiles=True
+    )
     entry = st.sampled_from([torch.zeros(1) for _ in range(3)])
     state = {
         param: {f"k{i}": x for i, x in enumerate(data.draw(st.lists(entry)))}
         for param in params
     }
     entries = [x for own in state.values() for x in own.values()]
-    assert survey.shows(state, entries)
-    assert not survey.shows(state, [*entries, torch.zeros(1)])
+    assert collector.shows(state, entries)
+    assert not collector.shows(state, [*entries, torch.zeros(1)])
     other = data.draw(st.lists(entry, max_size=len(entries) + 1))
     same = len(other) == len(entries) and all(
         a is b for a, b in zip(other, entries, strict=True)
     )
-    assert survey.shows(state, other) == same
+    assert collector.shows(state, other) == same
