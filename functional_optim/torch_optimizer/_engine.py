@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from functional_optim.core._context import Context
     from functional_optim.core._transform import Transform
     from functional_optim.execution._grad_scaling import Scaling
+    from functional_optim.torch_optimizer._param_groups import ParamGroups
 
 
 class Engine:
@@ -39,25 +40,24 @@ class Engine:
     def __init__(
         self,
         transform: Transform,
-        all_names: Mapping[Tensor, str],
-        group_of: Mapping[str, int],
+        groups: ParamGroups,
         transforms: list[Transform],
         start: StartingState,
         *,
         compiles: bool = False,
     ) -> None:
         self._transform, self._template = transform, start.template
-        self._all_names = dict(all_names)
+        self._all_names = all_names = dict(groups.names)
+        self._transforms, self._group_of = transforms, groups.group_of
         served = set(start.names)
         self.names = {p: name for p, name in all_names.items() if name in served}
         self.frozen = [p for p, name in all_names.items() if name not in served]
         """Parameters without state, until they have a gradient."""
-        self._group_of, self._transforms = group_of, transforms
         self.collector = GradientCollector(self.names, compiles=compiles)
         self.executor = Executor(
             self.params(),
             transforms,
-            group_of,
+            self._group_of,
             start.state,
             options=ExecutionOptions(kernels=_new_kernels() if compiles else None),
             check_totals=ShardCheck(self.names, transform).check_totals,

@@ -424,23 +424,16 @@ class TransformOptimizer(torch.optim.Optimizer):
         global_entries: Mapping[str, Any] | None = None,
     ) -> Engine:
         """Return an engine that goes on from a state, by default from that of now."""
-        names = self._groups.names
+        groups = self._groups
         start = starting_state(
             self._transform,
-            names,
+            groups.names,
             self.state if state is None else state,
             before=None if self._engine is None else self._engine.start,
             global_entries=global_entries,
         )
-        transforms = self._groups.transforms(self.param_groups)
-        return Engine(
-            self._transform,
-            names,
-            self._groups.group_of,
-            transforms,
-            start,
-            compiles=self._compiles,
-        )
+        transforms, compiles = groups.transforms(self.param_groups), self._compiles
+        return Engine(self._transform, groups, transforms, start, compiles=compiles)
 
     def _install(self, engine: Engine) -> Engine:
         """Use an engine, and write its state into `state` and `param_groups`."""
