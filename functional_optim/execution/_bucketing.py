@@ -33,7 +33,7 @@ from functional_optim.execution.compiled._kernels import BucketKernels, KernelCa
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
-    from functional_optim.execution._reductions import Call
+    from functional_optim.execution._reductions import ReduceCall
     from functional_optim.execution._state_tree import Field, Node
 
 
@@ -80,7 +80,7 @@ class Bucket:
     whole: bool = False
     units: list[Unit] = dataclasses.field(default_factory=list)
     columns: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    calls: dict[Hashable, list[Call]] = dataclasses.field(default_factory=dict)
+    calls: dict[Hashable, list[ReduceCall]] = dataclasses.field(default_factory=dict)
     kernels: BucketKernels | None = None
     compiled_steps: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 

@@ -22,13 +22,13 @@ from functional_optim.execution._accumulation import (
     check_accumulation,
 )
 from functional_optim.execution._bucketing import ExecutionOptions
-from functional_optim.execution._grad_scaling import Scaling, scaled
+from functional_optim.execution._grad_scaling import Scaling, with_grad_scaling
 from functional_optim.execution._plan import Plan
 from functional_optim.execution._reductions import totals_of
 from functional_optim.execution._state_tree import Kind, Store, free
 from functional_optim.execution._tensor_memory import storage_ptr
-from functional_optim.execution._unit_update import Given, Run
-from functional_optim.execution.compiled._compiled_update import compiled
+from functional_optim.execution._unit_update import EagerUpdate, StepInputs
+from functional_optim.execution.compiled._compiled_update import compile_update
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -119,7 +119,7 @@ class Executor:
                 dtypes = self._plan.dtypes_of(grads)
         self._plan.follow(dtypes)
         steps: dict[Hashable, CompiledStep] = {}
-        updates = self._updates(Given(grads, context, scaling), steps)
+        updates = self._updates(StepInputs(grads, context, scaling), steps)
         try:
             with memoize_scalars():
                 self._run(updates, steps)
@@ -132,34 +132,33 @@ class Executor:
                 unit.set_statics(effect.statics)
 
     def _updates(
-        self, given: Given, steps: dict[Hashable, CompiledStep]
+        self, inputs: StepInputs, steps: dict[Hashable, CompiledStep]
     ) -> list[UnitUpdate]:
         """Return the updates of the units that have gradients."""
-        grads, scaling = given.grads, given.scaling
-        transforms = {
-            id(bucket): bucket.transform
-            if scaling is None
-            else scaled(bucket.transform, scaling.grad_scale, scaling.found_inf)
-            for bucket in self._plan.buckets
-        }
+        grads, scaling = inputs.grads, inputs.scaling
+        transforms = {id(b): b.transform for b in self._plan.buckets}
+        if scaling is not None:
+            transforms = {
+                key: with_grad_scaling(it, scaling.grad_scale, scaling.found_inf)
+                for key, it in transforms.items()
+            }
         unscales = scaling is not None and scaling.grad_scale is not None
-        kind = self.store.statics, given.context.last, scaling is None, unscales
+        kind = self.store.statics, inputs.context.last, scaling is None, unscales
         # A dispatch mode, as of make_fx, would not see what compiled code does.
         compiles = self._compiles and not is_in_torch_dispatch_mode()
         updates: list[UnitUpdate] = []
         for bucket, unit in self._plan.units:
             if not any(name in grads for name in unit.names):
                 continue
-            update = Run(
-                bucket,
-                unit,
-                transforms[id(bucket)],
-                self._workspace,
-                given,
-                # Parts of a whole may be reached by some names only.
-                kind=(kind, tuple(grads) if bucket.whole else ()),
+            # Parts of a whole may be reached by some names only.
+            own = kind, tuple(grads) if bucket.whole else ()
+            transform = transforms[id(bucket)]
+            update = EagerUpdate(
+                bucket, unit, transform, self._workspace, inputs, kind=own
             )
-            updates.append(compiled(update, given, steps) if compiles else update)
+            updates.append(
+                compile_update(update, inputs, steps) if compiles else update
+            )
         return updates
 
     def _run(
@@ -172,7 +171,7 @@ class Executor:
         # Errors over a total, and of compilers, come before anything is overwritten.
         if self._may_raise:
             for update in {update.key: update for update in updates}.values():
-                update.stop(totals)
+                update.partial(totals)
         for step in steps.values():
             step.next_pass(totals)
         later: Later = {}

@@ -1,8 +1,7 @@
-"""A transform run in place on gradients: what stands between backward and step.
+"""Run a transform in place on gradients, between backward and step.
 
-Gradients stay where they are, tensor by tensor, and become what the transform makes of
-them. So whoever holds views of them (DDP's buckets do) sees the new numbers, and what a
-step reads next is what a chain in front of it would have handed on.
+Gradients keep their memory, so that views of them, such as DDP's buckets, see the new
+numbers.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 from functional_optim._messages import format_names
 from functional_optim.algebra._buffers import Donated, Workspace
 from functional_optim.algebra._tensor_map import can_use_foreach
-from functional_optim.execution._grad_scaling import scaled, wrapped_state
+from functional_optim.execution._grad_scaling import with_grad_scaling, wrap_state
 from functional_optim.execution._state_tree import mapped, tensors_of
 from functional_optim.execution._tensor_memory import storage_ptr
 
@@ -31,9 +30,9 @@ class GradientExecutor:
     def __init__(self, transform: Transform, params: TensorMap) -> None:
         self._transform = transform
         self._consumes = _consumes(transform)
-        # Members may take over what those before them made; nothing is used again.
+        # Members may take over results of those before them; nothing is used again.
         self._workspace = Workspace(most=-1)
-        self.state: Any = _kept(transform.init(params), params)
+        self.state: Any = _unaliased(transform.init(params), params)
 
     def run(
         self,
@@ -43,23 +42,23 @@ class GradientExecutor:
         context: Context,
         found_inf: Tensor | None = None,
     ) -> None:
-        """Let gradients become what the transform makes of them, in no-grad mode."""
+        """Overwrite gradients by their updates, in no-grad mode."""
         transform, state = self._transform, self.state
         given = Donated(grads) if self._consumes and found_inf is None else grads
         if found_inf is not None:
-            transform = scaled(transform, None, found_inf)
-            state = wrapped_state(state, None)
+            transform = with_grad_scaling(transform, None, found_inf)
+            state = wrap_state(state, None)
         with self._workspace:
             moved, new = transform.update(given, state, params, context=context)
-            _check_all_moved(self._transform, moved, grads)
+            _check_updates(self._transform, moved, grads)
             if found_inf is not None:
                 new = new[-1]
-            self.state = _kept(new, grads, params)
+            self.state = _unaliased(new, grads, params)
             _write(moved, grads)
 
 
 def _consumes(transform: Transform) -> bool:
-    """Whether the first to see the gradients may overwrite them."""
+    """Whether the first member may overwrite the gradients."""
     while hasattr(transform, "stands_for"):
         if not transform.stands_for:
             return False
@@ -67,31 +66,28 @@ def _consumes(transform: Transform) -> bool:
     return getattr(type(transform), "consumes_updates", False) is True
 
 
-def _check_all_moved(transform: Transform, moved: TensorMap, grads: TensorMap) -> None:
-    if moved.keys() == grads.keys():
-        for name, update in moved.items():
-            if update is not grads[name]:
-                _check_alike(transform, name, update, grads[name])
-        return
-    missing = [name for name in grads if name not in moved]
-    raise ValueError(
-        f"{transform!r} returned no update for {format_names(missing)}; between "
-        "backward and step every gradient must come out again"
-    )
+def _check_updates(transform: Transform, moved: TensorMap, grads: TensorMap) -> None:
+    if moved.keys() != grads.keys():
+        missing = [name for name in grads if name not in moved]
+        raise ValueError(
+            f"{transform!r} returned no update for {format_names(missing)}; between "
+            "backward and step every gradient must come out again"
+        )
+    for name, update in moved.items():
+        grad = grads[name]
+        if update is grad or (
+            update.shape == grad.shape and update.is_floating_point()
+        ):
+            continue
+        raise ValueError(
+            f"{transform!r} returned shape {tuple(update.shape)} and dtype "
+            f"{update.dtype} for {name!r}, whose gradient has {tuple(grad.shape)} and "
+            f"{grad.dtype}; a transform must keep the shapes of its updates"
+        )
 
 
-def _check_alike(transform: Transform, name: str, update: Tensor, grad: Tensor) -> None:
-    if update.shape == grad.shape and update.is_floating_point():
-        return
-    raise ValueError(
-        f"{transform!r} returned shape {tuple(update.shape)} and dtype {update.dtype} "
-        f"for {name!r}, whose gradient has {tuple(grad.shape)} and {grad.dtype}; a "
-        "transform must keep the shapes of its updates"
-    )
-
-
-def _kept(state: Any, *maps: TensorMap) -> Any:
-    """Return a state that shares no memory with what others overwrite."""
+def _unaliased(state: Any, *maps: TensorMap) -> Any:
+    """Return a state that shares no memory with tensors that are overwritten."""
     if not any(tensor.ndim for tensor in tensors_of(state)):
         return state
     taken = {storage_ptr(t) for tensors in maps for t in tensors.values() if t.numel()}
@@ -105,10 +101,10 @@ def _write(moved: TensorMap, grads: TensorMap) -> None:
         return
     targets, sources = map(list, zip(*pairs, strict=True))
     taken = {storage_ptr(target) for target in targets if target.numel()}
-    # What is written first may be what is read after.
+    # A tensor written first may be one read after.
     sources = [s.clone() if storage_ptr(s) in taken else s for s in sources]
     if can_use_foreach(targets) and can_use_foreach(sources):
         torch._foreach_copy_(targets, sources)
     else:
-        for old, new in pairs:
+        for old, new in zip(targets, sources, strict=True):
             old.copy_(new)

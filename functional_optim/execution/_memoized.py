@@ -1,4 +1,4 @@
-"""A transform with a memory for one step: what is expensive runs in one pass only."""
+"""Memoize the results of expensive transforms for the passes of one step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
 
 
-class Memory:
-    """What members computed in a step, in the order in which they were called."""
+class StepCache:
+    """The results of members in a step, in the order of their calls."""
 
     def __init__(self) -> None:
         self._results: dict[Any, list[tuple[TensorMap, Any]]] = {}
@@ -26,13 +26,13 @@ class Memory:
         self._calls = {}
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget all results."""
         self._results = {}
 
-    def recall(
+    def get(
         self, key: Any, compute: Callable[[], tuple[TensorMap, Any]]
     ) -> tuple[TensorMap, Any]:
-        """Return what a call gave in the pass before, or compute it."""
+        """Return the result of the same call in an earlier pass, or compute it."""
         number = self._calls.get(key, 0)
         self._calls[key] = number + 1
         known = self._results.setdefault(key, [])
@@ -43,11 +43,11 @@ class Memory:
 
 @final
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Remembered:
-    """A transform that computes once in a step."""
+class _Memoized:
+    """A transform that is computed once in a step."""
 
     inner: Transform
-    memory: Memory
+    cache: StepCache
 
     @property
     def scope(self) -> Scope:
@@ -65,20 +65,19 @@ class _Remembered:
         context: Context | None = None,
     ) -> tuple[TensorMap, Any]:
         context = context or Context()
-        return self.memory.recall(
+        return self.cache.get(
             (context.path, id(self)),
             lambda: self.inner.update(updates, state, params, context=context),
         )
 
 
-def remembered(transform: Transform, memory: Memory) -> Transform:
-    """Return a transform whose expensive members run once for all passes of a step.
+def memoize_whole_tensor(transform: Transform, cache: StepCache) -> Transform:
+    """Return a transform whose members on whole tensors run once for all passes.
 
-    Expensive is what looks at whole tensors: an orthogonalization in front of a global
-    norm must not run again when the norm is known.
+    An orthogonalization in front of a global norm is too expensive to run again.
     """
     if transform.scope is Scope.ELEMENTWISE:
         return transform
     if not children_of(transform):
-        return _Remembered(transform, memory)
-    return map_children(transform, lambda _, child: remembered(child, memory))
+        return _Memoized(transform, cache)
+    return map_children(transform, lambda _, child: memoize_whole_tensor(child, cache))

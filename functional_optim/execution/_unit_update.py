@@ -9,16 +9,16 @@ from torch import Tensor
 
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Scope
-from functional_optim.execution._grad_scaling import Scaling, wrapped_state
-from functional_optim.execution._memoized import Memory, remembered
+from functional_optim.execution._grad_scaling import Scaling, wrap_state
+from functional_optim.execution._memoized import StepCache, memoize_whole_tensor
 from functional_optim.execution._reductions import (
-    Call,
-    Recorded,
-    Stop,
-    StopError,
-    Supplied,
+    CallRecorder,
+    KnownTotals,
+    Partial,
+    ReduceCall,
+    TotalNeededError,
     Totals,
-    through,
+    order_error,
 )
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _MOST_KNOWN = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class StepInputs:
     """The inputs of a step."""
 
     grads: Mapping[str, Tensor]
@@ -45,7 +45,7 @@ class Given:
     scaling: Scaling | None
 
 
-class Run:
+class EagerUpdate:
     """One update of one unit in one step, by torch's operations."""
 
     def __init__(
@@ -54,60 +54,66 @@ class Run:
         unit: Unit,
         transform: Transform,
         workspace: Workspace,
-        given: Given,
+        inputs: StepInputs,
         *,
         kind: Hashable,
     ) -> None:
         self.bucket, self.unit, self.kind = bucket, unit, kind
         self.key: Hashable = (id(bucket), kind)
         self.transform, self._workspace = transform, workspace
-        self._given = given
+        self._inputs = inputs
         self._again = False
-        self._memory: Memory | None = None
+        self._cache: StepCache | None = None
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self) -> Sequence[ReduceCall]:
         """Return the calls of `reduce`, recorded once."""
         known = self.bucket.calls
         if self.kind not in known:
             if len(known) >= _MOST_KNOWN:
                 known.clear()
-            calls: list[Call] = []
-            self._update(Recorded(calls))
+            calls: list[ReduceCall] = []
+            self._run(CallRecorder(calls))
             known[self.kind] = calls
         if known[self.kind] and self.transform.scope is not Scope.ELEMENTWISE:
-            self._memory = Memory()
-            self.transform = remembered(self.transform, self._memory)
+            self._cache = StepCache()
+            self.transform = memoize_whole_tensor(self.transform, self._cache)
         return known[self.kind]
 
-    def stop(self, totals: Totals) -> Stop | None:
-        """Run up to the first unknown total; return its call and partial."""
+    def partial(self, totals: Totals) -> Partial | None:
+        """Run up to the first unknown total; return the unit's part of it."""
         try:
-            self._update(Supplied(totals))
-        except StopError as stop:
-            return stop.at
+            self._run(KnownTotals(totals))
+        except TotalNeededError as needed:
+            return needed.partial
         return None
 
     def apply(self, totals: Totals, later: Later) -> list[Node]:
-        """Write the new parameters and state; return the nodes of the new state."""
-        moved, state = through(lambda reducer: self._update(reducer, last=True), totals)
-        if self._memory is not None:
-            self._memory.clear()
+        """Write new parameters and state; return the new state."""
+        call: ReduceCall | None = None
+        try:
+            moved, state = self._run(KnownTotals(totals), last=True)
+        except TotalNeededError as needed:
+            call = needed.partial.call
+        if call is not None:
+            raise order_error(call)
+        if self._cache is not None:
+            self._cache.clear()
         return self.unit.write(moved, state, later)
 
-    def _update(self, reducer: Reducer, *, last: bool = False) -> tuple[TensorMap, Any]:
+    def _run(self, reducer: Reducer, *, last: bool = False) -> tuple[TensorMap, Any]:
         """Run the update; the last one of a step may overwrite the state."""
-        unit, scaling = self.unit, self._given.scaling
-        updates = unit.updates(self._given.grads, again=self._again)
+        unit, scaling = self.unit, self._inputs.scaling
+        updates = unit.updates(self._inputs.grads, again=self._again)
         self._again = True
         state = unit.donated if last and scaling is None else unit.state
         if scaling is not None:
-            state = wrapped_state(state, scaling.grad_scale)
-        context = self._given.context.with_reducer(reducer)
+            state = wrap_state(state, scaling.grad_scale)
+        context = self._inputs.context.with_reducer(reducer)
         update = self.transform.update
-        if self._memory is None:
+        if self._cache is None:
             with self._workspace:
                 moved, new = update(updates, state, unit.params, context=context)
         else:  # Memoized results must not be overwritten.
-            self._memory.restart()
+            self._cache.restart()
             moved, new = update(updates, state, unit.params, context=context)
         return moved, new if scaling is None else new[-1]

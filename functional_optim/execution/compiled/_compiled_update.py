@@ -16,9 +16,14 @@ from functional_optim._messages import first_line, user_stacklevel
 from functional_optim.algebra._arithmetic import over
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Static
-from functional_optim.execution._grad_scaling import wrapped_state
+from functional_optim.execution._grad_scaling import wrap_state
 from functional_optim.execution._native import dtype_of
-from functional_optim.execution._reductions import Recorded, Stop, StopError, Supplied
+from functional_optim.execution._reductions import (
+    CallRecorder,
+    KnownTotals,
+    Partial,
+    TotalNeededError,
+)
 from functional_optim.execution._state_tree import Kind, nodes_of, rebuilt
 from functional_optim.execution.compiled._constants import (
     as_tensors,
@@ -33,9 +38,9 @@ if TYPE_CHECKING:
 
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._context import ReduceOp, Reducer
-    from functional_optim.execution._reductions import Call, Totals, UnitUpdate
+    from functional_optim.execution._reductions import ReduceCall, Totals, UnitUpdate
     from functional_optim.execution._state_tree import Field, Node
-    from functional_optim.execution._unit_update import Given, Run
+    from functional_optim.execution._unit_update import EagerUpdate, StepInputs
     from functional_optim.execution._units import Later
     from functional_optim.execution.compiled._kernels import BucketKernels
 
@@ -49,7 +54,11 @@ class StepPass:
     __slots__ = ("call", "code", "crossing", "early", "op")
 
     def __init__(
-        self, call: Call | None, code: CompiledPass, op: ReduceOp, short: list[Tensor]
+        self,
+        call: ReduceCall | None,
+        code: CompiledPass,
+        op: ReduceOp,
+        short: list[Tensor],
     ) -> None:
         self.call, self.code, self.op = call, code, op
         self.crossing, self.early = code.run_prologue(short)
@@ -58,26 +67,32 @@ class StepPass:
 class CompiledStep:
     """The code and the numbers that all units of a bucket share in a step."""
 
-    def __init__(self, kernels: BucketKernels, run: Run, given: Given) -> None:
+    def __init__(
+        self, kernels: BucketKernels, update: EagerUpdate, inputs: StepInputs
+    ) -> None:
         self.kernels = kernels
-        self._run_kind, self._known, self._unit = run.kind, run.bucket.calls, run.unit
-        self._transform = run.transform
-        ((self._name, param),) = run.unit.params.items()
-        self._kind, self._numbers = kernels.kind_of(run.transform, param)
-        self._dtype = dtype_of(given.grads, run.unit.names[0])
-        self._is_frozen = is_frozen(run.transform)
-        self._made: dict[tuple[Call, ...], tuple[CompiledPass, ReduceOp]] = {}
-        self._start(given)
+        self._step_kind, self._known, self._unit = (
+            update.kind,
+            update.bucket.calls,
+            update.unit,
+        )
+        self._transform = update.transform
+        ((self._name, param),) = update.unit.params.items()
+        self._kind, self._numbers = kernels.kind_of(update.transform, param)
+        self._dtype = dtype_of(inputs.grads, update.unit.names[0])
+        self._is_frozen = is_frozen(update.transform)
+        self._made: dict[tuple[ReduceCall, ...], tuple[CompiledPass, ReduceOp]] = {}
+        self._start(inputs)
         self._signature = self._signature_of()
 
-    def _start(self, given: Given) -> None:
+    def _start(self, inputs: StepInputs) -> None:
         (param,) = self._unit.params.values()
-        optional = given.context.loss, given.context.weight
+        optional = inputs.context.loss, inputs.context.weight
         self._is_given = [x is not None for x in optional]
         tensors = as_tensors([x for x in optional if x is not None], param)
         self._context_tensors = [x.to(param.device) for x in tensors]
-        self._context = given.context
-        self._scaling = given.scaling
+        self._context = inputs.context
+        self._scaling = inputs.scaling
         self._passes: dict[int, StepPass] = {}
         self._is_shared = False
 
@@ -85,12 +100,12 @@ class CompiledStep:
         tensors = [(x.dtype, x.device, x.shape) for x in self._context_tensors]
         return *self._is_given, *tensors
 
-    def restart(self, run: Run, given: Given) -> bool:
+    def restart(self, update: EagerUpdate, inputs: StepInputs) -> bool:
         """Begin the next step, if it runs the same code as the last one."""
-        same = self._is_frozen and run.transform is self._transform
+        same = self._is_frozen and update.transform is self._transform
         if not same or self.kernels.failure:
             return False
-        self._start(given)
+        self._start(inputs)
         return self._signature_of() == self._signature
 
     def finish(self) -> None:
@@ -100,19 +115,19 @@ class CompiledStep:
         self._context_tensors = []
         self._passes = {}
 
-    def calls(self) -> list[Call] | None:
+    def calls(self) -> list[ReduceCall] | None:
         """Return the calls of `reduce`, recorded once; None if that failed."""
-        if self._run_kind in self._known or self.kernels.failure:
-            return self._known.get(self._run_kind)
-        calls: list[Call] = []
+        if self._step_kind in self._known or self.kernels.failure:
+            return self._known.get(self._step_kind)
+        calls: list[ReduceCall] = []
         try:
-            function = self._function(lambda _: Recorded(calls), [], [])
+            function = self._function(lambda _: CallRecorder(calls), [], [])
             with torch.random.fork_rng(devices=[]):  # It must not be seen.
                 function(*map(example_of, self._examples()), *self._short({}))
         except Exception as error:
             self._fail(error)
             return None
-        return self._known.setdefault(self._run_kind, calls)
+        return self._known.setdefault(self._step_kind, calls)
 
     def next_pass(self, totals: Totals) -> StepPass | None:
         """Return the pass to the first unknown total, or the end; None if it failed."""
@@ -125,7 +140,7 @@ class CompiledStep:
         return known
 
     def _new_pass(self, totals: Totals) -> StepPass:
-        calls = self._known[self._run_kind]
+        calls = self._known[self._step_kind]
         own = {call: totals[call] for call in calls if call in totals}
         short = self._short(own)
         made = tuple(own)
@@ -136,7 +151,7 @@ class CompiledStep:
         return StepPass(call, code, op, short)
 
     def _compiled(
-        self, known: tuple[Call, ...], short: list[Tensor]
+        self, known: tuple[ReduceCall, ...], short: list[Tensor]
     ) -> tuple[CompiledPass, ReduceOp]:
         """Return the code of a pass, and the operation of the total where it stops."""
         examples = self._examples()
@@ -144,13 +159,13 @@ class CompiledStep:
         cache = self.kernels.cache
 
         def make() -> tuple[CompiledPass, ReduceOp]:
-            function = self._function(Supplied, list(known), ops)
+            function = self._function(KnownTotals, list(known), ops)
             return CompiledPass(function, examples, short, cache.compiler), ops[-1]
 
         nodes = nodes_of(self._unit.state)
         key = (
             self._kind,
-            self._run_kind,
+            self._step_kind,
             *self._is_given,
             len(known),
             tuple(len(node) if isinstance(node, dict) else -1 for node in nodes),
@@ -217,7 +232,7 @@ class CompiledStep:
     def _function(
         self,
         reducer: Callable[[Totals], Reducer],
-        known: list[Call],
+        known: list[ReduceCall],
         ops: list[ReduceOp],
     ) -> Callable[..., list[Tensor]]:
         """Return a pass as a function of tensors.
@@ -252,21 +267,21 @@ class CompiledStep:
             context = now.with_reducer(reducer(totals), **changes)
             state = rebuilt(unit.state, iter(old))
             if scaling is not None:
-                state = wrapped_state(state, scaling.grad_scale)
+                state = wrap_state(state, scaling.grad_scale)
             try:
                 moved, new = transform.update(
                     {name: grad}, state, {name: param}, context=context
                 )
-            except StopError as stop:
-                ops.append(stop.at.op)
-                return [stop.at.partial]
+            except TotalNeededError as needed:
+                ops.append(needed.partial.op)
+                return [needed.partial.value]
             new = new if scaling is None else new[-1]
-            return _written(moved, {name: param}, unit.fields, old, nodes_of(new))
+            return _write_results(moved, {name: param}, unit.fields, old, nodes_of(new))
 
         return function
 
 
-def _written(
+def _write_results(
     moved: TensorMap,
     params: TensorMap,
     fields: list[Field],
@@ -278,7 +293,7 @@ def _written(
     A written tensor may be the old value of another entry, so all are read first.
     """
     if any(update.shape != params[name].shape for name, update in moved.items()):
-        # The run without code says whose it is.
+        # The eager update says which parameter it is.
         raise ValueError("an update must keep its shape")
     results: list[Tensor] = []
     after = over(params, at=moved).add(moved).to_map(like=params)
@@ -302,31 +317,31 @@ class CompiledUpdate:
     """One update of one unit in one step, by compiled code where that can be made."""
 
     def __init__(
-        self, step: CompiledStep, run: Run, grads: Mapping[str, Tensor]
+        self, step: CompiledStep, update: EagerUpdate, grads: Mapping[str, Tensor]
     ) -> None:
-        self.unit, self.key = run.unit, run.key
-        self._step, self._run, self._grads = step, run, grads
+        self.unit, self.key = update.unit, update.key
+        self._step, self._eager, self._grads = step, update, grads
         self._long: list[Tensor] | None = None
 
-    def calls(self) -> Sequence[Call]:
+    def calls(self) -> Sequence[ReduceCall]:
         """Return the calls of `reduce`."""
         calls = self._step.calls()
-        return self._run.calls() if calls is None else calls
+        return self._eager.calls() if calls is None else calls
 
-    def stop(self, totals: Totals) -> Stop | None:
-        """Run up to the first unknown total; return its call and partial."""
+    def partial(self, totals: Totals) -> Partial | None:
+        """Run up to the first unknown total; return the unit's part of it."""
         found = self._step.next_pass(totals)
         if found is None or found.call is None:
-            return self._run.stop(totals)
+            return self._eager.partial(totals)
         late = found.code(self._inputs(), found.crossing)
-        (partial,) = found.code.merge_results(late, found.early)
-        return Stop(found.call, partial, found.op)
+        (value,) = found.code.merge_results(late, found.early)
+        return Partial(found.call, value, found.op)
 
     def apply(self, totals: Totals, later: Later) -> list[Node] | None:
         """Write the new parameters and state; return its nodes for one of the units."""
         found = self._step.next_pass(totals)
         if found is None:
-            return self._run.apply(totals, later)
+            return self._eager.apply(totals, later)
         late = found.code(self._inputs(), found.crossing)
         self.unit.after_write()
         return self._step.share(found, late, later)
@@ -346,20 +361,22 @@ def _plain(grad: Tensor) -> Tensor:
     return torch.empty(grad.shape, dtype=grad.dtype, device=grad.device).copy_(grad)
 
 
-def compiled(run: Run, given: Given, steps: dict[Hashable, CompiledStep]) -> UnitUpdate:
+def compile_update(
+    update: EagerUpdate, inputs: StepInputs, steps: dict[Hashable, CompiledStep]
+) -> UnitUpdate:
     """Return an update as compiled code, or itself where there is none."""
-    kernels = run.bucket.kernels
+    kernels = update.bucket.kernels
     if kernels is None or kernels.failure:
-        return run
-    if not any(param.numel() for param in run.unit.params.values()):
-        return run  # Code for any length is not code for none.
-    key = run.key, dtype_of(given.grads, run.unit.names[0])
+        return update
+    if not any(param.numel() for param in update.unit.params.values()):
+        return update  # Code for any length is not code for none.
+    key = update.key, dtype_of(inputs.grads, update.unit.names[0])
     if key not in steps:
-        bucket_steps = run.bucket.compiled_steps
+        bucket_steps = update.bucket.compiled_steps
         known = bucket_steps.get(key)
-        if known is None or not known.restart(run, given):
+        if known is None or not known.restart(update, inputs):
             if len(bucket_steps) >= _MOST_KINDS:
                 bucket_steps.clear()
-            known = bucket_steps[key] = CompiledStep(kernels, run, given)
+            known = bucket_steps[key] = CompiledStep(kernels, update, inputs)
         steps[key] = known
-    return CompiledUpdate(steps[key], run, given.grads)
+    return CompiledUpdate(steps[key], update, inputs.grads)
