@@ -7,7 +7,7 @@ in as a tensor: hyperparameters, counts, totals.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._context import ReduceOp, Reducer
     from functional_optim.execution._reductions import ReduceCall, Totals, UnitUpdate
-    from functional_optim.execution._state_tree import Field, Node
+    from functional_optim.execution._state_tree import Node
     from functional_optim.execution._unit_update import EagerUpdate, StepInputs
     from functional_optim.execution._units import Later
     from functional_optim.execution.compiled._kernels import BucketKernels
@@ -48,20 +48,14 @@ _MOST_KINDS = 16
 """Kinds of steps that are kept; where each is another, none comes again."""
 
 
-class StepPass:
+class StepPass(NamedTuple):
     """A compiled pass with the single numbers of a step."""
 
-    __slots__ = ("call", "code", "crossing", "early", "op")
-
-    def __init__(
-        self,
-        call: ReduceCall | None,
-        code: CompiledPass,
-        op: ReduceOp,
-        short: list[Tensor],
-    ) -> None:
-        self.call, self.code, self.op = call, code, op
-        self.crossing, self.early = code.run_prologue(short)
+    call: ReduceCall | None
+    code: CompiledPass
+    op: ReduceOp
+    crossing: Sequence[Tensor]
+    early: Sequence[Tensor]
 
 
 class CompiledStep:
@@ -70,69 +64,65 @@ class CompiledStep:
     def __init__(
         self, kernels: BucketKernels, update: EagerUpdate, inputs: StepInputs
     ) -> None:
-        self.kernels = kernels
-        self._step_kind, self._known, self._unit = (
-            update.kind,
-            update.bucket.calls,
-            update.unit,
-        )
-        self._transform = update.transform
-        ((self._name, param),) = update.unit.params.items()
-        self._kind, self._numbers = kernels.kind_of(update.transform, param)
+        self._kernels, self._transform = kernels, update.transform
+        self._unit, self._calls = update.unit, update.bucket.calls
+        self._step_kind = update.kind
+        ((self._name, self._param),) = update.unit.params.items()
+        self._kind, self._numbers = kernels.kind_of(update.transform, self._param)
         self._dtype = dtype_of(inputs.grads, update.unit.names[0])
         self._is_frozen = is_frozen(update.transform)
-        self._made: dict[tuple[ReduceCall, ...], tuple[CompiledPass, ReduceOp]] = {}
+        kinds = [field.kind for field in update.unit.fields]
+        self._cut = [i for i, kind in enumerate(kinds) if kind is Kind.ELEMENTWISE]
+        self._uncut = [
+            i for i, kind in enumerate(kinds) if kind in {Kind.EACH, Kind.WHOLE}
+        ]
+        self._compiled: dict[tuple[ReduceCall, ...], tuple[CompiledPass, ReduceOp]] = {}
         self._start(inputs)
-        self._signature = self._signature_of()
 
     def _start(self, inputs: StepInputs) -> None:
-        (param,) = self._unit.params.values()
+        self._context, self._scaling = inputs.context, inputs.scaling
         optional = inputs.context.loss, inputs.context.weight
-        self._is_given = [x is not None for x in optional]
-        tensors = as_tensors([x for x in optional if x is not None], param)
-        self._context_tensors = [x.to(param.device) for x in tensors]
-        self._context = inputs.context
-        self._scaling = inputs.scaling
+        given = as_tensors([x for x in optional if x is not None], self._param)
+        self._context_tensors = [x.to(self._param.device) for x in given]
+        self._signature: Hashable = (
+            *[x is not None for x in optional],
+            *[(x.dtype, x.device, x.shape) for x in self._context_tensors],
+        )
         self._passes: dict[int, StepPass] = {}
         self._is_shared = False
-
-    def _signature_of(self) -> Hashable:
-        tensors = [(x.dtype, x.device, x.shape) for x in self._context_tensors]
-        return *self._is_given, *tensors
 
     def restart(self, update: EagerUpdate, inputs: StepInputs) -> bool:
         """Begin the next step, if it runs the same code as the last one."""
         same = self._is_frozen and update.transform is self._transform
-        if not same or self.kernels.failure:
+        if not same or self._kernels.failure:
             return False
+        signature = self._signature
         self._start(inputs)
-        return self._signature_of() == self._signature
+        return self._signature == signature
 
     def finish(self) -> None:
         """Release the context of the step."""
-        self._context = Context()
-        self._scaling = None
-        self._context_tensors = []
-        self._passes = {}
+        self._context, self._scaling = Context(), None
+        self._context_tensors, self._passes = [], {}
 
     def calls(self) -> list[ReduceCall] | None:
         """Return the calls of `reduce`, recorded once; None if that failed."""
-        if self._step_kind in self._known or self.kernels.failure:
-            return self._known.get(self._step_kind)
+        if self._step_kind in self._calls or self._kernels.failure:
+            return self._calls.get(self._step_kind)
         calls: list[ReduceCall] = []
         try:
-            function = self._function(lambda _: CallRecorder(calls), [], [])
+            function = self._function(lambda _: CallRecorder(calls), (), [])
             with torch.random.fork_rng(devices=[]):  # It must not be seen.
                 function(*map(example_of, self._examples()), *self._short({}))
         except Exception as error:
             self._fail(error)
             return None
-        return self._known.setdefault(self._step_kind, calls)
+        return self._calls.setdefault(self._step_kind, calls)
 
     def next_pass(self, totals: Totals) -> StepPass | None:
         """Return the pass to the first unknown total, or the end; None if it failed."""
         known = self._passes.get(len(totals))
-        if known is None and not self.kernels.failure:
+        if known is None and not self._kernels.failure:
             try:
                 known = self._passes[len(totals)] = self._new_pass(totals)
             except Exception as error:
@@ -140,33 +130,32 @@ class CompiledStep:
         return known
 
     def _new_pass(self, totals: Totals) -> StepPass:
-        calls = self._known[self._step_kind]
+        calls = self._calls[self._step_kind]
         own = {call: totals[call] for call in calls if call in totals}
-        short = self._short(own)
-        made = tuple(own)
-        if made not in self._made:
-            self._made[made] = self._compiled(made, short)
-        code, op = self._made[made]
+        short, known = self._short(own), tuple(own)
+        if known not in self._compiled:
+            self._compiled[known] = self._compile(known, short)
+        code, op = self._compiled[known]
         call = next((call for call in calls if call not in own), None)
-        return StepPass(call, code, op, short)
+        return StepPass(call, code, op, *code.run_prologue(short))
 
-    def _compiled(
+    def _compile(
         self, known: tuple[ReduceCall, ...], short: list[Tensor]
     ) -> tuple[CompiledPass, ReduceOp]:
         """Return the code of a pass, and the operation of the total where it stops."""
         examples = self._examples()
         ops: list[ReduceOp] = ["sum"]
-        cache = self.kernels.cache
+        cache = self._kernels.cache
 
         def make() -> tuple[CompiledPass, ReduceOp]:
-            function = self._function(KnownTotals, list(known), ops)
+            function = self._function(KnownTotals, known, ops)
             return CompiledPass(function, examples, short, cache.compiler), ops[-1]
 
         nodes = nodes_of(self._unit.state)
         key = (
             self._kind,
             self._step_kind,
-            *self._is_given,
+            self._signature,
             len(known),
             tuple(len(node) if isinstance(node, dict) else -1 for node in nodes),
             # Whether these parameters are among the names of an open window.
@@ -181,27 +170,23 @@ class CompiledStep:
         return cache.get(key, make)
 
     def _examples(self) -> list[Tensor]:
-        """Return tensors with the dtypes of gradient, parameter and state."""
-        (param,) = self._unit.params.values()
-        return [param.new_empty(0, dtype=self._dtype), *self._unit.long()]
+        """Return tensors like gradient, parameter and elementwise state."""
+        return [self._param.new_empty(0, dtype=self._dtype), *self._unit.long()]
 
     def _short(self, totals: Totals) -> list[Tensor]:
         """Return the inputs that are single numbers."""
-        entries: list[Tensor] = []
-        for field, node in zip(
-            self._unit.fields, nodes_of(self._unit.state), strict=True
-        ):
-            if isinstance(node, Tensor):
-                entries.append(node)
-            elif field.kind is Kind.EACH and isinstance(node, dict):
-                entries.extend(node.values())
-        return [*entries, *self._numbers, *self._context_tensors, *totals.values()]
+        nodes: list[Any] = nodes_of(self._unit.state)
+        short: list[Tensor] = []
+        for index in self._uncut:
+            node = nodes[index]
+            short += node.values() if isinstance(node, dict) else [node]
+        return [*short, *self._numbers, *self._context_tensors, *totals.values()]
 
     def _fail(self, error: Exception) -> None:
         """Run this kind of transform without code from now on, with one warning."""
         why = first_line(error)
-        failures = self.kernels.cache.failures
-        self.kernels.failure = why
+        failures = self._kernels.cache.failures
+        self._kernels.failure = why
         if self._kind not in failures:
             warnings.warn(
                 f"compile=True: no code could be made for {self._transform!r} ({why}); "
@@ -213,26 +198,25 @@ class CompiledStep:
     def share(
         self, done: StepPass, late: Sequence[Tensor], later: Later
     ) -> list[Node] | None:
-        """Keep the numbers of the new state that units share; return its nodes once."""
+        """Keep the numbers of the new state that units share; return it once."""
         if self._is_shared:
             return None
         self._is_shared = True
-        unit, results = self._unit, iter(done.code.merge_results(late, done.early))
-        nodes: list[Node] = []
-        for field, node in zip(unit.fields, nodes_of(unit.state), strict=True):
-            if isinstance(node, Tensor):
-                nodes.append(next(results))
-                continue
-            nodes.append(node)
-            if field.kind is Kind.EACH and isinstance(node, dict):
+        results = iter(done.code.merge_results(late, done.early))
+        nodes = nodes_of(self._unit.state)
+        for index in self._uncut:
+            node = nodes[index]
+            if isinstance(node, dict):
                 for entry in node.values():
-                    unit.share(entry, next(results), later)
+                    self._unit.share(entry, next(results), later)
+            else:
+                nodes[index] = next(results)
         return nodes
 
     def _function(
         self,
         reducer: Callable[[Totals], Reducer],
-        known: list[ReduceCall],
+        known: tuple[ReduceCall, ...],
         ops: list[ReduceOp],
     ) -> Callable[..., list[Tensor]]:
         """Return a pass as a function of tensors.
@@ -240,77 +224,68 @@ class CompiledStep:
         It returns the partial of a total, and leaves its operation in `ops`. The last
         one writes parameters and states, and returns the single numbers.
         """
-        name, transform_now = self._name, self._transform
-        now, scaling = self._context, self._scaling
-        unit, nodes = self._unit, nodes_of(self._unit.state)
+        name, old_transform = self._name, self._transform
+        context_now, scaling = self._context, self._scaling
+        template, cut, uncut = self._unit.state, self._cut, self._uncut
 
         def function(*tensors: Tensor) -> list[Tensor]:
             inputs = iter(tensors)
             grad, param = next(inputs), next(inputs)
-            filled: dict[int, Node] = {}
-            for kind in (Kind.ELEMENTWISE, Kind.EACH):
-                for index, (field, node) in enumerate(
-                    zip(unit.fields, nodes, strict=True)
-                ):
-                    if field.kind is kind and isinstance(node, dict):
-                        filled[index] = {key: next(inputs) for key in node}
-                    elif kind is Kind.EACH and isinstance(node, Tensor):
-                        filled[index] = next(inputs)
-            old = [filled.get(index, node) for index, node in enumerate(nodes)]
-            transform = with_constants(transform_now, lambda _: next(inputs))
+            old: list[Any] = nodes_of(template)
+            for index in [*cut, *uncut]:
+                node = old[index]
+                if isinstance(node, dict):
+                    old[index] = {key: next(inputs) for key in node}
+                else:
+                    old[index] = next(inputs)
+            transform = with_constants(old_transform, lambda _: next(inputs))
             changes: dict[str, Any] = {
-                field_name: next(inputs)
-                for field_name in ("loss", "weight")
-                if getattr(now, field_name) is not None
+                field: next(inputs)
+                for field in ("loss", "weight")
+                if getattr(context_now, field) is not None
             }
             totals = {call: next(inputs) for call in known}
-            context = now.with_reducer(reducer(totals), **changes)
-            state = rebuilt(unit.state, iter(old))
+            context = context_now.with_reducer(reducer(totals), **changes)
+            state = rebuilt(template, iter(old))
             if scaling is not None:
                 state = wrap_state(state, scaling.grad_scale)
             try:
-                moved, new = transform.update(
+                moved, new_state = transform.update(
                     {name: grad}, state, {name: param}, context=context
                 )
             except TotalNeededError as needed:
                 ops.append(needed.partial.op)
                 return [needed.partial.value]
-            new = new if scaling is None else new[-1]
-            return _write_results(moved, {name: param}, unit.fields, old, nodes_of(new))
+            new: list[Any] = nodes_of(new_state if scaling is None else new_state[-1])
+            if len(new) != len(old) or any(
+                u.shape != param.shape for u in moved.values()
+            ):
+                raise ValueError("an update must keep its shape")  # Eager says more.
+            _write({name: param}, moved, [(old[i], new[i]) for i in cut])
+            numbers: list[Tensor] = []
+            for index in uncut:
+                before, after = old[index], new[index]
+                is_map = isinstance(before, dict)
+                numbers += [after[key] for key in before] if is_map else [after]
+            return numbers
 
         return function
 
 
-def _write_results(
-    moved: TensorMap,
-    params: TensorMap,
-    fields: list[Field],
-    old: list[Node],
-    new: list[Node],
-) -> list[Tensor]:
-    """Write parameters and states in a trace; return the single numbers of the state.
+def _write(
+    params: TensorMap, moved: TensorMap, states: list[tuple[TensorMap, TensorMap]]
+) -> None:
+    """Write parameters and elementwise state in a trace.
 
     A written tensor may be the old value of another entry, so all are read first.
     """
-    if any(update.shape != params[name].shape for name, update in moved.items()):
-        # The eager update says which parameter it is.
-        raise ValueError("an update must keep its shape")
-    results: list[Tensor] = []
-    after = over(params, at=moved).add(moved).to_map(like=params)
-    pairs = [(params[name], after[name]) for name in after]
-    for field, before, node in zip(fields, old, new, strict=True):
-        if isinstance(before, Tensor) and isinstance(node, Tensor):
-            results.append(node)
-        elif isinstance(before, dict) and isinstance(node, dict):
-            for key, entry in before.items():
-                if field.kind is Kind.EACH:
-                    results.append(node[key])
-                elif node[key] is not entry:
-                    pairs.append((entry, node[key]))
+    updated = over(params, at=moved).add(moved).to_map(like=params)
+    pairs = [(params[name], param) for name, param in updated.items()]
+    for old, new in states:
+        pairs += [(old[key], new[key]) for key in old if new[key] is not old[key]]
     values = [value.clone() for _, value in pairs]
     for (home, _), value in zip(pairs, values, strict=True):
         home.copy_(value)
-    return results
 
 
 class CompiledUpdate:
