@@ -293,7 +293,6 @@ class Expression:
 
 Operand: TypeAlias = Factor | Expression
 
-
 Operands: TypeAlias = float | Tensor | list[Any]
 
 

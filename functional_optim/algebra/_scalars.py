@@ -126,7 +126,7 @@ class Column:
         self._rows, distinct = list(range(len(found))), found
         if not apart:
             self._rows, distinct = _shared_rows(found)
-        self.values: Tensor = memoized(_stacked, *distinct)
+        self.values: Tensor = memoized(_stack, *distinct)
         """The numbers, to compute with. Shape (rows,)."""
 
     def computed(self, compute: Callable[..., Tensor], *factors: Factor) -> Tensor:
@@ -157,7 +157,7 @@ class Column:
         return memoized(_float64, number, self.values.device)
 
 
-def _stacked(*tensors: Tensor) -> Tensor:
+def _stack(*tensors: Tensor) -> Tensor:
     return torch.stack(tensors)
 
 

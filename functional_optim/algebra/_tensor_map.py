@@ -21,13 +21,10 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 
-
 TensorMap: TypeAlias = dict[str, Tensor]
 """Tensors by dotted parameter name, in the order of `named_parameters()`."""
 
-
 _PLAIN_TYPES = {torch.Tensor, torch.nn.Parameter}
-
 
 _SIXTEEN_BIT = {torch.float16, torch.bfloat16}
 

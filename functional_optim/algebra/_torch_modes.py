@@ -12,9 +12,7 @@ from torch.autograd import forward_ad
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-
 _P = ParamSpec("_P")
-
 
 _R = TypeVar("_R")
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def recording(*, differentiable: bool) -> torch.set_grad_enabled:
-    """Return a context manager that records the graph of an update only if asked to.
+    """Return a context manager that turns grad mode off unless a graph is wanted.
 
     Grad mode stays as it is if `differentiable`, or where torch.func differentiates,
     which would silently get zeros otherwise; else it is off, because the usual loop

@@ -33,13 +33,10 @@ if TYPE_CHECKING:
 
 C = TypeVar("C", bound=type)
 
-
 T = TypeVar("T")
-
 
 Schedule: TypeAlias = Callable[[Tensor], Tensor]
 """A pure function from a 0-dim float64 step count to a 0-dim value."""
-
 
 Hyperparameter: TypeAlias = float | Tensor | Schedule | Mapping[str, float | Tensor]
 """A number, a 0-dim tensor, a schedule, or a map from parameter name to one."""

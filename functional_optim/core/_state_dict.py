@@ -43,25 +43,25 @@ def state_dict(state: Any) -> dict[str, Any]:
         >>> state_dict(state)["state"]["fields"]["momentum_buffer"]
         {'w': tensor([0.])}
     """
-    return {"format": _FORMAT, "state": _plain(state, "state")}
+    return {"format": _FORMAT, "state": _as_plain(state, "state")}
 
 
-def _plain(state: Any, place: str) -> Any:
+def _as_plain(state: Any, place: str) -> Any:
     if isinstance(state, Tensor):
         return state.detach().clone()
     if isinstance(state, Static):
         return {"type": "Static", "value": _lists(state.value)}
     if isinstance(state, tuple) and hasattr(state, "_fields"):
         fields = {
-            name: _plain(getattr(state, name), f"{place}.{name}")
+            name: _as_plain(getattr(state, name), f"{place}.{name}")
             for name in state._fields
         }
         return {"type": type(state).__name__, "fields": fields}
     if isinstance(state, tuple):
-        return [_plain(part, f"{place}[{i}]") for i, part in enumerate(state)]
+        return [_as_plain(part, f"{place}[{i}]") for i, part in enumerate(state)]
     if isinstance(state, Mapping):
         return {
-            name: _plain(part, f"{place}[{name!r}]") for name, part in state.items()
+            name: _as_plain(part, f"{place}[{name!r}]") for name, part in state.items()
         }
     raise TypeError(
         f"{place} must be a tensor, dict, tuple, NamedTuple or Static, got {state!r}; "

@@ -16,7 +16,6 @@ from functional_optim.core._context import Context
 
 T = TypeVar("T")
 
-
 T_co = TypeVar("T_co", covariant=True)
 
 

@@ -89,22 +89,17 @@ UNIT_BYTES = {"cpu": 4 * 2**20}
 """Size of a unit by type of device: small enough for the last cache together with its
 temporaries, large enough that a call of `update` costs little beside its arithmetic."""
 
-
 _UNIT_BYTES_ELSEWHERE = 8 * 2**20
 """On an accelerator a kernel costs more to start, and memory is fast."""
-
 
 _POOLED_BELOW = 4
 """Tensors smaller than this part of a unit are pooled."""
 
-
 _COMPILED_ALONE = 32_768
 """Elements from which a call of compiled code costs less than gathering."""
 
-
 _LONGEST = 2**30
 """Elements that compiled code takes at once: it counts them in 32 bits."""
-
 
 SCRATCH_BYTES = 16 * 2**20
 """What gathering small tensors may keep for good."""

@@ -96,7 +96,6 @@ def _word(place: int) -> int | None:
 # The same numbers stand in native.cpp.
 _MOVED, _CHANGED, _ODD, _FAILED = 1, 2, 4, 8
 
-
 _DTYPES = 128
 
 

@@ -259,17 +259,14 @@ class Law:
 
 _LOCK = threading.RLock()
 
-
 HIDDEN = (
     "memory outside of the state (an attribute, a global, a cache), or unseeded "
     "randomness. Keep all memory in the state that update returns; random numbers are "
     "a function of a seed and a counter in the state (not a torch.Generator)"
 )
 
-
 LAWS: dict[str, Law] = {}
 """All laws by name."""
-
 
 _BASIC = ("purity", "determinism")
 """Laws without which a failure of another says nothing."""

@@ -19,9 +19,7 @@ from functional_optim.testing._hypothesis import st
 
 _numbers = st.floats(-4, 4, width=32)
 
-
 _fractions = st.floats(0, 0.9375, width=32)
-
 
 _positive = st.floats(0.125, 8, width=32)
 
@@ -132,15 +130,12 @@ __all__ = [
     "transforms",
 ]
 
-
 Shapes = Mapping[str, tuple[int, ...]]
-
 
 ordinary: st.SearchStrategy[float] = st.floats(-100, 100, width=32).map(
     lambda x: x if abs(x) > 1e-3 else 0.0
 )
 """Everyday numbers, zero included."""
-
 
 finite: st.SearchStrategy[float] = st.one_of(
     ordinary,
@@ -148,18 +143,15 @@ finite: st.SearchStrategy[float] = st.one_of(
 )
 """Also signed zeros, subnormals and huge ones whose squares stay finite in float32."""
 
-
 hostile: st.SearchStrategy[float] = st.one_of(
     finite, st.sampled_from([math.nan, math.inf, -math.inf])
 )
 """Also NaN and infinities."""
 
-
 away_from_zero: st.SearchStrategy[float] = st.builds(
     math.copysign, st.floats(0.125, 8.0, width=32), st.sampled_from([1.0, -1.0])
 )
 """Numbers where square roots and norms have derivatives."""
-
 
 _MOST_DRAWN = 16
 """A larger tensor repeats a run of numbers: hypothesis draws them one by one."""

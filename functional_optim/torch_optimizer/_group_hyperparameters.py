@@ -28,7 +28,6 @@ Choices: TypeAlias = tuple[tuple[Path, str], ...]
 """The names that routes give to the parameters of a group, by the path of the router.
 """
 
-
 _DESCENDS = {Role.MOMENT, Role.LEARNING_RATE}
 
 

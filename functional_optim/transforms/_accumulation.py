@@ -181,7 +181,7 @@ class Accumulate:
         if weight is not None:
             device = device_of(updates)
             factor = weight.to(device, torch.float64)
-            counted = _counted(updates, factor != 0)
+            counted = _zero_uncounted(updates, factor != 0)
             updates = over(counted, at=subset(sums, updates)).mul(factor).to_map()
         first = {name: u for name, u in updates.items() if name not in before}
         later = {name: u for name, u in updates.items() if name in before}
@@ -189,7 +189,7 @@ class Accumulate:
         return sums | new | over(sums, at=later).add(later).to_map(like=sums)
 
 
-def _counted(updates: TensorMap, counts: Tensor) -> TensorMap:
+def _zero_uncounted(updates: TensorMap, counts: Tensor) -> TensorMap:
     """Return updates, with 0 for what is not finite where the weight is 0.
 
     A micro-batch without tokens has the mean 0 / 0, and 0 * NaN is NaN. Its finite

@@ -166,7 +166,7 @@ def _checked_labels(name: str, labels: Any) -> Any:
     return labels if callable(labels) else validate_rules(name, labels, _checked_label)
 
 
-def _label(labels: Any, name: str, param: Tensor) -> str:
+def _label_of(labels: Any, name: str, param: Tensor) -> str:
     """Return the label of one parameter."""
     label = (
         labels(name, param)
@@ -244,7 +244,7 @@ class Partition:
         Raises:
             ValueError: no rule gives it one, or `inner` does not have it.
         """
-        label = _label(self.labels, name, param)
+        label = _label_of(self.labels, name, param)
         if label not in self.inner:
             raise ValueError(
                 f"labels give {name!r} the label {label!r}, which inner does not "

@@ -128,7 +128,7 @@ class SkipNonfinite:
         moved, inner = guarded(
             ok, self.inner, updates, state.inner, params, context=context.child(0)
         )
-        counts = memoized(_counted, ok, state.skipped, state.consecutive)
+        counts = memoized(_count_skips, ok, state.skipped, state.consecutive)
         return moved, SkipNonfiniteState(inner, *counts)
 
     def children(self) -> dict[Label, Transform]:
@@ -149,7 +149,9 @@ class SkipNonfinite:
         return {"skipped": state.skipped, "consecutive": state.consecutive}
 
 
-def _counted(ok: Tensor, skipped: Tensor, consecutive: Tensor) -> tuple[Tensor, Tensor]:
+def _count_skips(
+    ok: Tensor, skipped: Tensor, consecutive: Tensor
+) -> tuple[Tensor, Tensor]:
     skip = (~ok).double()
     return skipped + skip, (consecutive + 1) * skip
 

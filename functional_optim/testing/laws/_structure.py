@@ -21,18 +21,15 @@ from functional_optim.testing.laws._purity import run
 
 _KINDS = "a state is (), or a NamedTuple of tensors and dicts of tensors by name"
 
-
 _STABLE = (
     "the state is built from what this step had. Make all of it in init, with its "
     "final names, shapes and dtypes; torch.compile needs a graph for each form"
 )
 
-
 _DROPPED = (
     "the result was built only from some of the updates. Return every name that was "
     "given (x.clone() for what passes through), or an empty map to hold"
 )
-
 
 _DTYPE = (
     "a tensor of another dtype took part (torch.tensor(...), arange, torch.ones "
@@ -41,9 +38,7 @@ _DTYPE = (
     "attribute `dtype`"
 )
 
-
 _SHAPE = "broadcasting, or a reduction without keepdim=True"
-
 
 _DEVICE = "a tensor was made without device=x.device: torch.zeros_like(x) has it"
 
@@ -245,7 +240,6 @@ _AS_ZERO = (
     "a missing update was taken for zero. Loop over the updates, not over the "
     "parameters, and keep the entries of the other names: {**state.field, **new}"
 )
-
 
 _NOT_A_HOLD = (
     "an empty map means hold: an accumulation window is open. Return {} and the state "
