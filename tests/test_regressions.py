@@ -241,7 +241,7 @@ def test_reductions_are_identified_by_their_place() -> None:
 
     context = fo.Context(reducer=reducer)
     pipeline.update(PARAMS, pipeline.init(PARAMS), PARAMS, context=context)
-    assert seen == [(0,), (1, "inner"), (2, "x", 1), (2, "y"), (3,), (3, "inner", 0)]
+    assert seen == [(0,), (1, 0), (2, "x", 1), (2, "y"), (3,), (3, 0, 0)]
 
 
 class Counter:
