@@ -19,6 +19,8 @@ from suite_sections import SECTIONS, Section
 PAGE, PLOT = "benchmarks.md", "benchmarks.png"
 LIMITS = pathlib.Path(__file__).with_name("limits.md")
 """What the figures do not say by themselves, written by hand."""
+RETIRED = ["ours, flat", "ours, compiled, flat"]
+"""Measured with `layout="flat"`, which is gone."""
 OURS, OTHERS, BASE = "#1f6fb4", "#b8b8b8", "#555555"
 ABOUT = (
     "Made by `make bench` (`benchmarks/suite.py`, then `benchmarks/suite_page.py`) "
@@ -107,6 +109,21 @@ def _bars(axes: Axes, case: dict[str, Any], names: list[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _without_retired(result: Any) -> Any:
+    """Return a result without the contestants that exist no more."""
+    if isinstance(result, dict):
+        kept = {key: _without_retired(value) for key, value in result.items()}
+        return {key: value for key, value in kept.items() if key not in RETIRED}
+    if isinstance(result, list):
+        names = [
+            r.get("name", r.get("variant")) if isinstance(r, dict) else r
+            for r in result
+        ]
+        pairs = zip(result, names, strict=True)
+        return [_without_retired(r) for r, name in pairs if name not in RETIRED]
+    return result
+
+
 def _short(note: str | None) -> str:
     return "not run" if note is None else note.split(":")[0]
 
@@ -119,7 +136,7 @@ def main() -> None:
     parser.add_argument("--docs", type=pathlib.Path, default=here.parent / "docs")
     options = parser.parse_args()
     found = {
-        name: json.loads(path.read_text())
+        name: _without_retired(json.loads(path.read_text()))
         for name in SECTIONS
         if (path := options.results / f"suite_{name}.json").exists()
     }
