@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from functional_optim.execution._native import Gradients
-from functional_optim.execution._tensor_memory import GatherBuffer
-from functional_optim.torch_optimizer._gradients import GradientCollector
+from functional_optim.execution._native import (
+    Operators,
+    ParameterGradients,
+    loaded_operators,
+)
+from functional_optim.execution._tensor_memory import GatherBuffer, ScratchMemory
+from functional_optim.torch_optimizer._gradients import (
+    GradientCollector,
+    StateSnapshot,
+)
 
 SHAPES = [(3, 4), (5,), (), (0, 2), (2, 3, 4, 5), (70,)]
 
@@ -92,8 +98,7 @@ def test_as_python(steps: list[list[tuple[str, int]]]) -> None:
     params = _parameters()
     names = {param: str(index) for index, param in enumerate(params)}
     compiled, plain = GradientCollector(names, compiles=True), GradientCollector(names)
-    assert compiled.compiled
-    assert not plain.compiled
+    assert not compiled.failure
     for changes in steps:
         for what, index in changes:
             _change(params[index], what)
@@ -101,57 +106,98 @@ def test_as_python(steps: list[list[tuple[str, int]]]) -> None:
         assert compiled.scan() == moved
         assert _told(compiled) == _told(plain)
         if moved:
-            assert compiled.scan()  # Until it is told that this is right.
-            compiled.restart()
-            plain.restart()
+            assert compiled.scan()  # Until another one is made.
+            compiled = GradientCollector(names, compiles=True)
+            plain = GradientCollector(names)
             assert not compiled.scan()
 
 
+def _operators() -> Operators:
+    found = loaded_operators()
+    assert isinstance(found, Operators)
+    return found
+
+
 @given(st.lists(st.sampled_from(list(GRADIENTS)), min_size=5, max_size=5))
-def test_gathered_by_address(kinds: list[str]) -> None:
-    """What is gathered by address are the numbers; else it is not gathered."""
+def test_gathered_at_once(kinds: list[str]) -> None:
+    """What is gathered by an operator are the numbers; else torch gathers them."""
     params = [p for p in _parameters() if p.ndim != 4]
     for param, kind in zip(params, kinds, strict=True):
         _change(param, kind)
-    collector = GradientCollector(
-        {p: str(i) for i, p in enumerate(params)}, compiles=True
-    )
+    names = {p: str(i) for i, p in enumerate(params)}
+    collector = GradientCollector(names, compiles=True)
     assert not collector.scan()
     if "sparse" in kinds:
         with pytest.raises(TypeError, match="sparse"):
             collector.gradients()
         return
     grads = collector.gradients()
-    assert isinstance(grads, Gradients)
-    members = [i for i, p in enumerate(params) if p.grad is not None]
-    memory = torch.full((sum(params[i].numel() for i in members),), float("nan"))
-    gathered = GatherBuffer(memory, [params[i].shape for i in members], compiles=True)
-    done = gathered.gather_grads(grads, array("q", members))
-    if done:
-        wanted = [params[i].grad.detach().reshape(-1) for i in members]
-        assert torch.equal(memory, torch.cat([*wanted, torch.empty(0)]))
+    assert isinstance(grads, ParameterGradients)
+    members = {names[p]: p for p in params if p.grad is not None}
+    if not members:
+        return
+    values = torch.cat([p.detach().reshape(-1) for p in members.values()])
+    wanted = torch.cat([g.detach().reshape(-1) for g in grads.values()])
+    memory, grad_memory = torch.zeros_like(values), torch.zeros_like(values)
+    if _operators().gather(list(members.values()), memory, grad_memory):
+        assert torch.equal(memory, values)
+        assert torch.equal(grad_memory, wanted)
     else:
         assert {"gaps", "expanded", "negated", "no memory"} & set(kinds)
-        assert bool(memory.isnan().all())
+    detached = {name: p.detach() for name, p in members.items()}
+    gathered = GatherBuffer(detached, ScratchMemory(0), compiles=True)
+    with torch.no_grad():
+        gathered.gather(grads)
+    assert torch.equal(gathered.params, values)
+    assert torch.equal(gathered.grads, wanted)
+
+
+def _refused() -> dict[str, list[Tensor]]:
+    return {
+        "too long": [torch.zeros(3), torch.zeros(3)],
+        "too short": [torch.zeros(3)],
+        "another dtype": [torch.zeros(2, dtype=torch.complex64)],
+        "every second": [torch.zeros(8)[::2]],
+        "on another device": [torch.zeros(4, device="meta")],
+    }
+
+
+@pytest.mark.parametrize("kind", _refused())
+def test_memory_of_another_kind_is_left_alone(kind: str) -> None:
+    """Nothing is written unless all of the memory fits."""
+    tensors = _refused()[kind]
+    assert not _operators().scatter(tensors, torch.ones(4))
+    assert not any(t.count_nonzero() for t in tensors if not t.is_meta)
+
+
+@pytest.mark.parametrize("turned", [torch.conj, torch._neg_view])
+def test_numbers_that_are_read_otherwise_are_not_copied(turned: Any) -> None:
+    """A gradient may be conjugated, or its sign turned, when it is read."""
+    param = Parameter(torch.ones(4, dtype=torch.complex64))
+    param.grad = turned(torch.full((4,), 1.0 + 2.0j))
+    memory, grads = torch.zeros_like(param), torch.zeros_like(param)
+    assert not _operators().gather([param], memory.detach(), grads.detach())
 
 
 @given(st.data())
 def test_entries_of_the_state(data: st.DataObject) -> None:
-    """A state is shown if its entries are these objects, in this order."""
+    """A state is the same if its entries are these objects, in this order."""
     params = _parameters()
-    collector = GradientCollector(
-        {p: str(i) for i, p in enumerate(params)}, compiles=True
-    )
     entry = st.sampled_from([torch.zeros(1) for _ in range(3)])
-    state = {
-        param: {f"k{i}": x for i, x in enumerate(data.draw(st.lists(entry)))}
-        for param in params
-    }
-    entries = [x for own in state.values() for x in own.values()]
-    assert collector.shows(state, entries)
-    assert not collector.shows(state, [*entries, torch.zeros(1)])
-    other = data.draw(st.lists(entry, max_size=len(entries) + 1))
-    same = len(other) == len(entries) and all(
-        a is b for a, b in zip(other, entries, strict=True)
-    )
-    assert collector.shows(state, other) == same
+
+    def drawn() -> dict[Tensor, dict[str, Tensor]]:
+        lists = [data.draw(st.lists(entry, max_size=2)) for _ in params]
+        return {
+            param: {f"k{i}": x for i, x in enumerate(entries)}
+            for param, entries in zip(params, lists, strict=True)
+        }
+
+    def entries_of(state: dict[Tensor, dict[str, Tensor]]) -> list[Tensor]:
+        return [x for own in state.values() for x in own.values()]
+
+    state, other = drawn(), drawn()
+    snapshot = StateSnapshot(state, entries_of(state))
+    assert snapshot.is_in({param: dict(own) for param, own in state.items()})
+    assert not snapshot.is_in({**state, Parameter(torch.ones(1)): {"k": params[0]}})
+    ids, other_ids = list(map(id, entries_of(state))), list(map(id, entries_of(other)))
+    assert snapshot.is_in(other) == (ids == other_ids)

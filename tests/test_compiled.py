@@ -15,10 +15,10 @@ import torch
 from torch.nn import Parameter
 
 import functional_optim as fo
-from functional_optim.execution import _tensor_memory as _copying
+from functional_optim.execution import _native
 from functional_optim.execution.compiled import _inductor
 from functional_optim.execution.compiled import _kernels as _codes
-from functional_optim.torch_optimizer import _gradients as _survey
+from functional_optim.torch_optimizer import _gradients
 
 CHAINS: dict[str, Any] = {
     "clip, AdamW": lambda: fo.chain(fo.ClipByGlobalNorm(1.0), fo.adamw(1e-2)),
@@ -380,8 +380,10 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_inductor, "_known", {})
     tried = mock.Mock(side_effect=_failing)
     monkeypatch.setattr(_inductor, "compile_fx", tried)
-    for module in (_copying, _survey):
-        monkeypatch.setattr(module, "native", lambda: "RuntimeError: no header")
+    for module in (_native, _gradients):
+        monkeypatch.setattr(
+            module, "loaded_operators", lambda: "RuntimeError: no header"
+        )
     plain, code = _params(), _params()
     one = fo.TransformOptimizer(plain, fo.adamw(1e-2))
     two = fo.TransformOptimizer(code, fo.adamw(1e-2), compile=True)

@@ -1,123 +1,78 @@
-"""The functions of `native.cpp`, compiled when they are first needed."""
+"""Operators over lists of tensors, compiled from `native.cpp` when first needed."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
+import hashlib
 import importlib
 import pathlib
-import sys
-from array import array
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functional_optim._messages import first_line
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
 
-_WORD = ctypes.sizeof(ctypes.c_void_p)
 
+class Operators(NamedTuple):
+    """The operators of `native.cpp`."""
 
-class Native:
-    """The functions; what they do stands in `native.cpp`."""
-
-    def __init__(self) -> None:
-        if not getattr(sys, "_is_gil_enabled", lambda: True)():
-            raise RuntimeError(
-                "without the interpreter's lock others may take gradients away"
-            )
-        # Imported when it is needed: it takes a second.
-        cache = importlib.import_module("torch._inductor.codecache").CppCodeCache
-        source = pathlib.Path(__file__).with_name("native.cpp").read_text("utf-8")
-        path = cache.load(source, extra_flags=("-lc10",))._name
-        self._library = ctypes.PyDLL(path)  # It keeps the lock during a call.
-        self.offset = _offset_of_implementation()
-        self.scan = self._function("scan", "piiipppp")
-        self.gather = self._function("gather", "pppii")
-        self.scatter = self._function("scatter", "pppii")
-        self.gather_grads = self._function("gather_grads", "ppipppii")
-        self.bump_versions = self._function("bump_versions", "pii")
-        self.has_values = self._function("has_values", "oo")
-
-    def _function(self, name: str, arguments: str) -> Callable[..., int]:
-        """Return a function."""
-        function = getattr(self._library, name)
-        function.argtypes = [_TYPES[letter] for letter in arguments]
-        function.restype = ctypes.c_int64
-        found: Callable[..., int] = function
-        return found
-
-
-_TYPES: dict[str, Any] = {
-    "p": ctypes.c_void_p,
-    "i": ctypes.c_int64,
-    "o": ctypes.py_object,
-}
+    scan: Callable[[list[Tensor], Tensor], int]
+    gather: Callable[[list[Tensor], Tensor, Tensor], bool]
+    scatter: Callable[[list[Tensor], Tensor], bool]
 
 
 @functools.cache
-def native() -> Native | str:
-    """Return the functions, or why there are none; tried once in a process."""
+def loaded_operators() -> Operators | str:
+    """Return the operators, or why there are none; tried once in a process."""
     try:
-        return Native()
+        return _load()
     except Exception as error:
         return first_line(error)
 
 
-def address(numbers: array[int]) -> int:
-    """Return where the numbers of an array lie."""
-    return numbers.buffer_info()[0]
+def _load() -> Operators:
+    source = pathlib.Path(__file__).with_name("native.cpp").read_text("utf-8")
+    # Of several copies of the package in a process each has its own operators.
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    namespace = f"{__name__.partition('.')[0]}_{digest}"
+    if not hasattr(getattr(torch.ops, namespace), "scatter"):
+        # Imported when it is needed: it takes a second.
+        cache = importlib.import_module("torch._inductor.codecache").CppCodeCache
+        flags = ("-O1", "-ltorch_cpu", "-lc10")  # -O3 takes 2 s more to compile.
+        cache.load(source.replace("NAMESPACE", namespace), extra_flags=flags)
+    library = getattr(torch.ops, namespace)
+    return Operators(*[getattr(library, name).default for name in Operators._fields])
 
 
-def _offset_of_implementation() -> int:
-    """Return the offset of the address of the implementation in a Python tensor."""
-    if sys.implementation.name != "cpython":
-        raise RuntimeError("the addresses of objects are known in CPython only")
-    examples = [torch.zeros(()), torch.zeros(2, 3).t(), Parameter(torch.ones(5))]
-    found = [
-        offset
-        for offset in range(0, Tensor.__basicsize__ - _WORD + 1, _WORD)
-        if all(_word(id(x) + offset) == x._cdata for x in examples)
-    ]
-    if len(found) != 1:
-        raise RuntimeError(f"the implementation of a tensor may lie at {found}")
-    return found[0]
+def operators() -> Operators | None:
+    """Return the operators if there are any, and no mode such as make_fx is active."""
+    found = None if is_in_torch_dispatch_mode() else loaded_operators()
+    return found if isinstance(found, Operators) else None
 
 
-def _word(place: int) -> int | None:
-    return ctypes.c_void_p.from_address(place).value
+class ParameterGradients(Mapping[str, Tensor]):
+    """The gradients of parameters by name, read from `.grad` one by one.
 
+    Reading all of them would make a Python object for each.
+    """
 
-# The same numbers stand in native.cpp.
-_MOVED, _CHANGED, _ODD, _FAILED = 1, 2, 4, 8
-
-_DTYPES = 128
-
-
-class Gradients(Mapping[str, Tensor]):
-    """The gradients of parameters by name, looked up when somebody asks."""
-
-    __slots__ = ("_count", "_params", "dtypes", "objects", "places")
+    __slots__ = ("_count", "dtypes", "params")
 
     def __init__(
-        self,
-        params: TensorMap,
-        dtypes: Mapping[str, torch.dtype | None],
-        objects: array[int],
-        places: array[int],
+        self, params: TensorMap, dtypes: Mapping[str, torch.dtype | None]
     ) -> None:
-        self._params, self.dtypes = params, dtypes
-        self.objects, self.places = objects, places
+        self.params, self.dtypes = params, dtypes
         self._count = len(dtypes) - list(dtypes.values()).count(None)
 
     def __getitem__(self, name: str) -> Tensor:
         """Return a gradient."""
-        grad = self._params[name].grad
+        grad = self.params[name].grad
         if grad is not None:
             return grad
         if self.dtypes[name] is not None:
@@ -137,51 +92,30 @@ class Gradients(Mapping[str, Tensor]):
 
 
 def dtype_of(grads: Mapping[str, Tensor], name: str) -> torch.dtype:
-    """Return the dtype of a gradient, without a look at it where that is known."""
-    dtype = grads.dtypes[name] if isinstance(grads, Gradients) else None
+    """Return the dtype of a gradient."""
+    dtype = grads.dtypes[name] if isinstance(grads, ParameterGradients) else None
     return grads[name].dtype if dtype is None else dtype
 
 
+# The same numbers are in native.cpp.
+_MOVED, _CHANGED, _ODD = 1, 2, 4
+
+
 class GradientScan:
-    """Looks at parameters and gradients."""
+    """Compares parameters, and which of them have gradients, with the last scan."""
 
-    def __init__(self, params: TensorMap, native: Native) -> None:
-        self._native, self._params = native, params
-        tensors = list(params.values())
-        count = len(tensors)
-        self._objects = array("q", map(id, tensors))
-        self._places, self._shapes = array("q", [0] * count), array("q", [0] * count)
-        self._grads, self._given = array("q", [0] * count), array("b", [0] * count)
-        failed = self._told() & _FAILED
-        shapes = [2 * x.numel() + x.is_contiguous() for x in tensors]
-        if (
-            failed
-            or self._places.tolist() != list(map(Tensor.data_ptr, tensors))
-            or [shape // _DTYPES for shape in self._shapes] != shapes
-        ):
-            raise RuntimeError("compiled code does not see the parameters")
-        self._found: Gradients | None = None
-        self.moved = False
+    def __init__(self, params: TensorMap) -> None:
+        self._params, self._tensors = params, list(params.values())
+        self._seen = torch.zeros(len(params), 3, dtype=torch.int64, device="cpu")
+        self._grads: ParameterGradients | None = None
 
-    def _told(self) -> int:
-        arrays = self._places, self._shapes, self._grads, self._given
-        return self._native.scan(
-            address(self._objects),
-            self._native.offset,
-            len(self._objects),
-            torch.get_num_threads(),
-            *map(address, arrays),
-        )
-
-    def scan(self) -> Gradients | None:
-        """Return the gradients; None if one is not as its parameter, or all failed."""
-        told = self._told()
-        self.moved = bool(told & (_MOVED | _FAILED))
-        if told & (_ODD | _FAILED):
-            self._found = None
-            return None
-        if self._found is None or told & _CHANGED:
-            pairs = zip(self._params.items(), self._given, strict=True)
-            dtypes = {name: p.dtype if given else None for (name, p), given in pairs}
-            self._found = Gradients(self._params, dtypes, self._objects, self._grads)
-        return self._found
+    def scan(self, found: Operators) -> tuple[bool, ParameterGradients | None]:
+        """Return whether a parameter moved, and the gradients unless one is odd."""
+        flags = found.scan(self._tensors, self._seen)
+        if flags & _ODD:
+            self._grads = None
+        elif self._grads is None or flags & _CHANGED:
+            given = zip(self._params.items(), self._seen[:, 2].tolist(), strict=True)
+            dtypes = {name: p.dtype if has else None for (name, p), has in given}
+            self._grads = ParameterGradients(self._params, dtypes)
+        return bool(flags & _MOVED), self._grads

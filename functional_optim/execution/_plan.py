@@ -18,7 +18,7 @@ from functional_optim.execution._bucketing import (
     Layout,
 )
 from functional_optim.execution._group_transforms import joined
-from functional_optim.execution._native import Gradients
+from functional_optim.execution._native import ParameterGradients
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -110,7 +110,7 @@ class Plan:
         self, grads: Mapping[str, Tensor]
     ) -> Mapping[str, torch.dtype | None]:
         """Return the dtype of the gradient of each parameter, None without one."""
-        if isinstance(grads, Gradients):
+        if isinstance(grads, ParameterGradients):
             return grads.dtypes
         found = list(grads), list(map(_dtype, grads.values()))
         if found != self._given:

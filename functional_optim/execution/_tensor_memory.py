@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import weakref
-from array import array
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from functional_optim.algebra._tensor_map import are_plain
-from functional_optim.execution._native import Native, address, native
+from functional_optim.execution._native import (
+    ParameterGradients,
+    dtype_of,
+    operators,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
-    from functional_optim.execution._native import Gradients
+    from functional_optim.algebra._tensor_map import TensorMap
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -167,95 +168,54 @@ class ScratchMemory:
         return known[:numel], False
 
 
-def _native(*, wanted: bool) -> Native | None:
-    # What follows torch's operations, as make_fx does, would not see it.
-    found = native() if wanted and not is_in_torch_dispatch_mode() else None
-    return found if isinstance(found, Native) else None
-
-
-class VersionCounters:
-    """Counts that tensors were written, so that autograd sees it."""
-
-    def __init__(self, tensors: list[Tensor], *, compiles: bool) -> None:
-        self._tensors, self._compiles = tensors, compiles
-        self._objects = array("q", map(id, tensors))
-
-    def bump(self) -> None:
-        """Count once more."""
-        code = _native(wanted=self._compiles)
-        count = len(self._tensors)
-        if code is None or not code.bump_versions(
-            address(self._objects), code.offset, count
-        ):
-            torch.autograd.graph.increment_version(self._tensors)
-
-
 class GatherBuffer:
-    """One piece of memory for the elements of many tensors, one after the other."""
+    """Memory for the elements of many small parameters, and of their gradients."""
 
     def __init__(
-        self, memory: Tensor, shapes: Sequence[torch.Size], *, compiles: bool
+        self, params: TensorMap, scratch: ScratchMemory, *, compiles: bool = False
     ) -> None:
-        self.memory = memory
-        self._views = split_views(memory, shapes)
-        self._compiles = compiles and memory.is_cpu
-        self._numels = [shape.numel() for shape in shapes]
-        self._place = memory.data_ptr()
-        sizes = [n * memory.itemsize for n in self._numels]
-        self._starts = array("q", itertools.accumulate(sizes, initial=0))
+        self._names, self._tensors = list(params), list(params.values())
+        self._shapes = [tensor.shape for tensor in self._tensors]
+        self._numel = sum(map(Tensor.numel, self._tensors))
+        self._scratch = scratch
+        self.is_own = True
+        """Whether nobody else gathers here during a step."""
+        dtype = self._tensors[0].dtype
+        self.params, self._param_views = self._take(dtype, "params")
+        self.grads, self._grad_views = self._take(dtype, "grads")
+        self._compiles = compiles and self.params.is_cpu and are_plain(self._tensors)
+        self._with_grads = self._tensors
 
-    def gather(self, tensors: list[Tensor], places: array[int] | None = None) -> None:
-        """Copy tensors to here."""
-        if not self._numels:
-            return
-        code = _native(wanted=self._compiles)
-        if places is None and code is not None:
-            places = places_of(tensors)
-            if list(map(Tensor.numel, tensors)) != self._numels:
-                places = None  # torch says what is wrong, and reads nothing beyond.
-        if places is None or code is None:
-            torch._foreach_copy_(self._views, tensors)
-        else:
-            code.gather(self._place, address(places), *self._sizes())
+    def _take(self, dtype: torch.dtype, use: str) -> tuple[Tensor, list[Tensor]]:
+        first = self._tensors[0]
+        memory, is_own = self._scratch.take(self._numel, first, dtype, use)
+        self.is_own = self.is_own and is_own
+        return memory, split_views(memory, self._shapes)
 
-    def gather_grads(self, grads: Gradients, members: array[int]) -> bool:
-        """Copy gradients to here by their addresses."""
-        code = _native(wanted=self._compiles)
-        return code is not None and bool(
-            code.gather_grads(
-                self._place,
-                address(grads.objects),
-                code.offset,
-                address(grads.places),
-                address(members),
-                *self._sizes(),
-            )
-        )
+    def gather(self, grads: Mapping[str, Tensor]) -> None:
+        """Copy the parameters, and their gradients: all have one, or none."""
+        has_grads = self._names[0] in grads
+        if has_grads:
+            dtype = dtype_of(grads, self._names[0])
+            if dtype != self.grads.dtype:
+                self.grads, self._grad_views = self._take(dtype, "grads")
+            if isinstance(grads, ParameterGradients) and self._gather_at_once(grads):
+                return
+        torch._foreach_copy_(self._param_views, self._tensors)
+        if has_grads:
+            found = [grads[name] for name in self._names]
+            torch._foreach_copy_(self._grad_views, found)
 
-    def scatter(self, tensors: list[Tensor], places: array[int] | None) -> bool:
-        """Copy what is here to tensors."""
-        if not self._numels:
-            return True
-        code = _native(wanted=self._compiles)
-        if places is None or code is None:
-            torch._foreach_copy_(tensors, self._views)
-            return True
-        code.scatter(self._place, address(places), *self._sizes())
-        return False
+    def _gather_at_once(self, grads: ParameterGradients) -> bool:
+        found = operators() if self._compiles else None
+        if found is None:
+            return False
+        if self._with_grads is self._tensors:
+            self._with_grads = [grads.params[name] for name in self._names]
+        return found.gather(self._with_grads, self.params, self.grads)
 
-    def _sizes(self) -> tuple[int, int, int]:
-        return address(self._starts), len(self._numels), torch.get_num_threads()
-
-
-def places_of(tensors: list[Tensor]) -> array[int] | None:
-    """Return the addresses of tensors; None if one is not plain and contiguous."""
-    if (
-        not all(map(Tensor.is_contiguous, tensors))
-        or any(map(Tensor.is_neg, tensors))
-        or not are_plain(tensors)
-    ):
-        return None
-    places = array("q", map(Tensor.data_ptr, tensors))
-    if any(not place and x.numel() for place, x in zip(places, tensors, strict=True)):
-        return None  # There is no memory behind torch's zeros.
-    return places
+    def scatter(self) -> None:
+        """Copy what is here to the parameters."""
+        found = operators() if self._compiles else None
+        if found is None or not found.scatter(self._with_grads, self.params):
+            torch._foreach_copy_(self._tensors, self._param_views)

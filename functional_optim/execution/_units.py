@@ -8,7 +8,6 @@ all have run.
 
 from __future__ import annotations
 
-from array import array
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -17,15 +16,12 @@ from torch import Tensor
 from functional_optim._messages import format_names
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._buffers import Donated
-from functional_optim.execution._native import Gradients, dtype_of
 from functional_optim.execution._state_tree import Kind, mapped, nodes_of, rebuilt
 from functional_optim.execution._tensor_memory import (
     GatherBuffer,
-    VersionCounters,
     copied_alone,
     flat,
     flat_like,
-    places_of,
     split_views,
     storage_ptr,
 )
@@ -70,7 +66,6 @@ class Unit:
         self._columns = source.columns
         self._stored: list[dict[str, Tensor]] = []
         self._memory: set[int] | None = None
-        self._versions: VersionCounters | None = None
         self.state: Any = None
         self.donated: Any = None
 
@@ -141,9 +136,7 @@ class Unit:
 
     def after_write(self) -> None:
         """Do what is left when parameters and state were written past torch."""
-        if self._versions is None:
-            self._versions = VersionCounters(self._written(), compiles=True)
-        self._versions.bump()
+        torch.autograd.graph.increment_version(self._written())
 
     def _written(self) -> list[Tensor]:
         """Return what shares its version with the state that code has written."""
@@ -262,18 +255,9 @@ class Pooled(Unit):
         compiles: bool = False,
     ) -> None:
         super().__init__(list(params), source)
-        self._tensors = list(params.values())
-        self._shapes = [param.shape for param in self._tensors]
-        self._numel = sum(param.numel() for param in self._tensors)
-        self._key, self._scratch, self._compiles = self.names[0], scratch, compiles
-        first = self._tensors[0]
-        memory, self._own = scratch.take(self._numel, first, first.dtype, "params")
-        self._all = VersionCounters(self._tensors, compiles=compiles)
-        self._params = GatherBuffer(memory, self._shapes, compiles=compiles)
-        self._places = places_of(self._tensors) if memory.is_cpu else None
-        self.params = {self._key: memory}
-        self._grads = self._room(first.dtype)
-        self._members: array[int] | None = None
+        self._key = self.names[0]
+        self._buffer = GatherBuffer(params, scratch, compiles=compiles)
+        self.params = {self._key: self._buffer.params}
         self._last: TensorMap | None = None
         own: list[Node] = []
         for node, field in zip(source.nodes, source.fields, strict=True):
@@ -290,53 +274,26 @@ class Pooled(Unit):
     def _joined(self, node: TensorMap) -> Tensor:
         """Bring the entries of all members into one flat tensor."""
         entries = [node[name] for name in self.names]
-        memory = entries[0].new_empty(self._numel)
-        views = split_views(memory, self._shapes)
+        memory = entries[0].new_empty(sum(map(Tensor.numel, entries)))
+        views = split_views(memory, [entry.shape for entry in entries])
         torch._foreach_copy_(views, entries)
         node.update(zip(self.names, map(copied_alone, views), strict=True))
         return memory
 
     def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
         """Gather the gradients, and the parameters."""
-        if again and self._own and self._last is not None:
+        if again and self._buffer.is_own and self._last is not None:
             return self._last
-        self._params.gather(self._tensors, self._places)
-        self._last = {}
-        if self._key in grads:  # Then all have one; none in a window that closes.
-            self._last = {self._key: self._gathered(grads)}
+        self._buffer.gather(grads)
+        # All have a gradient, or none where a window closes.
+        self._last = {self._key: self._buffer.grads} if self._key in grads else {}
         return self._last
-
-    def _room(self, dtype: torch.dtype) -> GatherBuffer:
-        """Return where to gather gradients."""
-        memory, own = self._scratch.take(self._numel, self._tensors[0], dtype, "grads")
-        self._own = self._own and own
-        return GatherBuffer(memory, self._shapes, compiles=self._compiles)
-
-    def _gathered(self, grads: Mapping[str, Tensor]) -> Tensor:
-        """Return the gradients, one after the other."""
-        dtype = dtype_of(grads, self._key)
-        if self._grads.memory.dtype != dtype:
-            self._grads = self._room(dtype)
-        known = self._grads
-        if isinstance(grads, Gradients):
-            if self._members is None:
-                order = {name: index for index, name in enumerate(grads.dtypes)}
-                self._members = array("q", [order[name] for name in self.names])
-            if known.gather_grads(grads, self._members):
-                return known.memory
-        known.gather([grads[name] for name in self.names])
-        return known.memory
 
     def _apply(self, moved: TensorMap) -> None:
         super()._apply(moved)
-        self._put_back()
+        self._buffer.scatter()
 
     def after_write(self) -> None:
         """Write the gathered parameters to their own places, too."""
-        self._put_back()
+        self._buffer.scatter()
         super().after_write()
-
-    def _put_back(self) -> None:
-        """Write the gathered parameters to their own places, and count it."""
-        if not self._params.scatter(self._tensors, self._places):
-            self._all.bump()

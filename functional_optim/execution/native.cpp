@@ -1,269 +1,144 @@
-// What a step asks of every tensor, and copies of many small ones.
+// Operators over many small tensors on the CPU.
 //
-// Asked in Python, each question costs a microsecond a tensor after a backward, when
-// memory is cold: more than the arithmetic on small tensors. Nothing here computes.
-//
-// A Python tensor is given by its address; the word at `offset` in it points to its
-// TensorImpl. The caller keeps these tensors alive, and holds the interpreter's lock, so
-// that nobody takes a gradient away in between. Gradients are asked for anew in each
-// call: nobody else keeps them.
+// Called from Python tensor by tensor, each of these costs more than the arithmetic on a
+// small tensor. Nothing here computes. NAMESPACE is replaced in _native.py.
 
-#include <Python.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
 
-#include <ATen/core/TensorBase.h>
-
-#include <algorithm>
 #include <atomic>
-#include <cstdint>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 namespace {
 
-c10::TensorImpl* impl_of(int64_t object, int64_t offset) {
-  return *reinterpret_cast<c10::TensorImpl**>(object + offset);
+using at::Tensor;
+using at::TensorList;
+
+constexpr int64_t kGrain = 64;  // Tensors that are worth a thread.
+
+// `Tensor::grad` warns where a parameter is no leaf.
+const Tensor& grad_of(const Tensor& param) {
+  return param.unsafeGetTensorImpl()->grad();
 }
 
-const at::TensorBase& grad_of(const c10::TensorImpl& tensor) {
-  // at::Tensor adds nothing but functions, in headers that take seconds to read.
-  return reinterpret_cast<const at::TensorBase&>(tensor.grad());
+// Whether the elements are in memory as they are read, one after the other.
+bool is_plain(const Tensor& tensor) {
+  return tensor.layout() == c10::kStrided && tensor.is_cpu() && tensor.has_storage() &&
+      !tensor.unsafeGetTensorImpl()->is_python_dispatch() && !tensor.is_conj() &&
+      !tensor.is_neg() && !tensor._is_zerotensor() && tensor.is_contiguous();
 }
 
-bool is_plain(const c10::TensorImpl& tensor) {
-  return tensor.layout() == c10::kStrided && tensor.device().is_cpu() &&
-      !tensor.is_python_dispatch() &&
-      tensor.has_storage() && !tensor.is_neg() && !tensor._is_zerotensor();
-}
-
-// The address of the elements, 0 if they do not lie there one after the other.
-int64_t place_of(const c10::TensorImpl& tensor) {
-  if (!is_plain(tensor) || !tensor.is_contiguous()) {
-    return 0;
+// The number of elements, the dtype, and the strides unless contiguous, as one number.
+int64_t geometry_of(const Tensor& tensor) {
+  auto hash = static_cast<uint64_t>(tensor.scalar_type()) + 256 * tensor.numel();
+  if (!tensor.is_contiguous()) {
+    for (const int64_t stride : tensor.strides()) {
+      hash = hash * 1000003 + stride + 1;
+    }
   }
-  return reinterpret_cast<int64_t>(tensor.data());
+  return static_cast<int64_t>(hash);
 }
 
-// Keeps a value; returns whether it is another one than before.
-template <typename T>
-bool keep(T& kept, T value) {
-  const bool changed = kept != value;
-  kept = value;
-  return changed;
-}
-
-// The same numbers stand in _scanning.py.
-constexpr int64_t kMoved = 1;    // A parameter lies elsewhere, or is laid out anew.
+// The same numbers are in _native.py.
+constexpr int64_t kMoved = 1;    // A parameter has other memory, or another layout.
 constexpr int64_t kChanged = 2;  // Other parameters have a gradient.
 constexpr int64_t kOdd = 4;      // A gradient is sparse, or of another dtype.
-constexpr int64_t kFailed = 8;   // Something could not be asked.
 
-constexpr int64_t kDtypes = 128;
-constexpr int64_t kMany = 64;   // Tensors that are worth a second thread.
-constexpr int64_t kBlock = 16;  // Tensors whose memory is fetched at once.
-
-// Calls a function for each index. A parallel region of one thread would end the others,
-// and the next one make them anew.
-template <typename F>
-void each(int64_t count, int64_t threads, const F& function) {
-  if (threads == 1) {
-    for (int64_t i = 0; i < count; ++i) {
-      function(i);
-    }
-    return;
-  }
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < count; ++i) {
-    function(i);
-  }
-}
-
-char* memory_at(int64_t place) {
-  return reinterpret_cast<char*>(place);
-}
-
-void copy(char* to, const char* from, int64_t size) {
-  if (size != 0) {  // What is empty may lie nowhere.
-    std::memcpy(to, from, size);
-  }
-}
-
-// The number of elements, whether they are contiguous, and the dtype, in one number.
-int64_t geometry_of(const c10::TensorImpl& tensor) {
-  const auto dtype = static_cast<int64_t>(c10::typeMetaToScalarType(tensor.dtype()));
-  return (2 * tensor.numel() + (tensor.is_contiguous() ? 1 : 0)) * kDtypes + dtype;
-}
-
-// Looks at one parameter; see `scan`.
-int64_t look(
-    const c10::TensorImpl* param, int64_t& place, int64_t& shape, int64_t& grad,
-    int8_t& given) noexcept {
-  try {
+// Compares parameters with the last scan. A row of `seen` has a parameter's address, its
+// geometry, and whether it has a gradient.
+int64_t scan(TensorList params, Tensor& seen) {
+  auto* rows = static_cast<int64_t*>(seen.mutable_data_ptr());
+  std::atomic<int64_t> result{0};
+  at::parallel_for(0, params.size(), kGrain, [&](int64_t start, int64_t end) {
     int64_t found = 0;
-    const auto here = reinterpret_cast<int64_t>(param->data());
-    const bool moved =
-        keep(place, here) | keep(shape, geometry_of(*param));
-    const at::TensorBase& own = grad_of(*param);
-    grad = 0;
-    if (own.defined()) {
-      const c10::TensorImpl& tensor = *own.unsafeGetTensorImpl();
-      if (tensor.layout() != c10::kStrided || tensor.dtype() != param->dtype()) {
+    for (int64_t i = start; i < end; ++i) {
+      const Tensor& param = params[i];
+      const Tensor& grad = grad_of(param);
+      const auto replaced = [&](int64_t column, int64_t value) {
+        return std::exchange(rows[3 * i + column], value) != value;
+      };
+      const auto address = reinterpret_cast<int64_t>(param.const_data_ptr());
+      const bool moved = replaced(0, address);
+      found |= replaced(1, geometry_of(param)) || moved ? kMoved : 0;
+      found |= replaced(2, grad.defined()) ? kChanged : 0;
+      if (grad.defined() &&
+          (grad.layout() != c10::kStrided || grad.dtype() != param.dtype())) {
         found |= kOdd;
-      } else if (tensor.sizes() == param->sizes()) {
-        grad = place_of(tensor);
       }
     }
-    found |= moved ? kMoved : 0;
-    found |= keep<int8_t>(given, own.defined()) ? kChanged : 0;
-    return found;
-  } catch (...) {
-    return kFailed;
-  }
+    result |= found;
+  });
+  return result;
 }
 
-void fetch(const c10::TensorImpl* tensor) {
-  const auto* start = reinterpret_cast<const char*>(tensor);
-  for (size_t at = 0; at < sizeof(c10::TensorImpl); at += 64) {
-    __builtin_prefetch(start + at);
+// Calls `copy` with each tensor and its place in `memory`; returns false, and copies
+// nothing, if the tensors are not plain memory of this dtype and of this size together.
+template <typename Copy>
+bool copy_each(TensorList tensors, const Tensor& memory, const Copy& copy) {
+  std::vector<size_t> starts;
+  size_t end = 0;
+  for (const Tensor& tensor : tensors) {
+    if (!is_plain(tensor) || tensor.dtype() != memory.dtype()) {
+      return false;
+    }
+    starts.push_back(end);
+    end += tensor.nbytes();
   }
+  if (end != memory.nbytes()) {
+    return false;
+  }
+  auto* start = static_cast<char*>(memory.mutable_data_ptr());
+  at::parallel_for(0, tensors.size(), kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      if (tensors[i].nbytes() != 0) {  // An empty tensor may have no address.
+        copy(tensors[i], start + starts[i]);
+      }
+    }
+  });
+  return true;
 }
 
-// Fetches what `look` follows from pointer to pointer, of many tensors at once: one
-// after the other would wait for memory ten times a tensor.
-void fetch_all(const int64_t* objects, int64_t offset, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    __builtin_prefetch(reinterpret_cast<const char*>(objects[i] + offset));
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    fetch(impl_of(objects[i], offset));
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const c10::TensorImpl* param = impl_of(objects[i], offset);
-    __builtin_prefetch(param->unsafe_storage().unsafeGetStorageImpl());
-    __builtin_prefetch(param->autograd_meta());
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    fetch(grad_of(*impl_of(objects[i], offset)).unsafeGetTensorImpl());
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const auto& grad = grad_of(*impl_of(objects[i], offset));
-    if (grad.defined()) {
-      const c10::TensorImpl* own = grad.unsafeGetTensorImpl();
-      __builtin_prefetch(own->unsafe_storage().unsafeGetStorageImpl());
+bool gather_each(TensorList tensors, const Tensor& memory) {
+  return copy_each(tensors, memory, [](const Tensor& tensor, char* place) {
+    std::memcpy(place, tensor.const_data_ptr(), tensor.nbytes());
+  });
+}
+
+// Copies parameters to one piece of memory, and their gradients to another.
+bool gather(TensorList params, const Tensor& memory, const Tensor& grad_memory) {
+  std::vector<Tensor> grads;  // Kept, whatever other threads do to parameters.
+  grads.reserve(params.size());
+  for (const Tensor& param : params) {
+    grads.push_back(grad_of(param));
+    if (!grads.back().defined() || grads.back().sizes() != param.sizes()) {
+      return false;
     }
   }
+  return gather_each(grads, grad_memory) && gather_each(params, memory);
+}
+
+// Copies memory to parameters, and counts it, so that autograd notices.
+bool scatter(TensorList params, const Tensor& memory) {
+  return copy_each(params, memory, [](const Tensor& param, const char* place) {
+    std::memcpy(param.mutable_data_ptr(), place, param.nbytes());
+    if (!param.is_inference()) {
+      param.unsafeGetTensorImpl()->bump_version();
+    }
+  });
 }
 
 }  // namespace
 
-extern "C" {
-
-// Looks at parameters and their gradients.
-//
-//   places:  where each parameter lies
-//   shapes:  its number of elements, whether it is contiguous, and its dtype
-//   grads:   where its gradient lies; 0 if that cannot be read as one piece of memory
-//   given:   whether it has a gradient
-int64_t scan(
-    const int64_t* objects, int64_t offset, int64_t count, int64_t threads,
-    int64_t* places, int64_t* shapes, int64_t* grads, int8_t* given) {
-  std::atomic<int64_t> found{0};
-  const int64_t blocks = (count + kBlock - 1) / kBlock;
-  each(blocks, count < kMany ? 1 : threads, [=, &found](int64_t block) {
-    const int64_t start = block * kBlock;
-    const int64_t end = std::min(start + kBlock, count);
-    fetch_all(objects + start, offset, end - start);
-    int64_t told = 0;
-    for (int64_t i = start; i < end; ++i) {
-      told |= look(
-          impl_of(objects[i], offset), places[i], shapes[i], grads[i], given[i]);
-    }
-    if (told != 0) {
-      found |= told;
-    }
-  });
-  return found;
+TORCH_LIBRARY(NAMESPACE, library) {
+  library.def("scan(Tensor[] params, Tensor(a!) seen) -> int");
+  library.def("gather(Tensor[] params, Tensor(a!) to, Tensor(b!) grads_to) -> bool");
+  library.def("scatter(Tensor(a!)[] params, Tensor memory) -> bool");
 }
 
-// Copies tensors to one piece of memory: each from its place to its start, in bytes, up
-// to the start of the next.
-void gather(
-    char* to, const int64_t* places, const int64_t* starts, int64_t count,
-    int64_t threads) {
-  each(count, count < kMany ? 1 : threads, [=](int64_t i) {
-    copy(to + starts[i], memory_at(places[i]), starts[i + 1] - starts[i]);
-  });
+TORCH_LIBRARY_IMPL(NAMESPACE, CompositeExplicitAutograd, library) {
+  library.impl("scan", scan);
+  library.impl("gather", gather);
+  library.impl("scatter", scatter);
 }
-
-// The way back.
-void scatter(
-    const char* from, const int64_t* places, const int64_t* starts, int64_t count,
-    int64_t threads) {
-  each(count, count < kMany ? 1 : threads, [=](int64_t i) {
-    copy(memory_at(places[i]), from + starts[i], starts[i + 1] - starts[i]);
-  });
-}
-
-// As `gather`, for the gradients of some of the parameters. Returns whether all still
-// lie where `scan` found them, each in one piece; else nothing is copied.
-int64_t gather_grads(
-    char* to, const int64_t* objects, int64_t offset, const int64_t* grads,
-    const int64_t* members, const int64_t* starts, int64_t count, int64_t threads) {
-  const auto lies_there = [=](int64_t i) {
-    const at::TensorBase& grad = grad_of(*impl_of(objects[members[i]], offset));
-    const int64_t place = grads[members[i]];
-    return grad.defined() && place_of(*grad.unsafeGetTensorImpl()) == place &&
-        (place != 0 || starts[i + 1] == starts[i]);
-  };
-  std::atomic<int64_t> others{0};
-  each(count, count < kMany ? 1 : threads, [=, &others](int64_t i) {
-    if (!lies_there(i)) {
-      ++others;
-    }
-  });
-  if (others != 0) {
-    return 0;
-  }
-  each(count, count < kMany ? 1 : threads, [=](int64_t i) {
-    copy(to + starts[i], memory_at(grads[members[i]]), starts[i + 1] - starts[i]);
-  });
-  return 1;
-}
-
-// Lets autograd see that tensors were written. Returns whether that was possible for
-// all; a version may be counted twice.
-int64_t bump_versions(const int64_t* objects, int64_t offset, int64_t count) {
-  try {
-    for (int64_t i = 0; i < count; ++i) {
-      impl_of(objects[i], offset)->bump_version();
-    }
-  } catch (...) {
-    return 0;
-  }
-  return 1;
-}
-
-// Whether the values of the dicts in a dict are the objects of a list, in order.
-int64_t has_values(PyObject* dicts, PyObject* list) {
-  if (!PyDict_Check(dicts) || !PyList_Check(list)) {
-    return 0;
-  }
-  const Py_ssize_t count = PyList_GET_SIZE(list);
-  Py_ssize_t index = 0;
-  Py_ssize_t outer = 0;
-  PyObject* dict = nullptr;
-  while (PyDict_Next(dicts, &outer, nullptr, &dict)) {
-    if (!PyDict_Check(dict)) {
-      return 0;
-    }
-    Py_ssize_t inner = 0;
-    PyObject* value = nullptr;
-    while (PyDict_Next(dict, &inner, nullptr, &value)) {
-      if (index >= count || PyList_GET_ITEM(list, index) != value) {
-        return 0;
-      }
-      ++index;
-    }
-  }
-  return index == count;
-}
-
-}  // extern "C"

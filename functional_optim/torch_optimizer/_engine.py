@@ -143,11 +143,11 @@ class Engine:
 
         Returns False where tensors moved or began to be served: it needs a new plan.
         """
-        if self.collector.scan() or self._shown.have_moved(each=each):
+        if self.collector.scan() or self._shown.has_moved(each=each):
             return False
         if self.frozen and any(param.grad is not None for param in self.frozen):
             return False
-        if self.collector.shows(state, self._shown.everything):
+        if self._shown.is_in(state):
             return True
         changed: list[tuple[Tensor, Tensor]] = []
         for param, name in self._all_names.items():

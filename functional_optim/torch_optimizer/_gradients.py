@@ -14,14 +14,14 @@ from torch import Tensor
 from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._validation import check_updates
 from functional_optim.execution._grad_scaling import Scaling
-from functional_optim.execution._native import GradientScan, Native, native
+from functional_optim.execution._native import GradientScan, loaded_operators, operators
 from functional_optim.execution._tensor_memory import storage_ptr
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.execution._native import Gradients
+    from functional_optim.execution._native import ParameterGradients
 
 
 def gradients_of(names: Mapping[Tensor, str]) -> TensorMap:
@@ -63,124 +63,102 @@ def scaling_of(optimizer: object) -> Scaling | None:
     return Scaling(grad_scale, found_inf)
 
 
-_dtype_of = operator.attrgetter("dtype")
-
-
 class GradientCollector:
-    """Looks at parameters, gradients and state.
+    """Reads the gradients of parameters, and whether the parameters have moved.
 
-    All is asked by functions in C, and few of them, because it is asked at every step:
-    by those that Python has, or by our own where they can be compiled.
+    With few calls of functions in C: in Python each question costs a microsecond a
+    tensor after a backward, more than the arithmetic on a small one.
     """
 
     def __init__(self, names: Mapping[Tensor, str], *, compiles: bool = False) -> None:
         self._names = names
         self._strided = [param for param in names if not param.is_contiguous()]
-        self._native: Native | None = None
-        self._scan: GradientScan | None = None
+        self._geometry = self._current_geometry()
+        self._native: GradientScan | None = None
         self.failure = ""
         """Why nothing is compiled although it should be."""
         if compiles and are_plain(names):
-            self._compile()
-        self._found: Gradients | None = None
+            found = loaded_operators()
+            if isinstance(found, str):
+                self.failure = found
+            else:
+                self._native = GradientScan({name: p for p, name in names.items()})
+        self._grads: ParameterGradients | None = None
         self._moved = False
-        self.restart()
-
-    def _compile(self) -> None:
-        found = native()
-        if isinstance(found, str):
-            self.failure = found
-            return
-        self._native = found
-        try:
-            params = {name: param for param, name in self._names.items()}
-            self._scan = GradientScan(params, found)
-        except RuntimeError as error:  # As on the meta device.
-            self.failure = str(error)
-
-    @property
-    def compiled(self) -> bool:
-        """Whether our own functions look."""
-        return self._scan is not None
-
-    def restart(self) -> None:
-        """Take the parameters to be where they should be now."""
-        self._geometry = self._found_geometry()
+        self.scan()  # The first one to compare with.
         self._moved = False
-        if self._scan is not None:
-            self._scan.scan()
 
-    def _found_geometry(self) -> list[Any]:
-        strides = [param.stride() for param in self._strided]
-        if self._scan is not None:
-            return strides
+    def _current_geometry(self) -> list[Any]:
         return [
             list(map(Tensor.data_ptr, self._names)),
             list(map(Tensor.numel, self._names)),
-            list(map(_dtype_of, self._names)),
+            list(map(_dtype, self._names)),
             list(map(Tensor.is_contiguous, self._names)),
-            strides,
+            [param.stride() for param in self._strided],
         ]
 
     def scan(self) -> bool:
-        """Look at everything."""
-        if self._scan is not None:
-            self._found = self._scan.scan()
-            # The next look compares with this one.
-            self._moved = self._moved or self._scan.moved
-        return self._moved or self._found_geometry() != self._geometry
+        """Read gradients; return whether a parameter has other memory than at first."""
+        found = None if self._native is None else operators()
+        if self._native is None or found is None:
+            self._grads = None
+            return self._moved or self._current_geometry() != self._geometry
+        moved, self._grads = self._native.scan(found)
+        self._moved = self._moved or moved  # The next scan compares with this one.
+        return self._moved
 
     def gradients(self) -> Mapping[str, Tensor]:
-        """Return the gradients that there are, by name, as of the last look."""
-        return gradients_of(self._names) if self._found is None else self._found
-
-    def shows(self, state: Mapping[Tensor, Any], entries: list[Any]) -> bool:
-        """Whether a state by parameter has these entries, in this order."""
-        if self._native is not None and self._native.has_values(state, entries):
-            return True
-        found = entries_in(state)
-        same = len(found) == len(entries)
-        return same and all(map(operator.is_, found, entries))
+        """Return the gradients that there are, by name, as of the last scan."""
+        return gradients_of(self._names) if self._grads is None else self._grads
 
 
 class StateSnapshot:
-    """Record the entries that a state shows, and their memory."""
+    """The entries of an optimizer's state, and where their memory is."""
 
     def __init__(self, state: Mapping[Tensor, Any], entries: list[Tensor]) -> None:
-        self.everything = entries_in(state)
+        self._all = list(_entries_in(_dicts_in(state)))
         self._entries = entries if are_plain(entries) else []
-        self._places = list(map(_place, self._entries))
-        # A look at each costs as much as the arithmetic on a small one: one of each
-        # memory is looked at, and how many tensors share the memory.
+        self._layouts = list(map(_layout_of, self._entries))
+        # To check each costs as much as the arithmetic on a small one: one entry of
+        # each memory is checked, and how many tensors share the memory.
         first = {storage_ptr(entry): entry for entry in reversed(self._entries)}
         self._first = list(first.values())
-        self._memories = [entry.untyped_storage() for entry in self._first]
-        self._seen = self._look()
+        self._storages = [entry.untyped_storage() for entry in self._first]
+        self._summary = self._current_summary()
 
-    def _look(self) -> list[Any]:
+    def _current_summary(self) -> list[Any]:
         return [
             *map(Tensor.data_ptr, self._first),
             *map(Tensor.stride, self._first),
-            *[torch._C._storage_Use_Count(memory._cdata) for memory in self._memories],
+            *[torch._C._storage_Use_Count(memory._cdata) for memory in self._storages],
         ]
 
-    def have_moved(self, *, each: bool) -> bool:
-        """Whether `.data = ...` gave an entry other memory since it was shown."""
-        seen = self._look()
-        if each or seen != self._seen:
-            if list(map(_place, self._entries)) != self._places:
+    def is_in(self, state: Mapping[Tensor, Any]) -> bool:
+        """Whether a state has these entries and no others, in this order."""
+        dicts = _dicts_in(state)
+        return sum(map(len, dicts)) == len(self._all) and all(
+            map(operator.is_, _entries_in(dicts), self._all)
+        )
+
+    def has_moved(self, *, each: bool) -> bool:
+        """Whether `.data = ...` gave an entry other memory; `each` finds swaps, too."""
+        summary = self._current_summary()
+        if each or summary != self._summary:
+            if list(map(_layout_of, self._entries)) != self._layouts:
                 return True
-            self._seen = seen
+            self._summary = summary
         return False
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
+def _layout_of(tensor: Tensor) -> tuple[Any, ...]:
     """Return the memory of a tensor, the same if it moves as a whole to be shared."""
     memory = tensor.untyped_storage()._cdata
     return memory, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
-def entries_in(state: Mapping[Tensor, Any]) -> list[Any]:
-    """Return the entries of a state by parameter, in order."""
-    shown = [own.values() for own in state.values() if isinstance(own, Mapping)]
-    return list(itertools.chain.from_iterable(shown))
+def _dicts_in(state: Mapping[Tensor, Any]) -> list[Mapping[str, Any]]:
+    return [own for own in state.values() if isinstance(own, (dict, Mapping))]
+
+
+def _entries_in(dicts: list[Mapping[str, Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(own.values() for own in dicts)
