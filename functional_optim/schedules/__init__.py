@@ -3,8 +3,9 @@
 A schedule may replace any hyperparameter: `adamw(lr=cosine_decay(1e-3, 1000))`.
 It is evaluated at the number of updates that the transform holding it has emitted, so
 the first update sees `schedule(0)`, and micro-steps and skipped steps do not count.
-Arithmetic is 0-dim float64, on the device of the count. Any function of a 0-dim tensor
-is a schedule too; these are frozen, equal by value, printable and picklable.
+Arithmetic and values are 0-dim float64, on the device of the count. Any function of a
+0-dim tensor is a schedule too; these are frozen, equal by value, printable and
+picklable. Arguments of another type raise TypeError, illegal values ValueError.
 """
 
 from typing import TYPE_CHECKING

@@ -30,9 +30,6 @@ class constant:
     Args:
         value: The value. Finite.
 
-    Raises:
-        ValueError: `value` is not finite.
-
     Example:
         >>> constant(0.1)(7)
         tensor(0.1000, dtype=torch.float64)
@@ -44,7 +41,6 @@ class constant:
     value: float = real()
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         return torch.full_like(count(step), self.value)
 
 
@@ -60,10 +56,6 @@ class linear:
         end_value: Value from step `num_steps` on. Finite.
         num_steps: Length of the line in updates. >= 1.
 
-    Raises:
-        ValueError: a value is not finite, or `num_steps` is below 1.
-        TypeError: `num_steps` is not an int.
-
     Example:
         >>> linear(1.0, 0.0, num_steps=4)(1)
         tensor(0.7500, dtype=torch.float64)
@@ -77,7 +69,6 @@ class linear:
     num_steps: int = num_updates(ge=1)
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         done = progress(step, self.num_steps)
         return interpolate(self.init_value, self.end_value, done)
 
@@ -96,11 +87,6 @@ class polynomial:
         num_steps: Length of the curve in updates. >= 1.
         power: Exponent. Finite, > 0; 1 is a straight line, 2 flattens out at the end.
 
-    Raises:
-        ValueError: a value is not finite, `power` is not positive, or `num_steps` is
-            below 1.
-        TypeError: `num_steps` is not an int.
-
     Example:
         >>> polynomial(1.0, 0.0, num_steps=4, power=2.0)(2)
         tensor(0.2500, dtype=torch.float64)
@@ -117,7 +103,6 @@ class polynomial:
     power: float = real(default=1.0, gt=0)
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         left = 1 - progress(step, self.num_steps)
         return interpolate(self.end_value, self.init_value, left**self.power)
 
@@ -136,11 +121,6 @@ class exponential:
         staircase: Whether t / decay_steps is rounded down: steps instead of a curve.
         end_value: Bound that the values do not pass; None for none. Finite, on the side
             of `init_value` to which the values go.
-
-    Raises:
-        ValueError: a value is not finite, `decay_rate` is not positive, `decay_steps`
-            is below 1, or the values move away from `end_value`.
-        TypeError: `decay_steps` is not an int, `staircase` not a bool.
 
     Example:
         >>> exponential(1.0, 0.5, decay_steps=10, staircase=True)(25)
@@ -172,7 +152,6 @@ class exponential:
             )
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         exponent = count(step).clamp(min=0.0) / self.decay_steps
         if self.staircase:
             exponent = exponent.floor()
@@ -196,10 +175,6 @@ class inverse_sqrt:
         warmup_steps: Length of the warm-up in updates, and the unit of the decay: at 4
             times this step the value is half the peak. >= 1.
 
-    Raises:
-        ValueError: `peak_value` is not finite, or `warmup_steps` is below 1.
-        TypeError: `warmup_steps` is not an int.
-
     Example:
         >>> inverse_sqrt(1.0, warmup_steps=100)(400)
         tensor(0.5000, dtype=torch.float64)
@@ -213,7 +188,6 @@ class inverse_sqrt:
     warmup_steps: int = num_updates(ge=1)
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         t = count(step)
         up = progress(t, self.warmup_steps)
         down = torch.sqrt(self.warmup_steps / t.clamp(min=self.warmup_steps))
@@ -233,10 +207,6 @@ class cosine_decay:
         decay_steps: Length of the decay in updates. >= 1.
         alpha: Last value as a fraction of the first. Finite.
 
-    Raises:
-        ValueError: a value is not finite, or `decay_steps` is below 1.
-        TypeError: `decay_steps` is not an int.
-
     Example:
         >>> cosine_decay(1.0, 10, alpha=0.2)(5)
         tensor(0.6000, dtype=torch.float64)
@@ -251,7 +221,6 @@ class cosine_decay:
     alpha: float = real(default=0.0)
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         left = _half_cosine(progress(step, self.decay_steps))
         return self.init_value * interpolate(self.alpha, 1.0, left)
 
@@ -272,10 +241,6 @@ class warmup_cosine:
             in optax). > warmup_steps.
         init_value: Value at step 0. Finite.
         end_value: Value from step `decay_steps` on. Finite.
-
-    Raises:
-        ValueError: a value is not finite, or the lengths do not fit.
-        TypeError: a length is not an int.
 
     Example:
         >>> warmup_cosine(1.0, warmup_steps=10, decay_steps=110)(5)
@@ -300,7 +265,6 @@ class warmup_cosine:
             )
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         t = count(step)
         up = progress(t, max(self.warmup_steps, 1))
         rising = interpolate(self.init_value, self.peak_value, up)
@@ -329,10 +293,6 @@ class one_cycle:
         div_factor: How far below the top it starts. Finite, > 0.
         final_div_factor: How far below the start it ends. Finite, > 0.
 
-    Raises:
-        ValueError: a value is not finite or out of range, or `num_steps` is below 1.
-        TypeError: `num_steps` is not an int.
-
     Example:
         >>> one_cycle(1.0, num_steps=10)(2)
         tensor(1., dtype=torch.float64)
@@ -350,7 +310,6 @@ class one_cycle:
     final_div_factor: float = real(default=1e4, gt=0)
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         start = self.peak_value / self.div_factor
         end = start / self.final_div_factor
         last = self.num_steps - 1

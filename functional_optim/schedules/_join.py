@@ -70,12 +70,6 @@ class piecewise:
         boundaries: First step of each piece but the first, in updates. Strictly
             increasing, >= 1.
 
-    Raises:
-        ValueError: a value is not finite, the boundaries do not increase from 1 on, or
-            the lengths do not fit.
-        TypeError: a boundary is not an int, a value not a number, or either is no
-            sequence.
-
     Example:
         >>> piecewise((1.0, 0.1, 0.01), boundaries=(30, 60))(30)
         tensor(0.1000, dtype=torch.float64)
@@ -92,7 +86,6 @@ class piecewise:
         _check_boundaries(self.boundaries, "values", self.values)
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         t = count(step)
         value = torch.full_like(t, self.values[0])
         for start, later in zip(self.boundaries, self.values[1:], strict=True):
@@ -116,11 +109,6 @@ class join:
         boundaries: First step of each schedule but the first, in updates. Strictly
             increasing, >= 1.
 
-    Raises:
-        ValueError: the boundaries do not increase from 1 on, or the lengths do not fit.
-        TypeError: a boundary is not an int, a schedule not callable, or either is no
-            sequence.
-
     Example:
         >>> from functional_optim.schedules import constant, linear
         >>> join((linear(0.0, 1.0, 4), constant(0.3)), boundaries=(4,))(5)
@@ -137,7 +125,6 @@ class join:
         _check_boundaries(self.boundaries, "schedules", self.schedules)
 
     def __call__(self, step: float | Tensor) -> Tensor:
-        """Return the value at a step, shape (), float64."""
         t = count(step)
         value: Tensor = value_at(self.schedules[0], t)
         for start, later in zip(self.boundaries, self.schedules[1:], strict=True):
