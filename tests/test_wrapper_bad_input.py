@@ -238,9 +238,10 @@ def _spoilt(state: dict[str, Any], place: list[Any], value: Any) -> dict[str, An
 @pytest.mark.parametrize(
     ("place", "value", "told"),
     [
-        (["param_groups"], KeyError, "lacks 'param_groups'"),
-        (["state"], KeyError, "lacks 'state'"),
-        (["param_groups"], [], "0 parameter groups"),
+        (["param_groups"], KeyError, "a dict and a list, got {'state': 'dict'}"),
+        (["state"], KeyError, "a dict and a list, got {'param_groups': 'list'}"),
+        (["param_groups"], 3, "got {'state': 'dict', 'param_groups': 'int'}"),
+        (["param_groups"], [], "has 0 groups, the optimizer 2; build it with the"),
         (["param_groups", 0, "params"], [0], "1 parameters"),
         (["state", 0, "exp_avg"], torch.zeros(5), "'exp_avg' of parameter 0"),
         (["base_param_settings"], 3, "base_param_settings"),

@@ -184,51 +184,40 @@ def _shared(column: TensorMap) -> TensorMap:
     }
 
 
-def check_same_keys(
-    template: Mapping[str, Any],
-    data: Any,
-    place: str,
-    *,
-    error: type[Exception] = ValueError,
-) -> None:
+def check_same_keys(template: Mapping[str, Any], data: Any, place: str) -> None:
     """Refuse saved data that has not the keys of a template."""
     if not isinstance(data, Mapping):
-        raise error(f"{place} must be a dict, got {type(data).__name__}")
+        raise ValueError(f"{place} must be a dict, got {type(data).__name__}")
     if data.keys() != template.keys():
-        raise error(
+        raise ValueError(
             f"{place} has {format_names(data)} in the checkpoint and "
             f"{format_names(template)} here; the checkpoint is of another transform"
         )
 
 
-def check_like(
-    template: Tensor,
-    data: Any,
-    place: str,
-    *,
-    exact: bool = False,
-    error: type[Exception] = ValueError,
-) -> None:
+def check_like(template: Tensor, data: Any, place: str, *, exact: bool = False) -> None:
     """Refuse saved data that is no tensor like a template: of its shape and dtype.
 
     Of its kind of dtype unless exact: moments in float32 fit bfloat16 parameters.
     """
     if not isinstance(data, Tensor):
-        raise error(f"{place} must be a tensor, got {_described(data)}")
+        raise ValueError(f"{place} must be a tensor, got {_described(data)}")
+    if data.is_meta and not template.is_meta:
+        raise ValueError(f"{place} is a meta tensor, without numbers; save real ones")
     if exact and (data.shape, data.dtype) != (template.shape, template.dtype):
-        raise error(
+        raise ValueError(
             f"{place} must have shape {tuple(template.shape)} and dtype "
             f"{template.dtype}, got {tuple(data.shape)} and {data.dtype}; the "
             "checkpoint is of another model"
         )
     if data.shape != template.shape:
-        raise error(
+        raise ValueError(
             f"{place} has shape {tuple(data.shape)} in the checkpoint, "
             f"{tuple(template.shape)} here; the checkpoint is of another model or "
             "transform"
         )
     if data.is_floating_point() != template.is_floating_point():
-        raise error(
+        raise ValueError(
             f"{place} has dtype {data.dtype} in the checkpoint, {template.dtype} here; "
             "the checkpoint is of another transform"
         )

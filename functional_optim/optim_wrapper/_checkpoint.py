@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from functional_optim.core._state_dict import check_like
 from functional_optim.optim_wrapper._accumulation import check_count
 from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
 from functional_optim.optim_wrapper._settings import is_torch_optimizer
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
-from functional_optim.torch_optimizer._state_dict import plain
+from functional_optim.torch_optimizer._state_dict import plain, saved_groups
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -206,7 +207,9 @@ def _checked_window(wrapper: Checkpointed, data: Any) -> ApplyState:
                 f"{place} has a gradient for parameter {index!r}, the optimizer "
                 f"has {len(params)} parameters; it is of another model"
             )
-    new = {i: _checked_gradient(place, i, g, params[i]) for i, g in grads.items()}
+    for index, grad in grads.items():
+        check_like(params[index], grad, f"{place}['gradients'][{index}]")
+    new = {i: g.detach().to(params[i].device, copy=True) for i, g in grads.items()}
     new |= {i: torch.zeros_like(params[i]) for i in zeros}
 
     def apply() -> None:
@@ -221,26 +224,6 @@ def _checked_window(wrapper: Checkpointed, data: Any) -> ApplyState:
             _set_gradient(param, grad)
 
     return apply
-
-
-def _checked_gradient(place: str, index: int, grad: Any, param: Tensor) -> Tensor:
-    if (
-        isinstance(grad, Tensor)
-        and grad.shape == param.shape
-        and grad.is_complex() == param.is_complex()
-        and grad.is_meta == param.is_meta
-    ):
-        return grad.detach().to(param.device, copy=True)
-    raise ConfigValueError(
-        f"{place}['gradients'][{index}] must be like its parameter, "
-        f"{_describe(param)}, got {_describe(grad)}; it is of another model"
-    )
-
-
-def _describe(value: Any) -> str:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    return f"shape {tuple(value.shape)}, {value.dtype} on {value.device}"
 
 
 def _set_gradient(param: Tensor, grad: Tensor | None) -> None:
@@ -271,52 +254,33 @@ _LIKE_PARAMETERS = {
 
 def _check_optimizer_state(data: Mapping[str, Any], optimizer: Any) -> None:
     """Refuse a state of another model: torch loads some, and fails later."""
-    for key, kind in (("state", Mapping), ("param_groups", list)):
-        if not isinstance(data.get(key), kind):
-            raise ConfigValueError(
-                f"state_dict lacks {key!r}, a {kind.__name__}, it has "
-                f"{sorted(map(str, data))}"
-            )
-    saved, groups = data["param_groups"], optimizer.param_groups
-    if len(saved) != len(groups):
-        raise ConfigValueError(
-            f"state_dict has {len(saved)} parameter groups, the optimizer "
-            f"{len(groups)}; it is of another model or paramwise_cfg"
-        )
-    of_torch, name = is_torch_optimizer(optimizer), type(optimizer).__name__
+    saved = saved_groups(data, optimizer.param_groups)
+    if not is_torch_optimizer(optimizer):
+        return
     # Every version of torch's class has its numbers; flags were added later.
     numbers = [
         key
-        for key, value in (optimizer.defaults.items() if of_torch else ())
+        for key, value in optimizer.defaults.items()
         if isinstance(value, (float, int, tuple, Tensor))
         and not isinstance(value, bool)
     ]
-    for index, (theirs, own) in enumerate(zip(saved, groups, strict=True)):
-        place = f"param_groups[{index}] of state_dict"
-        for key in ("params", *numbers):
+    for index, (theirs, own) in enumerate(
+        zip(saved, optimizer.param_groups, strict=True)
+    ):
+        for key in numbers:
             if key not in theirs:
-                raise ConfigValueError(f"{place} lacks {key!r}; it is not of {name}")
-        if len(theirs["params"]) != len(own["params"]):
-            raise ConfigValueError(
-                f"{place} has {len(theirs['params'])} parameters, the optimizer's "
-                f"{len(own['params'])}"
-            )
+                raise ConfigValueError(
+                    f"param_groups[{index}] of state_dict lacks {key!r}; it is not of "
+                    f"{type(optimizer).__name__}"
+                )
         for key, param in zip(theirs["params"], own["params"], strict=True):
-            if of_torch and data["state"].get(key) is not None:
-                _check_param_state(data["state"][key], key, param)
+            state = data["state"].get(key)
+            if state is not None:
+                _check_param_state(state, key, param)
 
 
 def _check_param_state(state: Any, key: Any, param: Tensor) -> None:
     check_mapping(f"state[{key!r}] of state_dict", state)
     for name, value in state.items():
-        if name not in _LIKE_PARAMETERS or value is None:
-            continue
-        if (
-            not isinstance(value, Tensor)
-            or value.shape != param.shape
-            or (value.is_meta and not param.is_meta)
-        ):
-            raise ConfigValueError(
-                f"{name!r} of parameter {key} has {_describe(value)} in state_dict, "
-                f"the parameter {_describe(param)}; it is of another model"
-            )
+        if name in _LIKE_PARAMETERS and value is not None:
+            check_like(param, value, f"{name!r} of parameter {key}")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from functional_optim._messages import format_names
 from functional_optim.torch_optimizer._group_hyperparameters import group_value
 from functional_optim.torch_optimizer._group_keys import TRANSFORM_STATE
 from functional_optim.torch_optimizer._param_state import entries_at
@@ -130,14 +129,18 @@ def unpack(
 
 def saved_groups(data: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the groups of a state dict if there are as many, of as many parameters."""
-    if not isinstance(data, Mapping) or not {"state", "param_groups"} <= set(data):
-        got = format_names(data) if isinstance(data, Mapping) else repr(data)
-        raise ValueError(f"a state dict has 'state' and 'param_groups', got {got}")
-    saved: list[dict[str, Any]] = list(data["param_groups"])
+    entries = data if isinstance(data, Mapping) else {}
+    state, saved = entries.get("state"), entries.get("param_groups")
+    if not isinstance(state, Mapping) or not isinstance(saved, (list, tuple)):
+        got = {key: type(value).__name__ for key, value in entries.items()} or data
+        raise ValueError(
+            f"a state dict has 'state' and 'param_groups', a dict and a list, got {got}"
+        )
     if len(saved) != len(groups):
         raise ValueError(
             f"the state dict has {len(saved)} groups, the optimizer {len(groups)}; "
-            "build it with the groups and the transform that it was saved with"
+            "build it with the groups (or paramwise_cfg) and the transform that it was "
+            "saved with"
         )
     for index, (theirs, ours) in enumerate(zip(saved, groups, strict=True)):
         place = f"param_groups[{index}]"
@@ -149,7 +152,7 @@ def saved_groups(data: Any, groups: list[dict[str, Any]]) -> list[dict[str, Any]
                 f"{len(ours['params'])} here; the state dict is of another model or "
                 "another layout of groups"
             )
-    return saved
+    return list(saved)
 
 
 def _check_saved_names(index: int, theirs: Any, ours: Any) -> None:
