@@ -6,7 +6,8 @@ import copy
 import functools
 import importlib
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,6 @@ from functional_optim.optim_wrapper._amp_wrapper import AmpOptimWrapper
 from functional_optim.optim_wrapper._message_hub import MessageHub
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.optim_wrapper._wrapper_dict import OptimWrapperDict
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 __all__ = ["register"]
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import logging
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
-
-if TYPE_CHECKING:
-    from torch import nn
 
 _logger = logging.getLogger("functional_optim")
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from functional_optim.optim_wrapper import _grad_scaler as scaling
 from functional_optim.optim_wrapper._accumulation import check_loss
+from functional_optim.optim_wrapper._checkpoint import CheckedState
 from functional_optim.optim_wrapper._errors import ConfigTypeError
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._state_dict import plain
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from functional_optim.optim_wrapper._checkpoint import CheckedState
 
 
 class AmpOptimWrapper(OptimWrapper):

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functional_optim.core._state_dict import check_like
-from functional_optim.optim_wrapper._accumulation import check_count
+from functional_optim.optim_wrapper._accumulation import AccumulationWindow, check_count
 from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
+from functional_optim.optim_wrapper._gradient_transform import GradientTransform
+from functional_optim.optim_wrapper._no_sync import NoSync
 from functional_optim.optim_wrapper._settings import is_torch_optimizer
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 from functional_optim.torch_optimizer._state_dict import plain, saved_groups
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from functional_optim.optim_wrapper._accumulation import AccumulationWindow
-    from functional_optim.optim_wrapper._gradient_transform import GradientTransform
-    from functional_optim.optim_wrapper._no_sync import NoSync
 
 ApplyState: TypeAlias = Callable[[], None]
 """Loads what was validated before; it cannot fail."""

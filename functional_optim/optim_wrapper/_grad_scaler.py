@@ -5,19 +5,15 @@ from __future__ import annotations
 import importlib
 import math
 import weakref
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.amp.grad_scaler import OptState
 
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
-    from torch import Tensor
 
 _RANGES = {
     "init_scale": (0.0, math.inf),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +25,6 @@ from functional_optim.torch_optimizer._gradients import gradients_of
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 from functional_optim.torch_optimizer._params import ShardCheck
 from functional_optim.transforms import ClipByGlobalNorm, ClipByValue, Observe
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
 
 _OWNED = {
     Role.ACCUMULATE: "the wrapper accumulates in .grad: pass accumulative_counts",

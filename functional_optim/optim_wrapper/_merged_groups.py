@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +17,6 @@ from torch.optim.optimizer import (
 
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.optim_wrapper._settings import LISTS, is_torch_optimizer
-
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
 
 
 class MergedGroups:

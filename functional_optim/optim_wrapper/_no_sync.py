@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
 
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.optim_wrapper._errors import ConfigValueError
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from torch import Tensor, nn
 
 
 class _UnsyncedModel:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from functional_optim._messages import format_columns, format_names, pluralize
 from functional_optim.torch_optimizer._group_keys import TRANSFORM_STATE
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
 
 LISTS = ("params", "param_names")
 """Keys of a group that have an entry for each parameter."""

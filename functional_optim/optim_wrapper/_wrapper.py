@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,9 +28,6 @@ from functional_optim.optim_wrapper._gradient_transform import (
 from functional_optim.optim_wrapper._merged_groups import MergedGroups
 from functional_optim.optim_wrapper._message_hub import MessageHub
 from functional_optim.optim_wrapper._no_sync import NoSync
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
 
 
 class OptimWrapper:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.optim_wrapper import _checkpoint as checkpoint
@@ -14,11 +17,6 @@ from functional_optim.optim_wrapper._errors import (
     ConfigValueError,
 )
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from torch import nn
 
 
 def _left_to_each(method: str) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import KW_ONLY
-from typing import TYPE_CHECKING, final
+from typing import final
 
 import torch
+from torch import Tensor
 
 from functional_optim.core._hyperparameters import flag
 from functional_optim.schedules._arguments import (
@@ -17,9 +18,6 @@ from functional_optim.schedules._arguments import (
     real,
     schedule,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @final

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence, Sized
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
+from torch import Tensor
 
 from functional_optim.core._hyperparameters import Schedule, checked, value_at
 from functional_optim.schedules._arguments import (
@@ -16,9 +17,6 @@ from functional_optim.schedules._arguments import (
     count,
     schedule,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def _sequence(name: str, value: Any, kind: str, check: Any) -> tuple[Any, ...]:
