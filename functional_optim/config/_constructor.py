@@ -21,7 +21,7 @@ from functional_optim.config._paramwise import (
     MatchedRules,
     ModuleParam,
     ParamwiseRules,
-    children_of,
+    child_modules,
     is_norm,
     strip_wrappers,
 )
@@ -208,7 +208,7 @@ class DefaultOptimWrapperConstructor:
                 settings = self._settings(matched, at.full_name)
                 params.append(group | settings)
                 self._log(at, settings)
-        for child, child_prefix, inside in children_of(
+        for child, child_prefix, inside in child_modules(
             module, prefix, in_deformable=in_deformable
         ):
             self.add_params(params, child, prefix=child_prefix, is_dcn_module=inside)
@@ -292,7 +292,8 @@ class DefaultOptimWrapperConstructor:
         self._matched = {}
         if self.paramwise_cfg:
             params = self._groups(model)
-        if params and _is_ours(kind):
+        is_ours = isinstance(kind, type) and issubclass(kind, TransformOptimizer)
+        if params and (is_ours or isinstance(kind, PresetOptimizer)):
             params = _with_names(_as_groups(params), names)
         optimizer = OPTIMIZERS.build({**self.optimizer_cfg, first: params})
         wrapper: OptimWrapper = OPTIM_WRAPPERS.build(
@@ -365,12 +366,6 @@ def build_optim_wrapper(model: nn.Module, cfg: Mapping[str, Any]) -> OptimWrappe
     )
     wrapper: OptimWrapper = constructor(model)
     return wrapper
-
-
-def _is_ours(kind: Any) -> bool:
-    """Whether an optimizer is one of this library, or derived from it."""
-    is_ours = isinstance(kind, type) and issubclass(kind, TransformOptimizer)
-    return is_ours or isinstance(kind, PresetOptimizer)
 
 
 def _as_groups(added: list[Any]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import difflib
 import logging
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -78,7 +78,7 @@ def strip_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def children_of(
+def child_modules(
     module: nn.Module, prefix: str, *, in_deformable: bool
 ) -> Iterator[tuple[nn.Module, str, bool]]:
     """Yield each child, its prefix, and whether a deformable convolution has it."""
@@ -95,7 +95,7 @@ def _module_params(
     """Yield all parameters of a module, shared ones once for each module."""
     for name, param in module.named_parameters(recurse=False):
         yield ModuleParam(module, name, prefix, in_deformable, param)
-    for child, its_prefix, inside in children_of(
+    for child, its_prefix, inside in child_modules(
         module, prefix, in_deformable=in_deformable
     ):
         yield from _module_params(child, its_prefix, in_deformable=inside)
@@ -126,8 +126,8 @@ class MatchedRules(NamedTuple):
     lr: float | None
     weight_decay: float | None
     options: dict[str, Any]
-    applied: tuple[str, ...]
-    matching: tuple[str, ...]
+    applied: list[str]
+    matching: list[str]
 
 
 class ParamwiseRules:
@@ -149,13 +149,10 @@ class ParamwiseRules:
     def rules_of(self, kind: str) -> list[str]:
         """Return the rules that multiply a base value: `kind` is "lr" or "decay"."""
         name = f"{kind}_mult"
+        custom = [key for key, options in self._custom.items() if name in options]
         return [
             *(rule for rule in self._multipliers if name in rule),
-            *(
-                f"{_label(key)}[{name!r}]"
-                for key, options in self._custom.items()
-                if name in options
-            ),
+            *(f"{_custom_key(key)}[{name!r}]" for key in custom),
         ]
 
     def rules_for(self, at: ModuleParam) -> MatchedRules:
@@ -163,13 +160,13 @@ class ParamwiseRules:
         general = [rule for rule in _GENERAL_RULES if rule in self._multipliers]
         keys = substrings_of(at.full_name, self._custom)
         kinds = [rule for rule in matching_rules(at) if rule in self._multipliers]
-        matching = (*general, *map(_label, keys), *kinds)
+        matching = [*general, *map(_custom_key, keys), *kinds]
         if keys and not self._composes:
             general, keys, kinds = [], keys[:1], []
         options: dict[str, Any] = {}
         for key in reversed(keys):  # The longest has the last word.
             options |= self._custom[key]
-        applied = [*general, *map(_label, keys)]
+        applied = [*general, *map(_custom_key, keys)]
         products: dict[str, float | None] = {}
         for name, rules in (("lr_mult", _LR_RULES), ("decay_mult", _DECAY_RULES)):
             by_key = [self._custom[key].get(name, 1.0) for key in keys]
@@ -185,21 +182,14 @@ class ParamwiseRules:
                 ]
             )
             applied += kind
-        return MatchedRules(
-            products["lr_mult"],
-            products["decay_mult"],
-            options=options,
-            applied=tuple(applied),
-            matching=matching,
-        )
+        lr, weight_decay = products["lr_mult"], products["decay_mult"]
+        return MatchedRules(lr, weight_decay, options, applied, matching)
 
     def warn_unread(self) -> None:
         """Log a warning for every key that MMEngine allows and does not read."""
         custom_keys = self._config.get("custom_keys", {})
-        for place, keys in (
-            ("paramwise_cfg", self._config),
-            ("custom_keys", custom_keys),
-        ):
+        places = {"paramwise_cfg": self._config, "custom_keys": custom_keys}
+        for place, keys in places.items():
             for key in filter(_LEFT_OVER.__contains__, keys):
                 _logger.warning(
                     "%s[%r] is no rule, it is left over from a config file", place, key
@@ -208,15 +198,14 @@ class ParamwiseRules:
             for name in filter(_resembles_multiplier, options):
                 hint = did_you_mean(str(name), _GENERAL_RULES)
                 _logger.warning(
-                    "%s[%r] multiplies nothing; %s", _label(key), name, hint
+                    "%s[%r] multiplies nothing; %s", _custom_key(key), name, hint
                 )
 
-    def warn_unused(self, found: Iterable[MatchedRules]) -> None:
+    def warn_unused(self, found: Collection[MatchedRules]) -> None:
         """Log a warning for every rule that was not applied to any parameter."""
-        found = list(found)
         applied = {rule for matched in found for rule in matched.applied}
         matching = {rule for matched in found for rule in matched.matching}
-        for rule in (*self._multipliers, *map(_label, self._custom)):
+        for rule in (*self._multipliers, *map(_custom_key, self._custom)):
             if rule not in matching:
                 _logger.warning("paramwise_cfg: %s matches no parameter", rule)
             elif rule not in applied:
@@ -324,7 +313,7 @@ def _check_keys(config: Any, *, strict: bool) -> None:
 
 def _checked_multiplier(name: str, value: Any) -> Any:
     """Return a multiplier as it was given, if it is a finite number >= 0."""
-    if isinstance(value, (bool, str)) or not isinstance(value, numbers.Real):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or value < 0:
         raise ValueError(f"{name} must be finite and >= 0, got {value!r}")
@@ -346,11 +335,11 @@ def _checked_custom_keys(custom_keys: Any) -> dict[str, dict[str, Any]]:
             )
         if not isinstance(options, Mapping):
             raise TypeError(
-                f"{_label(key)} must be a dict such as dict(lr_mult=0.1), got "
+                f"{_custom_key(key)} must be a dict such as dict(lr_mult=0.1), got "
                 f"{options!r}"
             )
         for name, value in options.items():
-            place = f"{_label(key)}[{name!r}]"
+            place = f"{_custom_key(key)}[{name!r}]"
             if name in _GENERAL_RULES:
                 _checked_multiplier(place, value)
             elif name in KEYS or name in {"params", "param_names"}:
@@ -366,6 +355,6 @@ def _resembles_multiplier(name: Any) -> bool:
     return name not in _GENERAL_RULES and bool(similar)
 
 
-def _label(key: str) -> str:
+def _custom_key(key: str) -> str:
     """Return the name of a custom key in messages."""
     return f"custom_keys[{key!r}]"

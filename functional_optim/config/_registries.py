@@ -60,7 +60,7 @@ class PresetOptimizer:
         bound.apply_defaults()
         decay = bound.arguments.get("weight_decay")
         groups = [group for group in given if isinstance(group, Mapping)]
-        decays = [group["weight_decay"] for group in groups if "weight_decay" in group]
+        decays = [group.get("weight_decay", 0) for group in groups]
         decays = [value for value in decays if not is_zero(value)]
         # A preset leaves out what a plain 0 switches off; some groups need it.
         needs_decay = bool(decays) and is_zero(decay)

@@ -17,9 +17,7 @@ T = TypeVar("T", bound=Callable[..., Any])
 class RegistryError(KeyError, ValueError):
     """A name is not in a registry, or is in it already."""
 
-    def __str__(self) -> str:
-        """Return the message, which a KeyError would put into quotes."""
-        return str(self.args[0])
+    __str__ = Exception.__str__  # A KeyError would put the message into quotes.
 
 
 class Registry:
@@ -79,9 +77,6 @@ class Registry:
 
         Args:
             key: The name, or where to import from: "torch.optim.SGD".
-
-        Raises:
-            TypeError: the name is no string.
         """
         if not isinstance(key, str):
             raise TypeError(
@@ -233,10 +228,9 @@ def arguments_of(kind: Callable[..., Any]) -> list[str]:
             parameters = inspect.signature(function).parameters.values()
         except ValueError:  # Builtins have no signature.
             break
-        plain = [
-            p for p in parameters if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}
-        ]
-        names.update(dict.fromkeys(p.name for p in plain if p.name != "self"))
+        for p in parameters:
+            if p.name != "self" and p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL}:
+                names[p.name] = None
         if all(p.kind is not p.VAR_KEYWORD for p in parameters):
             break
     return list(names)

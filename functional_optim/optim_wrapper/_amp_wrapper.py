@@ -18,7 +18,7 @@ from functional_optim.torch_optimizer._state_dict import plain
 
 
 class AmpOptimWrapper(OptimWrapper):
-    """An `OptimWrapper` whose forward runs in autocast and whose loss is scaled.
+    """An `OptimWrapper` that runs the forward in autocast and scales the loss.
 
     A drop-in for MMEngine's class of this name, on every device. Several wrappers may
     share a `loss_scaler`: its scale changes when none is between a backward and its
@@ -33,9 +33,6 @@ class AmpOptimWrapper(OptimWrapper):
         use_fsdp: Whether to use FSDP1's scaler, which joins overflows over processes.
         autocast: Whether the forward runs in autocast; else only the loss is scaled.
         kwargs: Arguments of `OptimWrapper`.
-
-    Raises:
-        ValueError, TypeError: `loss_scale` or `dtype` is nothing of the above.
 
     Example:
         >>> model = nn.Linear(2, 1)

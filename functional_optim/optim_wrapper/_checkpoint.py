@@ -115,11 +115,11 @@ def _checked_entries(
     base, own = rest.pop("base_param_settings", None), wrapper.base_param_settings
     if base is not None:
         check_mapping("base_param_settings", base)
-        if own is not None and "lr" in own and "lr" not in base:
+    if base is not None and own is not None:
+        if "lr" in own and "lr" not in base:
             raise ConfigValueError(
                 f"base_param_settings lacks 'lr', it has {sorted(map(str, base))}"
             )
-    if base is not None and own is not None:
         new = copy.deepcopy(dict(base))
         yield lambda: setattr(wrapper, "base_param_settings", new)
     data, transform = rest.pop("transform", None), wrapper._transform

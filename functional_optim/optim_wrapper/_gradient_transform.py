@@ -61,7 +61,7 @@ class GradientTransform:
         one_kind = len({(param.device, param.dtype) for param in params}) == 1
         if self._is_clip and not (one_kind and params[0].is_floating_point()):
             return False  # torch joins norms of several devices or dtypes itself.
-        named = _named(params, names)
+        named = _name_params(params, names)
         self._context = ShardCheck(named, self.transform).context()
         self._names, self._given_names = named, names
         values = {name: param.detach() for param, name in named.items()}
@@ -109,7 +109,9 @@ class GradientTransform:
         return lambda: setattr(executor, "state", state)
 
 
-def _named(params: Sequence[Tensor], names: Mapping[Tensor, str]) -> dict[Tensor, str]:
+def _name_params(
+    params: Sequence[Tensor], names: Mapping[Tensor, str]
+) -> dict[Tensor, str]:
     """Return a name for each parameter: its own, else its number."""
     taken = {names[param] for param in params if param in names}
     named = {}

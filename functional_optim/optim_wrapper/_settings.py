@@ -42,13 +42,6 @@ def names_in(groups: Sequence[Mapping[str, Any]]) -> dict[Tensor, str]:
     }
 
 
-def momentum_of(group: Mapping[str, Any]) -> Any:
-    """Return `momentum`, else `betas[0]`, else 0."""
-    if "momentum" in group:
-        return group["momentum"]
-    return group["betas"][0] if "betas" in group else 0
-
-
 def summary_of(
     param_groups: Sequence[Mapping[str, Any]],
     names: Mapping[int, str],

@@ -296,16 +296,14 @@ class OptimWrapper:
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The groups of the optimizer, and `base_param_settings` behind several."""
-        groups: list[dict[str, Any]] = self.optimizer.param_groups
         if self.base_param_settings is None:
-            return groups
-        return [*groups, self.base_param_settings]
+            return self.optimizer.param_groups
+        return [*self.optimizer.param_groups, self.base_param_settings]
 
     @property
     def defaults(self) -> dict[str, Any]:
         """The defaults of the optimizer."""
-        defaults: dict[str, Any] = self.optimizer.defaults
-        return defaults
+        return self.optimizer.defaults
 
     def get_lr(self) -> dict[str, list[Any]]:
         """Return the learning rate of each group; with several the base rate, too."""
@@ -317,7 +315,9 @@ class OptimWrapper:
     def get_momentum(self) -> dict[str, list[Any]]:
         """Return the momentum of each group: `momentum`, else `betas[0]`, else 0."""
         groups = self.optimizer.param_groups
-        return {"momentum": list(map(settings.momentum_of, groups))}
+        return {
+            "momentum": [g.get("momentum", g.get("betas", (0,))[0]) for g in groups]
+        }
 
     @property
     def parameter_names(self) -> dict[int, str]:
