@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from training import everything, parameters, set_gradients, train, values
 
 import functional_optim as fo
 from functional_optim.torch_optimizer._group_keys import OPTIONS
+from functional_optim.transforms import ScheduleState
 
 LABELS = {"*.bias": "slow", "*": "fast"}
 
@@ -140,6 +142,56 @@ def test_two_values_under_one_name_are_refused() -> None:
     expected = ends(fo.adam(0.1, weight_decay=0.3))
     # A decay of 0 adds an exact zero.
     assert_same(expected, values(params), "weights")
+
+
+def test_a_named_value_is_not_one_of_two_values() -> None:
+    """The message has the two that collide, and not the one that has a name."""
+    decays = [fo.AddDecayedWeights(rate) for rate in (0.1, 0.2, 0.3)]
+    pipeline = fo.chain(fo.Named("l2", decays[0]), *decays[1:], fo.sgd(0.1))
+    with pytest.raises(ValueError, match=r"in AddDecayedWeights\(0\.2\) and in "):
+        make(pipeline)
+
+
+@dataclasses.dataclass(frozen=True)
+class UserRule:
+    """A user's u <- -lr u, where lr may be a schedule."""
+
+    lr: Any
+    counts: bool = True
+    scope = fo.Scope.ELEMENTWISE
+    hyperparameters = ("lr",)
+
+    def init(self, params: Any) -> Any:
+        """Return a count, if it counts."""
+        del params
+        return (
+            ScheduleState(torch.zeros((), dtype=torch.float64)) if self.counts else ()
+        )
+
+    def update(self, updates: Any, state: Any, params: Any, *, context: Any) -> Any:
+        """Scale by the rate at this step."""
+        del params, context
+        lr = self.lr(state.num_updates) if callable(self.lr) else self.lr
+        new = ScheduleState(state.num_updates + 1)
+        return {name: -lr * u for name, u in updates.items()}, new
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_schedule_of_a_users_rule_is_in_the_groups(named: bool) -> None:
+    """As one of ours: by its value at the next step, also below other names."""
+    rule: fo.Transform = UserRule(lambda step: 0.5**step)
+    params, optimizer = make(fo.Named("mine", rule) if named else rule)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+    train(optimizer, params, range(2))
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    expected = ends(fo.sgd(lambda step: 0.5**step), steps=2)
+    assert_same(expected, values(params), "weights")
+
+
+def test_a_schedule_without_a_count_is_refused() -> None:
+    """Nothing says at which step a group would have its value."""
+    with pytest.raises(ValueError, match=r"lr is the schedule .* no ScheduleState"):
+        make(UserRule(lambda step: 0.5**step, counts=False))
 
 
 def test_equal_values_under_one_name_are_one_key() -> None:

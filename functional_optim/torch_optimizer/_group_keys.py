@@ -7,7 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from functional_optim._messages import close_matches, format_names
 from functional_optim.core._hyperparameters import is_schedule, is_zero
-from functional_optim.torch_optimizer._group_hyperparameters import group_value
+from functional_optim.torch_optimizer._group_hyperparameters import (
+    group_value,
+    parts_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -99,7 +102,7 @@ def without_effect(key: str, value: Any) -> Any:
 
 def check_written(option: GroupKey, value: Any, place: str) -> None:
     """Refuse a value that would need another state."""
-    if any(map(is_schedule, value if isinstance(value, tuple) else (value,))):
+    if any(map(is_schedule, parts_of(value))):
         raise TypeError(
             f"{place}: {option.key} must be a number or a 0-dim tensor, got {value!r}; "
             "put a schedule into the transform, and build the optimizer with it"

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from functional_optim._messages import format_names
-from functional_optim.core._hyperparameters import ScheduleState, evaluate
+from functional_optim.algebra._scalars import memoize_scalars
+from functional_optim.core._hyperparameters import ScheduleState
 from functional_optim.core._traversal import Path, walk
 from functional_optim.core._value_class import same_value
 from functional_optim.torch_optimizer._group_hyperparameters import (
-    Choices,
     GroupKey,
+    Labels,
     group_value,
     options_of,
-    scheduled_places,
+    parts_of,
     structure_of,
     with_values,
 )
@@ -71,7 +72,7 @@ class GroupRecord:
         self,
         transform: Transform,
         group: Mapping[str, Any],
-        labels: Choices,
+        labels: Labels,
         place: str,
     ) -> None:
         self.transform, self.labels, self.place = transform, labels, place
@@ -111,8 +112,7 @@ class ParamGroups:
         self._transform, self._notes = transform, notes
         self.names: dict[Tensor, str] = {}
         self.records: list[GroupRecord] = []
-        self._schedules = scheduled_places(transform)
-        self._counts: dict[Path, ScheduleState] = {}
+        self._counts: dict[Path, Tensor] = {}
 
     def defaults(self, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what every group has, after validating the parameters of all."""
@@ -132,15 +132,15 @@ class ParamGroups:
                 defaults.setdefault(key, value)
         return defaults
 
-    def _initial_values(self, labels: Choices) -> dict[str, Any]:
+    def _initial_values(self, labels: Labels) -> dict[str, Any]:
         """Return what a group has before the first step; tensors are the user's own."""
-        zero = ScheduleState(torch.zeros((), dtype=torch.float64))
-        values = {}
-        for option in options_of(self._transform, labels):
-            values[option.key] = option.value
-            if option.scheduled:
-                now, _ = evaluate(self._schedules[option.paths[0]], zero, {})
-                values[option.key] = group_value(getattr(now, option.field))
+        zero = torch.zeros((), dtype=torch.float64)
+        values = {
+            option.key: group_value(option.evaluated(zero))
+            if option.scheduled
+            else option.value
+            for option in options_of(self._transform, labels)
+        }
         return {**values, **structure_of(self._transform, labels)}
 
     def new_groups(
@@ -148,7 +148,7 @@ class ParamGroups:
         group: Mapping[str, Any],
         defaults: Mapping[str, Any],
         first_defaults: Mapping[str, Any],
-    ) -> list[tuple[dict[str, Any], Choices, NamedParams]]:
+    ) -> list[tuple[dict[str, Any], Labels, NamedParams]]:
         """Return the groups that a new one is split into, with their labels and names.
 
         What was written into the defaults counts for new groups, as with torch.
@@ -188,7 +188,7 @@ class ParamGroups:
         return groups
 
     def _set_values(
-        self, values: dict[str, Any], labels: Choices, given: Mapping[str, Any]
+        self, values: dict[str, Any], labels: Labels, given: Mapping[str, Any]
     ) -> None:
         """Set the values that are given for a new group, after validating them."""
         changed = [o for o in options_of(self._transform, labels) if o.key in given]
@@ -205,7 +205,7 @@ class ParamGroups:
         return f"param_groups[{len(self.records)}]"
 
     def add(
-        self, group: Mapping[str, Any], labels: Choices, params: NamedParams
+        self, group: Mapping[str, Any], labels: Labels, params: NamedParams
     ) -> None:
         """Record one more group."""
         record = GroupRecord(self._transform, group, labels, self._next_place())
@@ -266,21 +266,25 @@ class ParamGroups:
         self._counts = {}
         for stage in walk(self._transform, state, params):
             own = getattr(stage.state, "schedule", stage.state)
-            if stage.path in self._schedules and isinstance(own, ScheduleState):
-                self._counts[stage.path] = own
+            if isinstance(own, ScheduleState):
+                self._counts[stage.path] = own.num_updates
+        for record in self.records:
+            for each in record.scheduled:
+                if each.option.paths[0] not in self._counts:
+                    raise ValueError(
+                        f"{each.option.key} is the schedule {each.option.value!r}, and "
+                        "its transform's state has no ScheduleState to count updates; "
+                        "make that the state, or its field `schedule`, or take "
+                        f"{each.option.field!r} out of `hyperparameters`"
+                    )
 
     def write_schedules(self) -> None:
         """Write the values that schedules have at the next step into the groups."""
-        now = {
-            path: evaluate(self._schedules[path], count, {})[0]
-            for path, count in self._counts.items()
-        }
-        for record in self.records:
-            for each in record.scheduled:
-                value = getattr(now[each.option.paths[0]], each.option.field)
-                for tensor, number in zip(
-                    each.tensors, _tensors_in(value), strict=True
-                ):
+        keys = [each for record in self.records for each in record.scheduled]
+        with memoize_scalars():
+            for each in keys:
+                now = each.option.evaluated(self._counts[each.option.paths[0]])
+                for tensor, number in zip(each.tensors, _tensors_in(now), strict=True):
                     tensor.copy_(number)
                 each.versions = [tensor._version for tensor in each.tensors]
 
@@ -415,8 +419,7 @@ def _key_of(value: Any) -> Any:
 
 
 def _tensors_in(value: Any) -> list[Tensor]:
-    parts = value if isinstance(value, tuple) else (value,)
-    return [part for part in parts if isinstance(part, Tensor)]
+    return [part for part in parts_of(value) if isinstance(part, Tensor)]
 
 
 def _check_zeros(record: GroupRecord, group: Mapping[str, Any]) -> None:

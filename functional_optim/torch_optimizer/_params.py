@@ -15,7 +15,7 @@ from functional_optim.core._context import Context
 from functional_optim.core._transform import Scope
 from functional_optim.core._validation import check_parameters
 from functional_optim.execution._tensor_memory import is_dense
-from functional_optim.torch_optimizer._group_hyperparameters import Choices, choices_of
+from functional_optim.torch_optimizer._group_hyperparameters import Labels, labels_of
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
@@ -44,11 +44,11 @@ def strip_wrapper_prefix(name: str) -> str:
 
 def split_by_labels(
     transform: Transform, params: Iterable[tuple[str, Tensor]]
-) -> dict[Choices, NamedParams]:
+) -> dict[Labels, NamedParams]:
     """Return parameters by their labels; one entry without labels if there are none."""
-    split: dict[Choices, NamedParams] = {}
+    split: dict[Labels, NamedParams] = {}
     for name, param in params:
-        split.setdefault(choices_of(transform, name, param), []).append((name, param))
+        split.setdefault(labels_of(transform, name, param), []).append((name, param))
     return split or {(): []}
 
 

@@ -15,10 +15,11 @@ from functional_optim.core._hyperparameters import is_zero
 from functional_optim.core._transform import Role
 from functional_optim.core._traversal import children_of, routes
 from functional_optim.torch_optimizer._group_hyperparameters import (
-    Choices,
+    Labels,
     group_value,
-    on_path,
     options_of,
+    parts_of,
+    stages_of,
 )
 from functional_optim.torch_optimizer._group_keys import OWN_KEYS
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
@@ -336,11 +337,11 @@ def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpa
     return engine, kinds
 
 
-def _counterpart(transform: Transform, labels: Choices, place: str) -> Counterpart:
+def _counterpart(transform: Transform, labels: Labels, place: str) -> Counterpart:
     """Return the class of torch that does the same to one group."""
-    path = [inside.transform for inside in on_path(transform, labels)]
-    leaves = [one for one in path if not children_of(one)]
-    for one in path:
+    stages = stages_of(transform, labels).values()
+    leaves = [one for one in stages if not children_of(one)]
+    for one in stages:
         if children_of(one) and not _is_transparent(one):
             raise _without(place, f"{one!r} acts on some of its parameters only")
     kinds = list(map(type, leaves))
@@ -385,8 +386,7 @@ def _check_plain(leaf: object, place: str) -> None:
             "with a preset for each",
         )
     for name, value in vars(leaf).items():
-        parts = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(part, Mapping) for part in parts):
+        if any(isinstance(part, Mapping) for part in parts_of(value)):
             raise _without(
                 place, f"{name} differs by parameter; use a group for each value"
             )
