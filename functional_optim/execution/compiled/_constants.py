@@ -34,9 +34,11 @@ def split_constants(transform: Any) -> tuple[Any, list[Number]]:
     """
     numbers: list[Number] = []
 
-    def take(number: Number) -> Number:
+    def take(number: Number) -> Any:
         numbers.append(number)
-        return number
+        if isinstance(number, Tensor):
+            return _PLACE, number.dtype, number.device, number.shape
+        return _PLACE
 
     return _mapped(transform, take, _as_kind), numbers
 
@@ -49,7 +51,7 @@ def with_constants(transform: Any, put: Callable[[Number], Number]) -> Any:
         >>> with_constants(sgd(0.1), lambda number: 2 * number)
         chain(ScaleByLearningRate(0.2))
     """
-    return _mapped(transform, put, _replaced)
+    return _mapped(transform, put, replace_fields)
 
 
 def as_tensors(numbers: Iterable[Number], like: Tensor) -> list[Tensor]:
@@ -83,17 +85,16 @@ def is_frozen(value: Any) -> bool:
         frozen = made is not None and bool(made.frozen)
         parts = [getattr(value, field.name) for field in dataclasses.fields(value)]
         return frozen and all(map(is_frozen, parts))
-    return not (hasattr(value, "update") and hasattr(value, "__dict__"))
+    return not _has_attributes(value)
+
+
+def _has_attributes(value: Any) -> bool:
+    """Whether a value is a transform with attributes that may be written."""
+    return hasattr(value, "update") and hasattr(value, "__dict__")
 
 
 def _as_kind(value: Any, /, **fields: Any) -> Any:
     return type(value), *fields.items()
-
-
-def _replaced(value: Any, /, **fields: Any) -> Any:
-    """Return a value with other fields; the same one if none differs."""
-    same = all(getattr(value, name) is part for name, part in fields.items())
-    return value if same else replace_fields(value, **fields)
 
 
 def _mapped(
@@ -104,13 +105,8 @@ def _mapped(
     is_number: bool = False,
 ) -> Any:
     """Return a value with its numbers changed, its dataclasses built anew."""
-    is_kind = build is _as_kind
-    if isinstance(value, Tensor):
-        changed = change(value)
-        return (_PLACE, value.dtype, value.device, value.shape) if is_kind else changed
-    if is_number and isinstance(value, float):
-        changed = change(value)
-        return _PLACE if is_kind else changed
+    if isinstance(value, Tensor) or (is_number and isinstance(value, float)):
+        return change(value)
     if isinstance(value, tuple):
         parts = [_mapped(part, change, build, is_number=is_number) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
@@ -120,7 +116,7 @@ def _mapped(
             for key, part in value.items()
         }
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
-        if is_kind and hasattr(value, "update") and hasattr(value, "__dict__"):
+        if build is _as_kind and _has_attributes(value):
             return value, dict(vars(value))  # It may be written into.
         return value
     changes = {
