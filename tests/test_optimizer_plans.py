@@ -9,8 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import functional_optim as fo
-from functional_optim.execution import _bucketing as _buckets
-from functional_optim.execution import _bucketing as _layout
+from functional_optim.execution import _plan
 
 SIZES = [10, 100]
 
@@ -18,7 +17,7 @@ SIZES = [10, 100]
 @pytest.fixture(autouse=True)
 def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 elements are pooled, 100 are cut into slices."""
-    monkeypatch.setitem(_layout.UNIT_BYTES, "cpu", 200)
+    monkeypatch.setitem(_plan.UNIT_BYTES, "cpu", 200)
 
 
 def _two(size: int) -> tuple[Parameter, Parameter]:
@@ -86,13 +85,13 @@ def test_an_unused_parameter_costs_no_plan_from_time_to_time(
     for _ in range(110):
         optimizer.step()
     plans: list[int] = []
-    buckets = _layout.Layout.buckets
+    buckets = _plan.BucketBuilder.buckets
 
-    def counted(self: _layout.Layout) -> list[_buckets.Bucket]:
+    def counted(self: _plan.BucketBuilder) -> list[_plan.Bucket]:
         plans.append(1)
         return buckets(self)
 
-    monkeypatch.setattr(_layout.Layout, "buckets", counted)
+    monkeypatch.setattr(_plan.BucketBuilder, "buckets", counted)
     for _ in range(210):
         optimizer.step()
     assert not plans
@@ -112,7 +111,7 @@ def test_a_state_may_be_loaded_in_inference_mode(size: int) -> None:
 
 def test_pools_that_share_memory_gather_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the pass for a norm and the update others have gathered there."""
-    monkeypatch.setattr(_layout, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(_plan, "SCRATCH_BYTES", 0)
     params = [Parameter(torch.full((4,), float(i + 1))) for i in range(30)]
     twins = [Parameter(p.detach().clone()) for p in params]
     for index, (a, b) in enumerate(zip(params, twins, strict=True)):

@@ -9,7 +9,12 @@ import torch
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Role, Static, Transform
 from functional_optim.core._traversal import children_of, routes, walk
-from functional_optim.execution._state_tree import mapped, nodes_of, rebuilt, statics_of
+from functional_optim.execution._state_tree import (
+    flatten,
+    statics_of,
+    tree_map,
+    unflatten,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -17,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.execution._state_tree import Node
+    from functional_optim.execution._state_tree import Leaf
 
 _MOST_KNOWN = 256
 """Where gradients are missing by chance, no effect comes again."""
@@ -45,21 +50,21 @@ class AccumulationTracker:
     def effect_of(
         self,
         dtypes: Mapping[str, torch.dtype | None],
-        nodes: list[Node],
+        leaves: list[Leaf],
         *,
         last: bool = False,
     ) -> StepEffect:
         """Return the effect of a step with gradients of these dtypes."""
-        key = tuple(dtypes.items()), statics_of(nodes), last
+        key = tuple(dtypes.items()), statics_of(leaves), last
         if key not in self._known:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
             try:
-                effect = self._run(lambda t: t.to("meta"), dtypes, nodes, last=last)
+                effect = self._run(lambda t: t.to("meta"), dtypes, leaves, last=last)
             except RuntimeError:
                 # A number is read on the host, as by error_if_nonfinite: zeros have
                 # one, at the price of results as large as the parameters.
-                effect = self._run(_zeros, dtypes, nodes, last=last)
+                effect = self._run(_zeros, dtypes, leaves, last=last)
             self._known[key] = effect
         return self._known[key]
 
@@ -67,20 +72,20 @@ class AccumulationTracker:
         self,
         stand_in: Callable[[Tensor], Tensor],
         dtypes: Mapping[str, torch.dtype | None],
-        nodes: list[Node],
+        leaves: list[Leaf],
         *,
         last: bool,
     ) -> StepEffect:
-        state = mapped(rebuilt(self._template, iter(nodes)), stand_in)
+        state = tree_map(unflatten(self._template, leaves), stand_in)
         params = {name: stand_in(param) for name, param in self._params.items()}
         updates = {n: params[n].to(dtype) for n, dtype in dtypes.items() if dtype}
         moved, new = self._transform.update(
             updates, state, params, context=Context(last=last)
         )
         statics = {
-            index: node
-            for index, node in enumerate(nodes_of(new))
-            if isinstance(node, Static)
+            index: leaf
+            for index, leaf in enumerate(flatten(new))
+            if isinstance(leaf, Static)
         }
         return StepEffect(statics, list(moved))
 

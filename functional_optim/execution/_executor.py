@@ -21,11 +21,10 @@ from functional_optim.execution._accumulation import (
     AccumulationTracker,
     check_accumulation,
 )
-from functional_optim.execution._bucketing import ExecutionOptions
 from functional_optim.execution._grad_scaling import Scaling, with_grad_scaling
-from functional_optim.execution._plan import Plan
+from functional_optim.execution._plan import ExecutionOptions, Plan
 from functional_optim.execution._reductions import totals_of
-from functional_optim.execution._state_tree import Kind, Store, free
+from functional_optim.execution._state_tree import ExecutorState, LeafKind, clone_if_in
 from functional_optim.execution._tensor_memory import storage_ptr
 from functional_optim.execution._unit_update import EagerUpdate, StepInputs
 from functional_optim.execution.compiled._compiled_update import compile_update
@@ -33,10 +32,10 @@ from functional_optim.execution.compiled._compiled_update import compile_update
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
-    from functional_optim.execution._bucketing import Bucket
+    from functional_optim.execution._plan import Bucket
     from functional_optim.execution._reductions import UnitUpdate
-    from functional_optim.execution._state_tree import Node
-    from functional_optim.execution._units import Later, Unit
+    from functional_optim.execution._state_tree import Leaf
+    from functional_optim.execution._units import DeferredWrites, Unit
     from functional_optim.execution.compiled._compiled_update import CompiledStep
 
 
@@ -57,19 +56,19 @@ class Executor:
         check_accumulation(transform)
         self._params, self._check_totals = params, check_totals
         self._workspace = Workspace()
-        self.store = Store(transform, state, params)
+        self.state = ExecutorState(transform, state, params)
         """The whole state; its tensors stay the same from step to step."""
-        kinds = {field.kind for field in self.store.fields}
-        self._has_whole = Kind.WHOLE in kinds
+        kinds = {info.kind for info in self.state.infos}
+        self._has_global = LeafKind.GLOBAL in kinds
         self._tracker: AccumulationTracker | None = None
-        if Kind.STATIC in kinds:
-            self._tracker = AccumulationTracker(transform, self.store.state, params)
+        if LeafKind.STATIC in kinds:
+            self._tracker = AccumulationTracker(transform, self.state.tree, params)
         self._may_raise = any(
             getattr(stage.transform, "error_if_nonfinite", False)
-            for stage in walk(transform, self.store.state, params)
+            for stage in walk(transform, self.state.tree, params)
         )
         self._compiles = options.kernels is not None and not self._may_raise
-        self._plan = Plan(params, transforms, group_of, self.store, options)
+        self._plan = Plan(params, transforms, group_of, self.state, options)
 
     @property
     def holds(self) -> bool:
@@ -81,16 +80,16 @@ class Executor:
         """The buckets of the plan."""
         return self._plan.buckets
 
-    def check(self, nodes: list[Node]) -> None:
+    def check(self, leaves: list[Leaf]) -> None:
         """Refuse a state that the transform cannot continue from."""
         if self._tracker is not None:
             dtypes = {name: param.dtype for name, param in self._params.items()}
-            self._tracker.effect_of(dtypes, nodes)
+            self._tracker.effect_of(dtypes, leaves)
 
-    def load(self, nodes: list[Node]) -> None:
-        """Copy the numbers of other nodes; see `Store`."""
+    def load(self, leaves: list[Leaf]) -> None:
+        """Copy the numbers of other leaves; see `ExecutorState`."""
         with torch.inference_mode(mode=False):
-            self.store.load(nodes)
+            self.state.load(leaves)
         self._plan.renew()
 
     def set_transforms(self, transforms: list[Transform]) -> None:
@@ -110,8 +109,8 @@ class Executor:
         dtypes = self._plan.dtypes_of(grads)
         effect = None
         if self._tracker is not None:
-            nodes = self.store.nodes
-            effect = self._tracker.effect_of(dtypes, nodes, last=context.last)
+            leaves = self.state.leaves
+            effect = self._tracker.effect_of(dtypes, leaves, last=context.last)
             missing = [name for name in effect.moved if dtypes[name] is None]
             if missing:  # -0.0 changes no sum.
                 zeros = {n: torch.full_like(self._params[n], -0.0) for n in missing}
@@ -127,7 +126,7 @@ class Executor:
             for step in steps.values():
                 step.finish()
         self._plan.keep_versions()
-        if effect is not None and self.store.set_statics(effect.statics):
+        if effect is not None and self.state.set_statics(effect.statics):
             for _, unit in self._plan.units:
                 unit.set_statics(effect.statics)
 
@@ -143,7 +142,7 @@ class Executor:
                 for key, it in transforms.items()
             }
         unscales = scaling is not None and scaling.grad_scale is not None
-        kind = self.store.statics, inputs.context.last, scaling is None, unscales
+        kind = self.state.statics, inputs.context.last, scaling is None, unscales
         # A dispatch mode, as of make_fx, would not see what compiled code does.
         compiles = self._compiles and not is_in_torch_dispatch_mode()
         updates: list[UnitUpdate] = []
@@ -174,22 +173,24 @@ class Executor:
                 update.partial(totals)
         for step in steps.values():
             step.next_pass(totals)
-        later: Later = {}
+        deferred: DeferredWrites = {}
         for update in updates:
-            nodes = update.apply(totals, later)
-            if self._has_whole and nodes is not None:
-                self._collect(update.unit, nodes, later)
-        homes = {storage_ptr(old) for old, _ in later.values()}
-        values = [(old, free(new, homes)) for old, new in later.values()]
+            leaves = update.apply(totals, deferred)
+            if self._has_global and leaves is not None:
+                self._collect(update.unit, leaves, deferred)
+        homes = {storage_ptr(old) for old, _ in deferred.values()}
+        values = [(old, clone_if_in(new, homes)) for old, new in deferred.values()]
         for old, new in values:
             old.copy_(new)
 
-    def _collect(self, unit: Unit, nodes: list[Node], later: Later) -> None:
+    def _collect(
+        self, unit: Unit, leaves: list[Leaf], deferred: DeferredWrites
+    ) -> None:
         """Keep the new tensors of the transform as a whole that a unit has computed."""
-        for field, old, new in zip(
-            self.store.fields, self.store.nodes, nodes, strict=True
+        for info, old, new in zip(
+            self.state.infos, self.state.leaves, leaves, strict=True
         ):
-            if new is old or not isinstance(old, Tensor) or id(old) in later:
+            if new is old or not isinstance(old, Tensor) or id(old) in deferred:
                 continue
-            if isinstance(new, Tensor) and not field.names.isdisjoint(unit.names):
-                later[id(old)] = old, new
+            if isinstance(new, Tensor) and not info.names.isdisjoint(unit.names):
+                deferred[id(old)] = old, new

@@ -15,7 +15,7 @@ from functional_optim._messages import format_names
 from functional_optim.algebra._buffers import Donated, Workspace
 from functional_optim.algebra._tensor_map import can_use_foreach
 from functional_optim.execution._grad_scaling import with_grad_scaling, wrap_state
-from functional_optim.execution._state_tree import mapped, tensors_of
+from functional_optim.execution._state_tree import tensors_of, tree_map
 from functional_optim.execution._tensor_memory import storage_ptr
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _unaliased(state: Any, *maps: TensorMap) -> Any:
     if not any(tensor.ndim for tensor in tensors_of(state)):
         return state
     taken = {storage_ptr(t) for tensors in maps for t in tensors.values() if t.numel()}
-    return mapped(state, lambda t: t.clone() if storage_ptr(t) in taken else t)
+    return tree_map(state, lambda t: t.clone() if storage_ptr(t) in taken else t)
 
 
 def _write(moved: TensorMap, grads: TensorMap) -> None:

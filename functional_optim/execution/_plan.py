@@ -1,79 +1,335 @@
-"""The plan as it is now, and what makes another one necessary."""
+"""Plan which parameters are updated together, in units of which size.
+
+Parameters share a bucket if one call of `update` may serve them all: the same resolved
+transform, dtype and device, and equal numbers in their state. A bucket is cut into
+units: small tensors are packed, large ones sliced where the scope allows it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import operator
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._hyperparameters import resolve
+from functional_optim.core._transform import Scope, Static
 from functional_optim.core._value_class import same_value
-from functional_optim.execution._bucketing import (
-    Bucket,
-    Divergence,
-    ExecutionOptions,
-    Layout,
-)
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._native import ParameterGradients
+from functional_optim.execution._state_tree import LeafKind
+from functional_optim.execution._tensor_memory import (
+    ScratchMemory,
+    copied_alone,
+    is_dense,
+    relayout_like,
+)
+from functional_optim.execution._units import (
+    BucketState,
+    PackedTensors,
+    Slice,
+    Unit,
+    WholeTensors,
+)
+from functional_optim.execution.compiled._kernels import BucketKernels, KernelCache
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
-    from functional_optim.execution._state_tree import Store
-    from functional_optim.execution._units import Unit
+    from functional_optim.execution._reductions import ReduceCall
+    from functional_optim.execution._state_tree import ExecutorState, Leaf
 
-_dtype = operator.attrgetter("dtype")
+UNIT_BYTES = {"cpu": 4 * 2**20}
+"""Size of a unit by type of device: small enough for the last cache together with its
+temporaries, large enough that a call of `update` costs little beside its arithmetic."""
+
+_UNIT_BYTES_ELSEWHERE = 8 * 2**20
+"""On an accelerator a kernel costs more to start, and memory is fast."""
+
+_PACKED_BELOW = 4
+"""Tensors smaller than this part of a unit are packed."""
+
+_COMPILED_ALONE = 32_768
+"""Elements from which a call of compiled code costs less than packing."""
+
+_LONGEST = 2**30
+"""Elements that compiled code takes at once: it counts them in 32 bits."""
+
+SCRATCH_BYTES = 16 * 2**20
+"""Memory that packing may keep for good."""
 
 
-class Plan:
-    """What is updated together."""
+@dataclasses.dataclass(frozen=True)
+class ExecutionOptions:
+    """The size of units, None for that of the device, and what compiles updates."""
+
+    unit_bytes: int | None = None
+    kernels: KernelCache | None = None
+
+
+@dataclasses.dataclass
+class Bucket:
+    """Parameters of one resolved transform; `members` has one of each group."""
+
+    transform: Transform
+    params: TensorMap
+    members: dict[int, str]
+    whole: bool = False
+    units: list[Unit] = dataclasses.field(default_factory=list)
+    columns: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    calls: dict[Hashable, list[ReduceCall]] = dataclasses.field(default_factory=dict)
+    kernels: BucketKernels | None = None
+    compiled_steps: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+
+class Divergence:
+    """Sets of parameters that must not share a bucket: their steps or groups differed.
+
+    They stay separate for good, because making a plan is expensive.
+    """
+
+    def __init__(self) -> None:
+        self._set_of: dict[str, int] = {}
+
+    def set_of(self, name: str) -> int:
+        """Return the number of the set that a parameter is in."""
+        return self._set_of.get(name, 0)
+
+    def split(self, by: Mapping[str, Hashable]) -> None:
+        """Split each set by a value of its parameters."""
+        numbers: dict[Hashable, int] = {}
+        for name, value in by.items():
+            key = self.set_of(name), value
+            self._set_of[name] = numbers.setdefault(key, len(numbers))
+
+
+class BucketBuilder:
+    """Sorts parameters into buckets, and cuts these into units."""
 
     def __init__(
         self,
         params: TensorMap,
         transforms: list[Transform],
         group_of: Mapping[str, int],
-        store: Store,
+        state: ExecutorState,
+        *,
+        divergence: Divergence,
         options: ExecutionOptions,
     ) -> None:
         self._params, self._transforms, self._group_of = params, transforms, group_of
-        self._store = store
-        self.buckets: list[Bucket] = []
-        self.units: list[tuple[Bucket, Unit]] = []
-        self._options = options
+        self._divergence, self._options = divergence, options
+        self._tree, self._leaves, self._infos = state.tree, state.leaves, state.infos
+        self._scratch = ScratchMemory(SCRATCH_BYTES)
+
+    def buckets(self) -> list[Bucket]:
+        """Return the buckets with their units, in the order of the parameters."""
+        scope = max(transform.scope for transform in self._transforms)
+        if scope is Scope.GLOBAL:
+            everything = joined(self._transforms, self._group_of, self._params)
+            bucket = Bucket(everything, self._params, {}, whole=True)
+            bucket.units.append(self._whole_tensors(self._params))
+            return [bucket]
+        elementwise = scope is Scope.ELEMENTWISE
+        kernels = self._options.kernels
+        buckets = []
+        for transform, names in self._alike(elementwise=elementwise):
+            members = {self._group_of[name]: name for name in reversed(names)}
+            params = {name: self._params[name] for name in names}
+            bucket = Bucket(transform, params, members)
+            state = None
+            if elementwise and not self._has_scalars(names):
+                state = self._shared_state(names)
+                bucket.columns = state.columns
+                if kernels and are_plain(params.values()):
+                    bucket.kernels = BucketKernels(kernels)
+            bucket.units = self._units(params, state)
+            buckets.append(bucket)
+        return buckets
+
+    def _alike(self, *, elementwise: bool) -> list[tuple[Transform, list[str]]]:
+        """Return the names that may share a bucket, with their transform."""
+        found: dict[Hashable, list[tuple[Transform, list[str]]]] = {}
+        histories = self._histories() if elementwise else {}
+        for name, param in self._params.items():
+            transform = resolve(self._transforms[self._group_of[name]], name, param)
+            key: Hashable = (
+                _hash(transform),
+                param.dtype,
+                param.device,
+                self._divergence.set_of(name),
+                self._has_scalars([name]),
+                histories.get(name),
+                tuple(
+                    leaf[name].dtype if name in leaf else None
+                    for leaf in self._leaves
+                    if isinstance(leaf, dict)
+                ),
+            )
+            known = found.setdefault(key, [])
+            for other, names in known:
+                if same_value(other, transform, tensors="identity"):
+                    names.append(name)
+                    break
+            else:
+                known.append((transform, [name]))
+        return [entry for entries in found.values() for entry in entries]
+
+    def _histories(self) -> dict[str, Hashable]:
+        """Return the numbers in the state of each parameter, read on the host."""
+        found: dict[str, list[Hashable]] = {name: [] for name in self._params}
+        for leaf, info in zip(self._leaves, self._infos, strict=True):
+            if isinstance(leaf, Static):
+                listed = leaf.value if isinstance(leaf.value, tuple) else ()
+                for name in self._params:
+                    found[name].append(name in listed)
+            elif isinstance(leaf, dict) and info.kind is LeafKind.PER_PARAMETER:
+                numbers = {n: entry for n, entry in leaf.items() if entry.ndim == 0}
+                values = _read(list(numbers.values()))
+                for name, value in zip(numbers, values, strict=True):
+                    found[name].append(value)
+                for name in leaf.keys() - numbers.keys():
+                    found[name].append(name)  # Not a number: nothing to share.
+        return {name: tuple(history) for name, history in found.items()}
+
+    def _has_scalars(self, names: list[str]) -> bool:
+        return any(
+            info.scalars and isinstance(leaf, dict) and name in leaf
+            for leaf, info in zip(self._leaves, self._infos, strict=True)
+            for name in names
+        )
+
+    def _shared_state(self, names: list[str]) -> BucketState:
+        """Let parameters with equal histories share their numbers.
+
+        All get the same tensor, so that results of it are computed once.
+        """
+        columns: dict[int, Tensor] = {}
+        leaves: list[Leaf] = []
+        for leaf, info in zip(self._leaves, self._infos, strict=True):
+            if not isinstance(leaf, dict) or info.kind is not LeafKind.PER_PARAMETER:
+                leaves.append(leaf)
+                continue
+            members = [name for name in names if name in leaf]
+            leaves.append({})
+            if members:
+                column = torch.stack([leaf[name] for name in members])
+                entries = column.unbind()
+                leaf.update(zip(members, map(copied_alone, entries), strict=True))
+                columns[id(entries[0])] = column
+                leaves[-1] = dict.fromkeys(members, entries[0])
+        return BucketState(self._tree, leaves, self._infos, columns)
+
+    def _units(self, params: TensorMap, state: BucketState | None) -> list[Unit]:
+        """Cut a bucket into units; without a shared state into whole tensors."""
+        first = next(iter(params.values()))
+        num_bytes = self._options.unit_bytes
+        if num_bytes is None:
+            num_bytes = UNIT_BYTES.get(first.device.type, _UNIT_BYTES_ELSEWHERE)
+        longest = size = max(1, num_bytes // first.dtype.itemsize)
+        sliced_from = -(-size // _PACKED_BELOW)
+        if self._options.kernels:
+            longest, sliced_from = _LONGEST, min(sliced_from, _COMPILED_ALONE)
+        units: list[Unit] = []
+        pack: TensorMap = {}
+        count = 0
+        for name, param in params.items():
+            if state and param.numel() >= sliced_from and is_dense(param):
+                units.extend(self._slices(name, longest, state))
+                continue
+            if pack and count + param.numel() > size:
+                units.append(self._packed(pack, state))
+                pack, count = {}, 0
+            pack[name] = param
+            count += param.numel()
+        return [*units, self._packed(pack, state)] if pack else units
+
+    def _packed(self, params: TensorMap, state: BucketState | None) -> Unit:
+        """Return one unit for several tensors."""
+        if state is None:
+            return self._whole_tensors(params)
+        name, param = next(iter(params.items()))
+        if len(params) == 1 and is_dense(param):
+            return self._slices(name, max(1, param.numel()), state)[0]
+        compiles = self._options.kernels is not None
+        return PackedTensors(params, state, self._scratch, compiles=compiles)
+
+    def _whole_tensors(self, params: TensorMap) -> Unit:
+        for leaf, info in zip(self._leaves, self._infos, strict=True):
+            if isinstance(leaf, dict) and info.kind is LeafKind.PER_PARAMETER:
+                # Names that shared a number before have their own again.
+                leaf.update({n: leaf[n].clone() for n in params if n in leaf})
+        state = BucketState(self._tree, self._leaves, self._infos, {})
+        return WholeTensors(params, state)
+
+    def _slices(self, name: str, size: int, state: BucketState) -> list[Unit]:
+        param = self._params[name]
+        for leaf, info in zip(self._leaves, self._infos, strict=True):
+            if info.kind is not LeafKind.ELEMENTWISE or not isinstance(leaf, dict):
+                continue
+            if name in leaf:
+                leaf[name] = relayout_like(leaf[name], param)
+        return [
+            Slice(name, param, slice(start, start + size), state)
+            for start in range(0, max(1, param.numel()), size)
+        ]
+
+
+def _hash(value: object) -> int:
+    try:
+        return hash(value)
+    except TypeError:  # A user's dataclass that compares by value has none.
+        return 0
+
+
+def _read(numbers: list[Tensor]) -> list[Hashable]:
+    """Return numbers on the host; those with the same bits are equal."""
+    if not numbers:
+        return []
+    if numbers[0].is_meta:
+        return [None] * len(numbers)
+    values = torch.stack(numbers).cpu()
+    if values.is_floating_point():
+        values = values.double().view(torch.int64)
+    result: list[Hashable] = values.tolist()
+    return result
+
+
+class Plan:
+    """The buckets of a transform, made anew when steps or groups begin to differ."""
+
+    def __init__(
+        self,
+        params: TensorMap,
+        transforms: list[Transform],
+        group_of: Mapping[str, int],
+        state: ExecutorState,
+        options: ExecutionOptions,
+    ) -> None:
+        self._params, self._transforms, self._group_of = params, transforms, group_of
+        self._state, self._options = state, options
         self._divergence = Divergence()
         self._given: tuple[list[str], list[torch.dtype]] = ([], [])
-        self._wanted: dict[str, torch.dtype | None] = {}
+        self._dtypes: dict[str, torch.dtype | None] = {}
         self.renew()
 
-    def keep_versions(self) -> None:
-        """Take the numbers that parameters share to be as they should be now."""
-        self._versions = [column._version for column in self._columns]
-
     def renew(self) -> None:
-        """Decide again what is updated together; the numbers stay as they are."""
+        """Make the plan again; the numbers stay as they are."""
         # Tensors of inference mode have no versions, and cannot be written outside it.
         with torch.inference_mode(mode=False):
-            self._renew()
-
-    def _renew(self) -> None:
-        self._store.replaced = True
-        layout = Layout(
-            self._params,
-            self._transforms,
-            self._group_of,
-            self._divergence,
-            self._store.state,
-            self._store.nodes,
-            self._store.fields,
-            self._options,
-        )
-        self.buckets = layout.buckets()
-        self._scratch = layout.scratch
+            self._state.replaced = True
+            builder = BucketBuilder(
+                self._params,
+                self._transforms,
+                self._group_of,
+                self._state,
+                divergence=self._divergence,
+                options=self._options,
+            )
+            self.buckets = builder.buckets()
         self.units = [
             (bucket, unit) for bucket in self.buckets for unit in bucket.units
         ]
@@ -83,8 +339,12 @@ class Plan:
         self.keep_versions()
         self._last_dtypes: Mapping[str, Any] | None = None
 
+    def keep_versions(self) -> None:
+        """Remember the versions of shared numbers; writes from outside change them."""
+        self._versions = [column._version for column in self._columns]
+
     def set_transforms(self, transforms: list[Transform]) -> None:
-        """Go on with other numbers."""
+        """Go on with other hyperparameters."""
         self._transforms = transforms
         for bucket in self.buckets:
             if bucket.whole:
@@ -112,20 +372,23 @@ class Plan:
         """Return the dtype of the gradient of each parameter, None without one."""
         if isinstance(grads, ParameterGradients):
             return grads.dtypes
-        found = list(grads), list(map(_dtype, grads.values()))
-        if found != self._given:
-            self._given = found
-            self._wanted = dict.fromkeys(self._params) | dict(zip(*found, strict=True))
-        return self._wanted
+        given = list(grads), list(map(_dtype, grads.values()))
+        if given != self._given:
+            self._given = given
+            self._dtypes = dict.fromkeys(self._params) | dict(zip(*given, strict=True))
+        return self._dtypes
 
     def follow(self, dtypes: Mapping[str, torch.dtype | None]) -> None:
         """Separate parameters whose gradients or written counts differ."""
         if [column._version for column in self._columns] != self._versions:
             self.renew()
         if dtypes is not self._last_dtypes:  # Also after a plan: it ignores gradients.
-            together = [unit.names for _, unit in self.units if unit.pooled]
+            together = [unit.names for _, unit in self.units if unit.packs]
             together += [list(b.params) for b in self.buckets if b.columns]
             if any(len({dtypes[name] for name in names}) > 1 for names in together):
                 self._divergence.split(dtypes)
                 self.renew()
         self._last_dtypes = dtypes
+
+
+_dtype = operator.attrgetter("dtype")

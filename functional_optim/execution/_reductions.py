@@ -17,8 +17,8 @@ from functional_optim.core._context import ReduceOp, reduce_locally
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from functional_optim.execution._state_tree import Node
-    from functional_optim.execution._units import Later, Unit
+    from functional_optim.execution._state_tree import Leaf
+    from functional_optim.execution._units import DeferredWrites, Unit
 
 ReduceCall: TypeAlias = tuple[tuple[int | str, ...], int]
 """A call of `reduce`: the path of the context, and how many came before it there."""
@@ -47,7 +47,7 @@ class UnitUpdate(Protocol):
     def partial(self, totals: Totals) -> Partial | None:
         """Run up to the first unknown total; return the unit's part of it."""
 
-    def apply(self, totals: Totals, later: Later) -> list[Node] | None:
+    def apply(self, totals: Totals, deferred: DeferredWrites) -> list[Leaf] | None:
         """Write new parameters and state; return the new state of one of the units."""
 
 

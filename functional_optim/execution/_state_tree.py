@@ -1,8 +1,7 @@
-"""A state as a list of nodes: what executors cut, keep and put together again.
+"""Flatten a state into leaves, and keep it in the same tensors from step to step.
 
-A state is tuples down to its nodes: maps by parameter name, tensors of the transform as
-a whole, and `Static` values. What kind a node is follows from its entries; whose it is
-from the transform it belongs to.
+A state is made of tuples down to its leaves: maps by parameter name, tensors of the
+transform as a whole, and `Static` values.
 """
 
 from __future__ import annotations
@@ -17,185 +16,190 @@ from functional_optim.core._traversal import walk
 from functional_optim.execution._tensor_memory import storage_ptr, unalias
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
+    from functional_optim.core._traversal import Path
 
-Node: TypeAlias = "TensorMap | Tensor | Static[Any]"
+Leaf: TypeAlias = "TensorMap | Tensor | Static[Any]"
 
 
-class Kind(enum.Enum):
-    """What a node holds."""
+class LeafKind(enum.Enum):
+    """The kinds of leaves."""
 
-    ELEMENTWISE = "a tensor like the parameter, for each"
-    EACH = "a tensor of its own shape for each parameter"
-    WHOLE = "one tensor for the transform"
+    ELEMENTWISE = "for each parameter a tensor of its shape"
+    PER_PARAMETER = "for each parameter a tensor of another shape"
+    GLOBAL = "one tensor for the transform"
     STATIC = "a value on the host"
 
 
-class Field(NamedTuple):
-    """What is known about a node."""
+class LeafInfo(NamedTuple):
+    """The kind and the place of a leaf, and how it may be used."""
 
-    kind: Kind
+    kind: LeafKind
     owner: str
+    """The class of the transform."""
     name: str
+    """The field of the state."""
     names: frozenset[str]
+    """The parameters that the transform serves."""
     donated: bool
+    """Whether the last update of a step may overwrite it."""
     scalars: bool
+    """Whether all its parameters are 0-dim, so that its kind is ambiguous."""
 
 
-def nodes_of(state: Any) -> list[Node]:
-    """Return the nodes of a state, in order.
+def flatten(state: Any) -> list[Leaf]:
+    """Return the leaves of a state, in order.
 
     Example:
         >>> import torch
-        >>> from functional_optim import Trace, chain, sgd
+        >>> from functional_optim import sgd
         >>> tx = sgd(0.1, momentum=0.9)
-        >>> [sorted(node) for node in nodes_of(tx.init({"w": torch.ones(1)}))]
+        >>> [sorted(leaf) for leaf in flatten(tx.init({"w": torch.ones(1)}))]
         [['w']]
     """
-    found: list[Node] = []
-    _collect(state, found)
-    return found
+    leaves: list[Leaf] = []
+    _collect(state, leaves)
+    return leaves
 
 
-def _collect(state: Any, found: list[Node]) -> None:
+def _collect(state: Any, leaves: list[Leaf]) -> None:
     if isinstance(state, tuple):
         for part in state:
-            _collect(part, found)
+            _collect(part, leaves)
     else:
-        found.append(state)
+        leaves.append(state)
 
 
-def tensors_of(state: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a state, in order."""
-    for node in nodes_of(state):
-        if isinstance(node, dict):
-            yield from node.values()
-        elif isinstance(node, Tensor):
-            yield node
+def unflatten(template: Any, leaves: Iterable[Leaf]) -> Any:
+    """Return a state of the structure of another with these leaves."""
+    leaves = iter(leaves)
+    if not isinstance(template, tuple):
+        return next(leaves)
+    parts = [unflatten(part, leaves) for part in template]
+    return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)
 
 
-def statics_of(nodes: list[Node]) -> tuple[Any, ...]:
-    """Return the values of a state that are on the host."""
-    return tuple(node.value for node in nodes if isinstance(node, Static))
-
-
-def rebuilt(template: Any, nodes: Iterator[Node]) -> Any:
-    """Return a state of the structure of another with other nodes, in order."""
-    if isinstance(template, tuple):
-        parts = [rebuilt(part, nodes) for part in template]
-        return type(template)(*parts) if hasattr(template, "_fields") else tuple(parts)
-    return next(nodes)
-
-
-def mapped(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def tree_map(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """Return a state with other tensors in the same places.
 
     Example:
         >>> import torch
-        >>> mapped(({"w": torch.ones(1)}, Static(3)), torch.neg)
+        >>> tree_map(({"w": torch.ones(1)}, Static(3)), torch.neg)
         ({'w': tensor([-1.])}, Static(value=3))
     """
-    return rebuilt(state, iter([_changed(node, change) for node in nodes_of(state)]))
+    return unflatten(state, [_changed(leaf, change) for leaf in flatten(state)])
 
 
-def _changed(node: Node, change: Callable[[Tensor], Tensor]) -> Node:
-    if isinstance(node, Static):
-        return node
-    if isinstance(node, Tensor):
-        return change(node)
-    return {name: change(entry) for name, entry in node.items()}
+def _changed(leaf: Leaf, change: Callable[[Tensor], Tensor]) -> Leaf:
+    if isinstance(leaf, Static):
+        return leaf
+    if isinstance(leaf, Tensor):
+        return change(leaf)
+    return {name: change(entry) for name, entry in leaf.items()}
 
 
-def _named(state: Any, name: str = "") -> Iterator[tuple[Node, str]]:
-    """Yield the nodes with the names of their fields."""
+def tensors_of(state: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a state, in order."""
+    for leaf in flatten(state):
+        if isinstance(leaf, dict):
+            yield from leaf.values()
+        elif isinstance(leaf, Tensor):
+            yield leaf
+
+
+def statics_of(leaves: Iterable[Leaf]) -> tuple[Any, ...]:
+    """Return the values of a state that are on the host."""
+    return tuple(leaf.value for leaf in leaves if isinstance(leaf, Static))
+
+
+def leaf_infos(transform: Transform, state: Any, params: TensorMap) -> list[LeafInfo]:
+    """Return an info for each leaf of a state, after a check of all leaves."""
+    owners: dict[int, tuple[str, frozenset[str], bool]] = {}
+    opaque: set[Path] = set()
+    for node in walk(transform, state, params):
+        # A combinator that reads an old state must find it as it was.
+        consumes = node.path[:-1] not in opaque and getattr(
+            type(node.transform), "consumes_state", False
+        )
+        if not consumes:
+            opaque.add(node.path)
+        owner = type(node.transform).__name__, frozenset(node.params), consumes
+        owners.update((id(leaf), owner) for leaf in flatten(node.state))
+    infos = []
+    for leaf, name in _with_names(state):
+        owner_name, names, consumes = owners[id(leaf)]
+        _check_leaf(leaf, owner_name, name, params)
+        kind = _kind(leaf, params)
+        scalars = isinstance(leaf, dict) and all(params[n].ndim == 0 for n in leaf)
+        donated = consumes and kind is LeafKind.ELEMENTWISE
+        infos.append(LeafInfo(kind, owner_name, name, names, donated, scalars))
+    return infos
+
+
+def _with_names(state: Any, name: str = "") -> Iterator[tuple[Leaf, str]]:
+    """Yield the leaves with the names of their fields."""
     if isinstance(state, tuple):
         fields = getattr(state, "_fields", None) or [name] * len(state)
         for part, field in zip(state, fields, strict=True):
-            yield from _named(part, field)
+            yield from _with_names(part, field)
     else:
         yield state, name
 
 
-def fields_of(transform: Transform, state: Any, params: TensorMap) -> list[Field]:
-    """Return what is known about each node of a state."""
-    owners: dict[int, tuple[str, frozenset[str], bool]] = {}
-    opaque: set[tuple[int | str, ...]] = set()
-    for stage in walk(transform, state, params):
-        # What looks back at an old state must find it as it was.
-        consumes = stage.path[:-1] not in opaque and getattr(
-            type(stage.transform), "consumes_state", False
-        )
-        if not consumes:
-            opaque.add(stage.path)
-        names = frozenset(stage.params)
-        owner = type(stage.transform).__name__
-        for node in nodes_of(stage.state):
-            owners[id(node)] = owner, names, consumes
-    fields = []
-    for node, name in _named(state):
-        owner, names, consumes = owners[id(node)]
-        _check_node(node, owner, name, params)
-        kind = _kind(node, params)
-        scalars = isinstance(node, dict) and all(params[n].ndim == 0 for n in node)
-        donated = consumes and kind is Kind.ELEMENTWISE
-        fields.append(Field(kind, owner, name, names, donated, scalars))
-    return fields
-
-
-def _check_node(node: Any, owner: str, name: str, params: TensorMap) -> None:
-    """Refuse what no state may hold: the transform may be a user's."""
-    entries = node.values() if isinstance(node, dict) else [node]
-    fits = isinstance(node, (dict, Tensor, Static))
-    if fits and isinstance(node, dict):
-        fits = all(isinstance(entry, Tensor) for entry in entries)
-        fits = fits and node.keys() <= params.keys()
+def _check_leaf(leaf: Any, owner: str, name: str, params: TensorMap) -> None:
+    """Refuse a leaf that no state may have: the transform may be a user's."""
+    fits = isinstance(leaf, (dict, Tensor, Static))
+    if isinstance(leaf, dict):
+        fits = all(isinstance(entry, Tensor) for entry in leaf.values())
+        fits = fits and leaf.keys() <= params.keys()
     if not fits:
         raise TypeError(
-            f"the state of {owner} has {node!r} at {name or 'its top'!r}; it may hold "
+            f"the state of {owner} has {leaf!r} at {name or 'its top'!r}; it may hold "
             "tensors, dicts of tensors by parameter name, tuples of these, and Static "
             "for what the host must know"
         )
 
 
-def _kind(node: Node, params: TensorMap) -> Kind:
-    if isinstance(node, Static):
-        return Kind.STATIC
-    if isinstance(node, Tensor):
-        return Kind.WHOLE
-    alike = all(entry.shape == params[name].shape for name, entry in node.items())
-    return Kind.ELEMENTWISE if alike else Kind.EACH
+def _kind(leaf: Leaf, params: TensorMap) -> LeafKind:
+    if isinstance(leaf, Static):
+        return LeafKind.STATIC
+    if isinstance(leaf, Tensor):
+        return LeafKind.GLOBAL
+    alike = all(entry.shape == params[name].shape for name, entry in leaf.items())
+    return LeafKind.ELEMENTWISE if alike else LeafKind.PER_PARAMETER
 
 
-class Store:
+class ExecutorState:
     """A state whose tensors stay the same from step to step.
 
-    Its tensors share no memory with each other or with the parameters. A rule may start
-    from one zero for all, or from the parameters: where each step makes new tensors
-    nobody can tell.
+    They share no memory with each other or with the parameters. The state of a rule may
+    start with one zero for all, or with the parameters: where each step makes new
+    tensors it makes no difference.
     """
 
     def __init__(self, transform: Transform, state: Any, params: TensorMap) -> None:
         self.replaced = True
-        self.fields = fields_of(transform, state, params)
+        """Whether tensors are others since this was last set to False."""
+        self.infos = leaf_infos(transform, state, params)
         own = iter(unalias(list(tensors_of(state)), params.values()))
-        self._take(mapped(state, lambda _: next(own)))
+        self._set(tree_map(state, lambda _: next(own)))
 
-    def _take(self, state: Any) -> None:
-        self.nodes: list[Node] = [
-            dict(node) if isinstance(node, dict) else node for node in nodes_of(state)
+    def _set(self, state: Any) -> None:
+        self.leaves: list[Leaf] = [
+            dict(leaf) if isinstance(leaf, dict) else leaf for leaf in flatten(state)
         ]
-        self.state = rebuilt(state, iter(self.nodes))
-        self.statics = statics_of(self.nodes)
+        self.tree = unflatten(state, self.leaves)
+        self.statics = statics_of(self.leaves)
 
-    def load(self, nodes: list[Node]) -> None:
-        """Take over the numbers of other nodes; tensors stay where dtypes agree."""
-        # Ours may come back in another order: all is read before one is written.
-        mine = {storage_ptr(entry) for entry in tensors_of(self.state)}
-        nodes = nodes_of(mapped(tuple(nodes), lambda new: free(new, mine)))
-        for index, (old, new) in enumerate(zip(self.nodes, nodes, strict=True)):
+    def load(self, leaves: list[Leaf]) -> None:
+        """Copy the numbers of other leaves; tensors stay where dtypes agree."""
+        # They may be ours in another order: all are read before one is written.
+        mine = {storage_ptr(entry) for entry in tensors_of(self.tree)}
+        leaves = flatten(tree_map(tuple(leaves), lambda new: clone_if_in(new, mine)))
+        for index, (old, new) in enumerate(zip(self.leaves, leaves, strict=True)):
             if isinstance(old, Tensor) and isinstance(new, Tensor):
                 old.copy_(new)
             elif isinstance(old, dict) and isinstance(new, dict):
@@ -205,20 +209,20 @@ class Store:
                     else:
                         old[name] = new[name].to(entry.device, copy=True)
             else:
-                self.nodes[index] = new
-        self._take(rebuilt(self.state, iter(self.nodes)))
+                self.leaves[index] = new
+        self._set(unflatten(self.tree, self.leaves))
 
     def set_statics(self, statics: dict[int, Static[Any]]) -> bool:
         """Replace values on the host; return whether one has changed."""
-        changed = {i: node for i, node in statics.items() if self.nodes[i] != node}
-        for index, node in changed.items():
-            self.nodes[index] = node
+        changed = {i: leaf for i, leaf in statics.items() if self.leaves[i] != leaf}
+        for index, leaf in changed.items():
+            self.leaves[index] = leaf
         if changed:
-            self.state = rebuilt(self.state, iter(self.nodes))
-            self.statics = statics_of(self.nodes)
+            self.tree = unflatten(self.tree, self.leaves)
+            self.statics = statics_of(self.leaves)
         return bool(changed)
 
 
-def free(new: Tensor, homes: set[int]) -> Tensor:
-    """Return a tensor that stays as it is while others are written."""
-    return new.clone() if storage_ptr(new) in homes else new
+def clone_if_in(tensor: Tensor, memory: set[int]) -> Tensor:
+    """Return a copy of a tensor that lies in memory which is about to be written."""
+    return tensor.clone() if storage_ptr(tensor) in memory else tensor

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from functional_optim.algebra._buffers import Workspace
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._context import Reducer
-    from functional_optim.execution._bucketing import Bucket
-    from functional_optim.execution._state_tree import Node
-    from functional_optim.execution._units import Later, Unit
+    from functional_optim.execution._plan import Bucket
+    from functional_optim.execution._state_tree import Leaf
+    from functional_optim.execution._units import DeferredWrites, Unit
 
 _MOST_KNOWN = 256
 """Where gradients are missing by chance, no kind of step comes again."""
@@ -86,7 +86,7 @@ class EagerUpdate:
             return needed.partial
         return None
 
-    def apply(self, totals: Totals, later: Later) -> list[Node]:
+    def apply(self, totals: Totals, deferred: DeferredWrites) -> list[Leaf]:
         """Write new parameters and state; return the new state."""
         call: ReduceCall | None = None
         try:
@@ -97,7 +97,7 @@ class EagerUpdate:
             raise order_error(call)
         if self._cache is not None:
             self._cache.clear()
-        return self.unit.write(moved, state, later)
+        return self.unit.write(moved, state, deferred)
 
     def _run(self, reducer: Reducer, *, last: bool = False) -> tuple[TensorMap, Any]:
         """Run the update; the last one of a step may overwrite the state."""

@@ -1,9 +1,8 @@
-"""Units: what is updated in one call, and where its tensors lie.
+"""Units: parts of a bucket that are updated in one call.
 
-A unit shows a transform one tensor map, whatever lies behind it: a slice of a large
-tensor, tensors in their own shapes, or small ones gathered (see `_pooling`). Results go
-back to where the parameters and states lie; what is shared with other units waits until
-all have run.
+A unit gives a transform one tensor map, whether it is a slice of a large tensor, whole
+tensors, or small ones packed into one. It writes results back to parameters and states;
+tensors that units share are written when all have run.
 """
 
 from __future__ import annotations
@@ -16,7 +15,12 @@ from torch import Tensor
 from functional_optim._messages import format_names
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._buffers import Donated
-from functional_optim.execution._state_tree import Kind, mapped, nodes_of, rebuilt
+from functional_optim.execution._state_tree import (
+    LeafKind,
+    flatten,
+    tree_map,
+    unflatten,
+)
 from functional_optim.execution._tensor_memory import (
     GatherBuffer,
     copied_alone,
@@ -27,138 +31,158 @@ from functional_optim.execution._tensor_memory import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Static
-    from functional_optim.execution._state_tree import Field, Node
+    from functional_optim.execution._state_tree import Leaf, LeafInfo
     from functional_optim.execution._tensor_memory import ScratchMemory
 
-Later: TypeAlias = "dict[int, tuple[Tensor, Tensor]]"
-"""What is written when all units have run: by `id`, the old tensor and the new."""
+DeferredWrites: TypeAlias = "dict[int, tuple[Tensor, Tensor]]"
+"""Tensors to write when all units have run: by `id`, the old one and the new."""
 
 
-class Source(NamedTuple):
-    """The state that units take their parts from."""
+class BucketState(NamedTuple):
+    """The state that the units of a bucket take their parts from."""
 
     template: Any
-    nodes: list[Node]
-    fields: list[Field]
+    leaves: list[Leaf]
+    infos: list[LeafInfo]
     columns: dict[int, Tensor]
+    """Numbers stacked over parameters, by `id` of the first one, which units get."""
 
 
 class Unit:
     """Parameters that one call of `update` moves together."""
 
     params: TensorMap
-    """The parameters as the transform sees them, when `updates` was called."""
-
-    pooled: ClassVar[bool] = False
-    """Whether all its parameters must take the same steps."""
+    """The parameters as the transform gets them, when `updates` was called."""
+    packs: ClassVar[bool] = False
+    """Whether all its parameters must have gradients in the same steps."""
     kind: ClassVar[str] = ""
-    """What it is, for people."""
+    """What `explain` calls it."""
     shares: ClassVar[bool] = True
     """Whether other units may have a part of the same parameter."""
 
-    def __init__(self, names: list[str], source: Source) -> None:
-        self.names = names
-        self.fields = source.fields
-        self._columns = source.columns
+    def __init__(self, names: list[str], state: BucketState) -> None:
+        self.names, self.infos = names, state.infos
+        self._columns = state.columns
         self._stored: list[dict[str, Tensor]] = []
         self._memory: set[int] | None = None
-        self.state: Any = None
-        self.donated: Any = None
 
-    def _keep(self, template: Any, nodes: list[Node]) -> None:
-        """Remember the state as the transform sees it; the tensors stay the same."""
-        self._stored = [node if isinstance(node, dict) else {} for node in nodes]
-        self._show(template, nodes)
+    def _set_state(
+        self,
+        state: BucketState,
+        name: str,
+        elementwise: Callable[[TensorMap], Tensor],
+    ) -> None:
+        """Take the entries of one name from the state of the bucket."""
+        leaves: list[Leaf] = []
+        for leaf, info in zip(state.leaves, state.infos, strict=True):
+            if not isinstance(leaf, dict):
+                leaves.append(leaf)
+            elif name not in leaf:
+                leaves.append({})
+            elif info.kind is LeafKind.ELEMENTWISE:
+                leaves.append({name: elementwise(leaf)})
+            else:
+                leaves.append({name: leaf[name]})
+        self._store(state.template, leaves)
 
+    def _store(self, template: Any, leaves: list[Leaf]) -> None:
+        """Keep the state as the transform gets it; its tensors stay the same."""
+        self._stored = [leaf if isinstance(leaf, dict) else {} for leaf in leaves]
         self._long: list[Tensor] | None = None
+        self._set_leaves(template, leaves)
+
+    def _set_leaves(self, template: Any, leaves: list[Leaf]) -> None:
+        self.leaves = leaves
+        self.state = unflatten(template, leaves)
+        donated = [
+            Donated(leaf) if info.donated and isinstance(leaf, dict) else leaf
+            for leaf, info in zip(leaves, self.infos, strict=True)
+        ]
+        self.donated = unflatten(template, donated)
+        """The state, for an update that may overwrite it."""
+
+    def set_statics(self, statics: dict[int, Static[Any]]) -> None:
+        """Replace values on the host."""
+        leaves = [statics.get(index, leaf) for index, leaf in enumerate(self.leaves)]
+        self._set_leaves(self.state, leaves)
 
     def long(self) -> list[Tensor]:
         """Return the tensors that are as long as the unit: parameter, then state."""
         if self._long is None:
             entries = [
                 entry
-                for field, stored in zip(self.fields, self._stored, strict=True)
-                if field.kind is Kind.ELEMENTWISE
+                for info, stored in zip(self.infos, self._stored, strict=True)
+                if info.kind is LeafKind.ELEMENTWISE
                 for entry in stored.values()
             ]
             self._long = [*self.params.values(), *entries]
         return self._long
 
-    def _show(self, template: Any, nodes: list[Node]) -> None:
-        self.state = rebuilt(template, iter(nodes))
-        given_up = [
-            Donated(node) if field.donated and isinstance(node, dict) else node
-            for node, field in zip(nodes, self.fields, strict=True)
-        ]
-        self.donated = rebuilt(template, iter(given_up))
-
-    def set_statics(self, statics: dict[int, Static[Any]]) -> None:
-        """Go on with other values that are known on the host."""
-        nodes = nodes_of(self.state)
-        changed = [statics.get(index, node) for index, node in enumerate(nodes)]
-        self._show(self.state, changed)
-
     def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
-        """Return the gradients as the transform sees them; empty if there are none."""
+        """Return the gradients as the transform gets them."""
         raise NotImplementedError
 
-    def write(self, moved: TensorMap, state: Any, later: Later) -> list[Node]:
-        """Move the parameters, and keep the new state."""
-        found = nodes_of(state)
-        self._check(moved, found)
-        if self._gives_back(moved, found):
-            # What is written first must not be read after.
+    def write(
+        self, moved: TensorMap, state: Any, deferred: DeferredWrites
+    ) -> list[Leaf]:
+        """Write new parameters and state; return the leaves of the new state."""
+        leaves = flatten(state)
+        self._check(moved, leaves)
+        if self._returns_old_state(moved, leaves):
+            # A tensor written first must not be read after.
             moved = {name: update.clone() for name, update in moved.items()}
-            found = nodes_of(mapped(state, Tensor.clone))
-        for field, node, stored in zip(self.fields, found, self._stored, strict=True):
-            if field.kind is not Kind.STATIC and isinstance(node, dict):
-                for key, old in stored.items():
-                    new = node[key]
-                    if new is old:
-                        continue
-                    if self.shares and field.kind is Kind.EACH:
-                        self.share(old, new, later)
-                    else:
-                        old.copy_(new)
+            leaves = flatten(tree_map(state, Tensor.clone))
+        for info, leaf, stored in zip(self.infos, leaves, self._stored, strict=True):
+            if not isinstance(leaf, dict):
+                continue
+            for key, old in stored.items():
+                new = leaf[key]
+                if new is old:
+                    continue
+                if self.shares and info.kind is LeafKind.PER_PARAMETER:
+                    self.share(old, new, deferred)
+                else:
+                    old.copy_(new)
         if moved:
             self._apply(moved)
-        return found
+        return leaves
 
-    def share(self, old: Tensor, new: Tensor, later: Later) -> None:
-        """Keep what other units read, too, until all have run."""
+    def share(self, old: Tensor, new: Tensor, deferred: DeferredWrites) -> None:
+        """Write a tensor that other units read, too, when all have run."""
         if new is not old:
             home = self._columns.get(id(old), old)
-            later.setdefault(id(home), (home, new))
+            deferred.setdefault(id(home), (home, new))
 
     def after_write(self) -> None:
-        """Do what is left when parameters and state were written past torch."""
-        torch.autograd.graph.increment_version(self._written())
+        """Count a write that torch has not seen, as compiled code makes them."""
+        torch.autograd.graph.increment_version(self._versioned())
 
-    def _written(self) -> list[Tensor]:
-        """Return what shares its version with the state that code has written."""
+    def _versioned(self) -> list[Tensor]:
+        """Return tensors that share their versions with all that code writes."""
         return self.long()[len(self.params) :]
 
-    def _gives_back(self, moved: TensorMap, nodes: list[Node]) -> bool:
-        """Whether a result is what another entry of the state was, as in a delay."""
+    def _returns_old_state(self, moved: TensorMap, leaves: list[Leaf]) -> bool:
+        """Whether a result is the old value of another entry, as in a delay."""
         if self._memory is None:
-            mine = [entry for own in self._stored for entry in own.values()]
+            mine = [entry for stored in self._stored for entry in stored.values()]
             self._memory = {storage_ptr(entry) for entry in mine if entry.numel()}
         for update in moved.values():
             if storage_ptr(update) in self._memory:
                 return True
-        for node, stored in zip(nodes, self._stored, strict=True):
-            if isinstance(node, dict):
+        for leaf, stored in zip(leaves, self._stored, strict=True):
+            if isinstance(leaf, dict):
                 for key, old in stored.items():
-                    if node[key] is not old and storage_ptr(node[key]) in self._memory:
+                    new = leaf[key]
+                    if new is not old and storage_ptr(new) in self._memory:
                         return True
         return False
 
-    def _check(self, moved: TensorMap, nodes: list[Node]) -> None:
-        """Refuse what no `update` may return: the transform may be a user's."""
+    def _check(self, moved: TensorMap, leaves: list[Leaf]) -> None:
+        """Refuse results that no `update` may return: the transform may be a user's."""
         for key, update in moved.items():
             if update.shape != self.params[key].shape:
                 raise ValueError(
@@ -166,10 +190,10 @@ class Unit:
                     f"{tuple(update.shape)} where {tuple(self.params[key].shape)} was "
                     "given; a transform must keep the shapes of its updates"
                 )
-        if len(nodes) != len(self.fields):
+        if len(leaves) != len(self.infos):
             raise ValueError(
-                f"update returned a state of {len(nodes)} fields for "
-                f"{format_names(self.names)}, init one of {len(self.fields)}; the "
+                f"update returned a state of {len(leaves)} fields for "
+                f"{format_names(self.names)}, init one of {len(self.infos)}; the "
                 "structure must stay"
             )
 
@@ -180,113 +204,92 @@ class Unit:
                 self.params[key].copy_(param)
 
 
-class Shaped(Unit):
+class WholeTensors(Unit):
     """Parameters in their own shapes, under their own names."""
 
     kind: ClassVar[str] = "group"
     shares: ClassVar[bool] = False
 
-    def __init__(self, params: TensorMap, source: Source) -> None:
-        super().__init__(list(params), source)
+    def __init__(self, params: TensorMap, state: BucketState) -> None:
+        super().__init__(list(params), state)
         self.params = params
-        own: list[Node] = []
-        for node in source.nodes:
-            if isinstance(node, dict):
-                own.append({name: node[name] for name in params if name in node})
-            else:
-                own.append(node)
-        self._keep(source.template, own)
+        leaves: list[Leaf] = [
+            {name: leaf[name] for name in params if name in leaf}
+            if isinstance(leaf, dict)
+            else leaf
+            for leaf in state.leaves
+        ]
+        self._store(state.template, leaves)
 
     def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
         """Return the gradients that there are."""
         return {name: grads[name] for name in self.names if name in grads}
 
 
-class Piece(Unit):
+class Slice(Unit):
     """A slice of one dense parameter, flat."""
 
     kind: ClassVar[str] = "slice"
 
-    def __init__(self, param: TensorMap, where: slice, source: Source) -> None:
-        super().__init__(list(param), source)
-        ((self._name, self._param),) = param.items()
-        name, self._where = self._name, where
-        self.params = {name: flat(self._param)[where]}
-        self._is_whole = self._param.is_contiguous() and where.indices(
-            self._param.numel()
-        ) == (0, self._param.numel(), 1)
-        own: list[Node] = []
-        for node, field in zip(source.nodes, source.fields, strict=True):
-            if not isinstance(node, dict):
-                own.append(node)
-            elif name not in node:
-                own.append({})
-            elif field.kind is Kind.ELEMENTWISE:
-                own.append({name: flat(node[name])[where]})
-            else:
-                own.append({name: node[name]})
-        self._keep(source.template, own)
+    def __init__(
+        self, name: str, param: Tensor, where: slice, state: BucketState
+    ) -> None:
+        super().__init__([name], state)
+        self._name, self._param, self._where = name, param, where
+        self.params = {name: flat(param)[where]}
+        everything = (0, param.numel(), 1)
+        self._is_whole = (
+            param.is_contiguous() and where.indices(param.numel()) == everything
+        )
+        self._set_state(state, name, lambda leaf: flat(leaf[name])[where])
 
     def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
         """Return the slice of the gradient."""
-        if self._name not in grads:
-            return {}
         grad = grads[self._name]
         if self._is_whole and grad.is_contiguous() and grad.shape == self._param.shape:
             return {self._name: grad.view(-1)}
         return {self._name: flat_like(grad, self._param, self._where)}
 
-    def _written(self) -> list[Tensor]:
-        return [self._param, *super()._written()]
+    def _versioned(self) -> list[Tensor]:
+        return [self._param, *super()._versioned()]
 
 
-class Pooled(Unit):
-    """Small parameters with equal histories, gathered into one flat tensor."""
+class PackedTensors(Unit):
+    """Small parameters with equal histories, packed into one flat tensor."""
 
     kind: ClassVar[str] = "pool"
-    pooled: ClassVar[bool] = True
+    packs: ClassVar[bool] = True
 
     def __init__(
         self,
         params: TensorMap,
-        source: Source,
+        state: BucketState,
         scratch: ScratchMemory,
         *,
         compiles: bool = False,
     ) -> None:
-        super().__init__(list(params), source)
+        super().__init__(list(params), state)
         self._key = self.names[0]
         self._buffer = GatherBuffer(params, scratch, compiles=compiles)
         self.params = {self._key: self._buffer.params}
         self._last: TensorMap | None = None
-        own: list[Node] = []
-        for node, field in zip(source.nodes, source.fields, strict=True):
-            if not isinstance(node, dict):
-                own.append(node)
-            elif self._key not in node:
-                own.append({})
-            elif field.kind is Kind.ELEMENTWISE:
-                own.append({self._key: self._joined(node)})
-            else:
-                own.append({self._key: node[self._key]})
-        self._keep(source.template, own)
+        self._set_state(state, self._key, self._packed)
 
-    def _joined(self, node: TensorMap) -> Tensor:
-        """Bring the entries of all members into one flat tensor."""
-        entries = [node[name] for name in self.names]
+    def _packed(self, leaf: TensorMap) -> Tensor:
+        """Move the entries of all names into one flat tensor."""
+        entries = [leaf[name] for name in self.names]
         memory = entries[0].new_empty(sum(map(Tensor.numel, entries)))
         views = split_views(memory, [entry.shape for entry in entries])
         torch._foreach_copy_(views, entries)
-        node.update(zip(self.names, map(copied_alone, views), strict=True))
+        leaf.update(zip(self.names, map(copied_alone, views), strict=True))
         return memory
 
     def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
-        """Gather the gradients, and the parameters."""
+        """Gather the parameters and their gradients."""
         if again and self._buffer.is_own and self._last is not None:
             return self._last
         self._buffer.gather(grads)
-        # All have a gradient, or none where a window closes.
-        self._last = {self._key: self._buffer.grads} if self._key in grads else {}
+        self._last = {self._key: self._buffer.grads}
         return self._last
 
     def _apply(self, moved: TensorMap) -> None:
@@ -294,6 +297,6 @@ class Pooled(Unit):
         self._buffer.scatter()
 
     def after_write(self) -> None:
-        """Write the gathered parameters to their own places, too."""
+        """Write the packed parameters to their own memory, too."""
         self._buffer.scatter()
         super().after_write()

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._traversal import Node, Path
-    from functional_optim.execution._bucketing import Bucket
+    from functional_optim.execution._plan import Bucket
     from functional_optim.torch_optimizer._engine import Engine
 
 _LINE_WIDTH = 100

@@ -19,7 +19,7 @@ from functional_optim.core._state_dict import load_state_dict, state_dict
 from functional_optim.core._transform import Role, Transform
 from functional_optim.core._traversal import walk
 from functional_optim.execution._gradient_executor import GradientExecutor
-from functional_optim.execution._state_tree import nodes_of, rebuilt
+from functional_optim.execution._state_tree import flatten, unflatten
 from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
 from functional_optim.torch_optimizer._gradients import gradients_of
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
@@ -125,13 +125,13 @@ def _name_params(
 
 def _with_old_entries(new: Any, old: Any) -> Any:
     """Return a new state with the entries that an old one has of the same names."""
-    nodes = [
+    leaves = [
         {**fresh, **{name: known[name] for name in known if name in fresh}}
         if isinstance(fresh, dict) and isinstance(known, dict)
         else known
-        for known, fresh in zip(nodes_of(old), nodes_of(new), strict=True)
+        for known, fresh in zip(flatten(old), flatten(new), strict=True)
     ]
-    return rebuilt(new, iter(nodes))
+    return unflatten(new, leaves)
 
 
 def check_not_owned(transform: Any, owned: Mapping[Role, str], why: str) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from functional_optim.execution._bucketing import ExecutionOptions
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._group_transforms import joined
-from functional_optim.execution._state_tree import nodes_of
+from functional_optim.execution._plan import ExecutionOptions
+from functional_optim.execution._state_tree import flatten
 from functional_optim.execution.compiled._kernels import KernelCache
 from functional_optim.torch_optimizer._gradients import GradientCollector, StateSnapshot
 from functional_optim.torch_optimizer._param_state import (
@@ -20,7 +20,7 @@ from functional_optim.torch_optimizer._param_state import (
     entries_of,
     fresh_state,
     global_entries_of,
-    load_nodes,
+    load_leaves,
 )
 from functional_optim.torch_optimizer._params import ShardCheck
 
@@ -62,7 +62,7 @@ class Engine:
             options=ExecutionOptions(kernels=_new_kernels() if compiles else None),
             check_totals=ShardCheck(self.names, transform).check_totals,
         )
-        self._store = self.executor.store
+        self._state = self.executor.state
         self._shown = StateSnapshot({}, [])
         self.global_entries: dict[str, Any] = {}
         """The state of the transform as a whole, in the first group."""
@@ -79,7 +79,7 @@ class Engine:
     @property
     def state(self) -> Any:
         """The state by name, in the structure of the transform."""
-        return self._store.state
+        return self._state.tree
 
     @property
     def start(self) -> StartingState:
@@ -100,7 +100,7 @@ class Engine:
 
     def entries(self, name: str) -> dict[str, Tensor]:
         """Return the state of one parameter, by the keys of `optimizer.state`."""
-        return entries_of(self._store.nodes, self._template.keys, name)
+        return entries_of(self._state.leaves, self._template.keys, name)
 
     def entries_like(self, name: str) -> dict[str, Tensor]:
         """Return the entries that a parameter may have, on the meta device."""
@@ -112,7 +112,7 @@ class Engine:
         Those that have none yet have entries without memory.
         """
         params, keys = self.all_params(), self._template.keys
-        fresh = nodes_of(fresh_state(self._transform, params, self.names.values()))
+        fresh = flatten(fresh_state(self._transform, params, self.names.values()))
         return {name: entries_of(fresh, keys, name) for name in params}
 
     def write_state(self, state: MutableMapping[Tensor, Any]) -> None:
@@ -124,17 +124,17 @@ class Engine:
         self._shown = StateSnapshot(
             state, [e for some in own.values() for e in some.values()]
         )
-        self._store.replaced = False
+        self._state.replaced = False
 
     def write_replaced_state(self, state: MutableMapping[Tensor, Any]) -> None:
         """Write the state if its tensors were replaced since it was written."""
-        if self._store.replaced:
+        if self._state.replaced:
             self.write_state(state)
 
     def write_global_entries(self) -> None:
         """Write the state of the transform as a whole into the first group."""
-        nodes = self._store.nodes
-        self.global_entries.update(global_entries_of(nodes, self._template.keys))
+        leaves = self._state.leaves
+        self.global_entries.update(global_entries_of(leaves, self._template.keys))
 
     def sync_state(
         self, state: MutableMapping[Tensor, Any], *, each: bool = False
@@ -179,44 +179,44 @@ class Engine:
         """
         template = self._template
         likes = [
-            {n: node.get(n, like[n]) for n in like if n in per_name}
-            if isinstance(node, dict) and isinstance(like, dict)
-            else node
-            for node, like in zip(self._store.nodes, template.nodes, strict=True)
+            {n: leaf.get(n, like[n]) for n in like if n in per_name}
+            if isinstance(leaf, dict) and isinstance(like, dict)
+            else leaf
+            for leaf, like in zip(self._state.leaves, template.leaves, strict=True)
         ]
         every_name = self._all_names.values()
-        nodes = load_nodes(likes, template.keys, per_name, saved, every_name)
+        leaves = load_leaves(likes, template.keys, per_name, saved, every_name)
         has = {name for name in self.names.values() if self.entries(name)}
         if has != {name for name, own in per_name.items() if own}:
             return {
                 param: {
                     key: entry.clone()
-                    for key, entry in entries_of(nodes, template.keys, name).items()
+                    for key, entry in entries_of(leaves, template.keys, name).items()
                 }
                 for param, name in self._all_names.items()
             }
-        self.executor.check(nodes)
-        self.executor.load(nodes)
+        self.executor.check(leaves)
+        self.executor.load(leaves)
         self.write_global_entries()
         return None
 
     def check(self) -> None:
         """Refuse a state that the transform cannot go on from."""
-        self.executor.check(self._store.nodes)
+        self.executor.check(self._state.leaves)
 
     def split_state(
         self, state: Any
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return a state by name as a checkpoint has it: by parameter, and the rest."""
-        nodes, keys = nodes_of(state), self._template.keys
-        if list(map(type, nodes)) != list(map(type, self._template.nodes)):
+        leaves, keys = flatten(state), self._template.keys
+        if list(map(type, leaves)) != list(map(type, self._template.leaves)):
             raise ValueError(
                 f"state is of another transform than {self._transform!r}: pass what "
                 "its init or update returned"
             )
-        names = {n for node in nodes if isinstance(node, dict) for n in node}
-        per_name = {name: entries_of(nodes, keys, name) for name in names}
-        return per_name, global_entries_of(nodes, keys)
+        names = {n for leaf in leaves if isinstance(leaf, dict) for n in leaf}
+        per_name = {name: entries_of(leaves, keys, name) for name in names}
+        return per_name, global_entries_of(leaves, keys)
 
     # -- steps -----------------------------------------------------------------------
 

@@ -15,7 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from functional_optim._messages import format_names
 from functional_optim.core._state_dict import as_tuples, check_like, check_same_keys
 from functional_optim.core._transform import Scope, Static
-from functional_optim.execution._state_tree import fields_of, mapped, nodes_of, rebuilt
+from functional_optim.execution._state_tree import (
+    flatten,
+    leaf_infos,
+    tree_map,
+    unflatten,
+)
 from functional_optim.torch_optimizer._params import check_memory, strip_wrapper_prefix
 
 if TYPE_CHECKING:
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
 
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
-    from functional_optim.execution._state_tree import Field, Node
+    from functional_optim.execution._state_tree import Leaf, LeafInfo
 
 _TORCH_KEYS = {
     "ScaleByAdam": {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
@@ -31,94 +36,94 @@ _TORCH_KEYS = {
 }
 
 
-def _keys_of(nodes: list[Node], fields: list[Field]) -> list[str]:
-    """Return the key of every node, different for all that a parameter may have."""
+def _keys_of(leaves: list[Leaf], infos: list[LeafInfo]) -> list[str]:
+    """Return the key of every leaf, different for all that a parameter may have."""
     keys = []
     by_key: dict[str, list[int]] = {}
-    for index, field in enumerate(fields):
-        is_torch = field.name in _TORCH_KEYS.get(field.owner, ())
-        full = ".".join(filter(None, [field.owner, field.name]))
-        keys.append(field.name if is_torch else full)
+    for index, info in enumerate(infos):
+        is_torch = info.name in _TORCH_KEYS.get(info.owner, ())
+        full = ".".join(filter(None, [info.owner, info.name]))
+        keys.append(info.name if is_torch else full)
         by_key.setdefault(keys[-1], []).append(index)
     for key, indices in by_key.items():
-        if _collide([nodes[i] for i in indices]):
+        if _collide([leaves[i] for i in indices]):
             for count, index in enumerate(indices):
-                field = fields[index]
-                keys[index] = f"{count}.{field.owner}.{field.name or key}"
+                info = infos[index]
+                keys[index] = f"{count}.{info.owner}.{info.name or key}"
     return keys
 
 
-def _collide(nodes: list[Node]) -> bool:
-    if not all(isinstance(node, dict) for node in nodes):
-        return len(nodes) > 1
-    names = Counter(name for node in nodes if isinstance(node, dict) for name in node)
+def _collide(leaves: list[Leaf]) -> bool:
+    if not all(isinstance(leaf, dict) for leaf in leaves):
+        return len(leaves) > 1
+    names = Counter(name for leaf in leaves if isinstance(leaf, dict) for name in leaf)
     return any(count > 1 for count in names.values())
 
 
-def entries_of(nodes: list[Node], keys: list[str], name: str) -> dict[str, Tensor]:
+def entries_of(leaves: list[Leaf], keys: list[str], name: str) -> dict[str, Tensor]:
     """Return the state of one parameter; the tensors are not copied."""
     return {
-        key: node[name]
-        for node, key in zip(nodes, keys, strict=True)
-        if isinstance(node, dict) and name in node
+        key: leaf[name]
+        for leaf, key in zip(leaves, keys, strict=True)
+        if isinstance(leaf, dict) and name in leaf
     }
 
 
-def global_entries_of(nodes: list[Node], keys: list[str]) -> dict[str, Any]:
+def global_entries_of(leaves: list[Leaf], keys: list[str]) -> dict[str, Any]:
     """Return the state of the transform as a whole; the tensors are not copied."""
     entries: dict[str, Any] = {}
-    for node, key in zip(nodes, keys, strict=True):
-        if isinstance(node, Static):
+    for leaf, key in zip(leaves, keys, strict=True):
+        if isinstance(leaf, Static):
             # As text: torch.distributed takes no lists that grow.
-            is_tuple = isinstance(node.value, tuple)
-            entries[key] = json.dumps(node.value) if is_tuple else node.value
-        elif isinstance(node, Tensor):
-            entries[key] = node.detach()
+            is_tuple = isinstance(leaf.value, tuple)
+            entries[key] = json.dumps(leaf.value) if is_tuple else leaf.value
+        elif isinstance(leaf, Tensor):
+            entries[key] = leaf.detach()
     return entries
 
 
 # -- loading -----------------------------------------------------------------------
 
 
-def load_nodes(
-    nodes: list[Node],
+def load_leaves(
+    leaves: list[Leaf],
     keys: list[str],
     per_name: Mapping[str, Mapping[str, Any]],
     saved: Mapping[str, Any],
     names: Iterable[str],
-) -> list[Node]:
-    """Return nodes with the values of a state dict, after validating all of them."""
+) -> list[Leaf]:
+    """Return leaves with the values of a state dict, after validating all of them."""
     for name, entries in per_name.items():
-        own = entries_of(nodes, keys, name)
+        own = entries_of(leaves, keys, name)
         check_same_keys(own, entries, f"state of {name!r}")
         for key, like in own.items():
             check_like(like, entries[key], f"{key} of {name!r}")
     return [
-        {name: _widened(per_name[name][key], like) for name, like in node.items()}
-        if isinstance(node, dict)
-        else node
-        for node, key in zip(
-            load_global_nodes(nodes, keys, saved, names), keys, strict=True
+        {name: _widened(per_name[name][key], like) for name, like in leaf.items()}
+        if isinstance(leaf, dict)
+        else leaf
+        for leaf, key in zip(
+            load_global_leaves(leaves, keys, saved, names), keys, strict=True
         )
     ]
 
 
-def load_global_nodes(
-    nodes: list[Node], keys: list[str], saved: Mapping[str, Any], names: Iterable[str]
-) -> list[Node]:
-    """Return nodes with the values of a state dict for the transform as a whole."""
-    check_same_keys(global_entries_of(nodes, keys), saved, "transform_state")
-    loaded: list[Node] = []
-    for node, key in zip(nodes, keys, strict=True):
+def load_global_leaves(
+    leaves: list[Leaf], keys: list[str], saved: Mapping[str, Any], names: Iterable[str]
+) -> list[Leaf]:
+    """Return leaves with the values of a state dict for the transform as a whole."""
+    check_same_keys(global_entries_of(leaves, keys), saved, "transform_state")
+    loaded: list[Leaf] = []
+    for leaf, key in zip(leaves, keys, strict=True):
         place = f"transform_state[{key!r}]"
-        if isinstance(node, Static):
-            value = _loaded_value(node.value, saved[key], place, names)
+        if isinstance(leaf, Static):
+            value = _loaded_value(leaf.value, saved[key], place, names)
             loaded.append(Static(value))
-        elif isinstance(node, Tensor):
-            check_like(node, saved[key], place)
-            loaded.append(saved[key].detach().to(node))
+        elif isinstance(leaf, Tensor):
+            check_like(leaf, saved[key], place)
+            loaded.append(saved[key].detach().to(leaf))
         else:
-            loaded.append(node)
+            loaded.append(leaf)
     return loaded
 
 
@@ -164,16 +169,16 @@ class StateTemplate:
     """The keys, shapes and dtypes of the state of all parameters, without memory."""
 
     def __init__(self, transform: Transform, state: Any, params: TensorMap) -> None:
-        self.keys = _keys_of(nodes_of(state), fields_of(transform, state, params))
-        self.state = mapped(
+        self.keys = _keys_of(flatten(state), leaf_infos(transform, state, params))
+        self.state = tree_map(
             state, lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta")
         )
-        self.nodes = nodes_of(self.state)
+        self.leaves = flatten(self.state)
         self.shapes = {name: param.shape for name, param in params.items()}
 
     def entries(self, name: str) -> dict[str, Tensor]:
         """Return the entries of one parameter, on the meta device."""
-        return entries_of(self.nodes, self.keys, name)
+        return entries_of(self.leaves, self.keys, name)
 
 
 class StartingState(NamedTuple):
@@ -216,7 +221,7 @@ def starting_state(
         fresh = fresh_state(transform, params, new)
     if fresh is None:
         fresh = template.state  # Nothing of it is needed.
-    nodes: list[Node] = [
+    leaves: list[Leaf] = [
         {
             name: _widened(entries[name][key], like[name], params[name].device)
             if name in kept
@@ -227,29 +232,29 @@ def starting_state(
         if isinstance(like, dict) and isinstance(own, dict)
         else own
         for key, like, own in zip(
-            template.keys, template.nodes, nodes_of(fresh), strict=True
+            template.keys, template.leaves, flatten(fresh), strict=True
         )
     ]
     if before is not None:
         gone = new | {*before.names} - {*served}
-        nodes = _with_globals(nodes, nodes_of(before.state), gone, params)
+        leaves = _with_globals(leaves, flatten(before.state), gone, params)
     if global_entries is not None:
-        nodes = load_global_nodes(nodes, template.keys, global_entries, params)
-    return StartingState(rebuilt(template.state, iter(nodes)), served, template)
+        leaves = load_global_leaves(leaves, template.keys, global_entries, params)
+    return StartingState(unflatten(template.state, leaves), served, template)
 
 
 def _with_globals(
-    nodes: list[Node], before: list[Node], gone: Set[str], params: TensorMap
-) -> list[Node]:
-    """Return nodes with the former state of the transform as a whole."""
-    result: list[Node] = []
-    for node, old in zip(nodes, before, strict=True):
+    leaves: list[Leaf], before: list[Leaf], gone: Set[str], params: TensorMap
+) -> list[Leaf]:
+    """Return leaves with the former state of the transform as a whole."""
+    result: list[Leaf] = []
+    for leaf, old in zip(leaves, before, strict=True):
         if isinstance(old, Static) and isinstance(old.value, tuple):
             result.append(Static(tuple(n for n in old.value if n not in gone)))
         elif isinstance(old, Tensor):
             result.append(old.to(next(iter(params.values()), old).device))
         else:
-            result.append(old if isinstance(old, Static) else node)
+            result.append(old if isinstance(old, Static) else leaf)
     return result
 
 
@@ -274,8 +279,8 @@ def _has_memory(state: Any, others: Set[str]) -> bool:
     """Whether all but the entries of some names has memory."""
     return not any(
         isinstance(entry, FakeTensor)
-        for node in nodes_of(state)
-        for name, entry in (node if isinstance(node, dict) else {"": node}).items()
+        for leaf in flatten(state)
+        for name, entry in (leaf if isinstance(leaf, dict) else {"": leaf}).items()
         if name not in others
     )
 

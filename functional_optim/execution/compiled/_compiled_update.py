@@ -24,7 +24,7 @@ from functional_optim.execution._reductions import (
     Partial,
     TotalNeededError,
 )
-from functional_optim.execution._state_tree import Kind, nodes_of, rebuilt
+from functional_optim.execution._state_tree import LeafKind, flatten, unflatten
 from functional_optim.execution.compiled._constants import (
     as_tensors,
     is_frozen,
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._context import ReduceOp, Reducer
     from functional_optim.execution._reductions import ReduceCall, Totals, UnitUpdate
-    from functional_optim.execution._state_tree import Node
+    from functional_optim.execution._state_tree import Leaf
     from functional_optim.execution._unit_update import EagerUpdate, StepInputs
-    from functional_optim.execution._units import Later
+    from functional_optim.execution._units import DeferredWrites
     from functional_optim.execution.compiled._kernels import BucketKernels
 
 _MOST_KINDS = 16
@@ -71,10 +71,12 @@ class CompiledStep:
         self._kind, self._numbers = kernels.kind_of(update.transform, self._param)
         self._dtype = dtype_of(inputs.grads, update.unit.names[0])
         self._is_frozen = is_frozen(update.transform)
-        kinds = [field.kind for field in update.unit.fields]
-        self._cut = [i for i, kind in enumerate(kinds) if kind is Kind.ELEMENTWISE]
+        kinds = [info.kind for info in update.unit.infos]
+        self._cut = [i for i, kind in enumerate(kinds) if kind is LeafKind.ELEMENTWISE]
         self._uncut = [
-            i for i, kind in enumerate(kinds) if kind in {Kind.EACH, Kind.WHOLE}
+            i
+            for i, kind in enumerate(kinds)
+            if kind in {LeafKind.PER_PARAMETER, LeafKind.GLOBAL}
         ]
         self._compiled: dict[tuple[ReduceCall, ...], tuple[CompiledPass, ReduceOp]] = {}
         self._start(inputs)
@@ -151,18 +153,18 @@ class CompiledStep:
             function = self._function(KnownTotals, known, ops)
             return CompiledPass(function, examples, short, cache.compiler), ops[-1]
 
-        nodes = nodes_of(self._unit.state)
+        leaves = self._unit.leaves
         key = (
             self._kind,
             self._step_kind,
             self._signature,
             len(known),
-            tuple(len(node) if isinstance(node, dict) else -1 for node in nodes),
+            tuple(len(leaf) if isinstance(leaf, dict) else -1 for leaf in leaves),
             # Whether these parameters are among the names of an open window.
             tuple(
-                self._name in node.value
-                for node in nodes
-                if isinstance(node, Static) and isinstance(node.value, tuple)
+                self._name in leaf.value
+                for leaf in leaves
+                if isinstance(leaf, Static) and isinstance(leaf.value, tuple)
             ),
             tuple((x.dtype, x.device, x.shape) for x in short),
             tuple((x.dtype, x.device) for x in examples),
@@ -175,11 +177,11 @@ class CompiledStep:
 
     def _short(self, totals: Totals) -> list[Tensor]:
         """Return the inputs that are single numbers."""
-        nodes: list[Any] = nodes_of(self._unit.state)
+        leaves: list[Any] = self._unit.leaves
         short: list[Tensor] = []
         for index in self._uncut:
-            node = nodes[index]
-            short += node.values() if isinstance(node, dict) else [node]
+            leaf = leaves[index]
+            short += leaf.values() if isinstance(leaf, dict) else [leaf]
         return [*short, *self._numbers, *self._context_tensors, *totals.values()]
 
     def _fail(self, error: Exception) -> None:
@@ -196,22 +198,22 @@ class CompiledStep:
         failures[self._kind] = why
 
     def share(
-        self, done: StepPass, late: Sequence[Tensor], later: Later
-    ) -> list[Node] | None:
+        self, done: StepPass, late: Sequence[Tensor], deferred: DeferredWrites
+    ) -> list[Leaf] | None:
         """Keep the numbers of the new state that units share; return it once."""
         if self._is_shared:
             return None
         self._is_shared = True
         results = iter(done.code.merge_results(late, done.early))
-        nodes = nodes_of(self._unit.state)
+        leaves = list(self._unit.leaves)
         for index in self._uncut:
-            node = nodes[index]
-            if isinstance(node, dict):
-                for entry in node.values():
-                    self._unit.share(entry, next(results), later)
+            leaf = leaves[index]
+            if isinstance(leaf, dict):
+                for entry in leaf.values():
+                    self._unit.share(entry, next(results), deferred)
             else:
-                nodes[index] = next(results)
-        return nodes
+                leaves[index] = next(results)
+        return leaves
 
     def _function(
         self,
@@ -231,11 +233,11 @@ class CompiledStep:
         def function(*tensors: Tensor) -> list[Tensor]:
             inputs = iter(tensors)
             grad, param = next(inputs), next(inputs)
-            old: list[Any] = nodes_of(template)
+            old: list[Any] = flatten(template)
             for index in [*cut, *uncut]:
-                node = old[index]
-                if isinstance(node, dict):
-                    old[index] = {key: next(inputs) for key in node}
+                leaf = old[index]
+                if isinstance(leaf, dict):
+                    old[index] = {key: next(inputs) for key in leaf}
                 else:
                     old[index] = next(inputs)
             transform = with_constants(old_transform, lambda _: next(inputs))
@@ -246,7 +248,7 @@ class CompiledStep:
             }
             totals = {call: next(inputs) for call in known}
             context = context_now.with_reducer(reducer(totals), **changes)
-            state = rebuilt(template, iter(old))
+            state = unflatten(template, old)
             if scaling is not None:
                 state = wrap_state(state, scaling.grad_scale)
             try:
@@ -256,7 +258,7 @@ class CompiledStep:
             except TotalNeededError as needed:
                 ops.append(needed.partial.op)
                 return [needed.partial.value]
-            new: list[Any] = nodes_of(new_state if scaling is None else new_state[-1])
+            new: list[Any] = flatten(new_state if scaling is None else new_state[-1])
             if len(new) != len(old) or any(
                 u.shape != param.shape for u in moved.values()
             ):
@@ -312,17 +314,17 @@ class CompiledUpdate:
         (value,) = found.code.merge_results(late, found.early)
         return Partial(found.call, value, found.op)
 
-    def apply(self, totals: Totals, later: Later) -> list[Node] | None:
-        """Write the new parameters and state; return its nodes for one of the units."""
+    def apply(self, totals: Totals, deferred: DeferredWrites) -> list[Leaf] | None:
+        """Write new parameters and state; return the new state of one of the units."""
         found = self._step.next_pass(totals)
         if found is None:
-            return self._eager.apply(totals, later)
+            return self._eager.apply(totals, deferred)
         late = found.code(self._inputs(), found.crossing)
         self.unit.after_write()
-        return self._step.share(found, late, later)
+        return self._step.share(found, late, deferred)
 
     def _inputs(self) -> list[Tensor]:
-        if self._long is None or self.unit.pooled:
+        if self._long is None or self.unit.packs:
             again = self._long is not None
             (grad,) = self.unit.updates(self._grads, again=again).values()
             self._long = [_plain(grad), *self.unit.long()]

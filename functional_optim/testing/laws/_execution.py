@@ -12,8 +12,8 @@ from functional_optim.core._chain import chain
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.execution._accumulation import check_accumulation
-from functional_optim.execution._bucketing import ExecutionOptions
 from functional_optim.execution._executor import Executor
+from functional_optim.execution._plan import ExecutionOptions
 from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
 from functional_optim.testing._law import law, require
@@ -85,7 +85,7 @@ def moves_alike(
         at = f"step {step} in units of {elements} elements"
         gap = difference(own, params, _ROUNDING)
         require(not gap, f"{at}: parameters{gap}", cause)
-        gap = difference(executor.store.state, state, _ROUNDING)
+        gap = difference(executor.state.tree, state, _ROUNDING)
         require(not gap, f"{at}: state{gap}", cause)
         gap = difference(given, updates)
         require(not gap, f"{at}: the gradients were overwritten, {gap}", cause)
