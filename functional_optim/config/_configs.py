@@ -45,12 +45,9 @@ def _wrapped_model(model: nn.Module) -> nn.Module | None:
 
 
 def copy_config(config: Any) -> Any:
-    """Copy the dicts, lists, tuples and tensors of a config, and nothing else.
-
-    A dict of another class, such as MMEngine's ConfigDict, keeps its class. Tensors are
-    copied, too, as schedulers write into a learning rate that is one.
-    """
+    """Copy the dicts, lists, tuples and tensors of a config, and nothing else."""
     if isinstance(config, Mapping):
+        # MMEngine's ConfigDict keeps its class.
         new: Any = copy.copy(config) if isinstance(config, dict) else {}
         for key, value in config.items():
             new[key] = copy_config(value)
@@ -58,7 +55,7 @@ def copy_config(config: Any) -> Any:
     if type(config) in {list, tuple}:
         return type(config)(map(copy_config, config))
     if isinstance(config, Tensor) and not config.requires_grad:
-        return config.clone()
+        return config.clone()  # Schedulers write into a learning rate.
     return config
 
 
@@ -68,10 +65,7 @@ def check_misplaced_keys(
     optimizer_cfg: Mapping[str, Any],
     optimizer: Callable[..., Any],
 ) -> None:
-    """Refuse arguments of the optimizer in the config of the wrapper, and vice versa.
-
-    Arguments of neither are refused where they are built.
-    """
+    """Refuse arguments of the optimizer in the wrapper's config, and vice versa."""
     outer = {*arguments_of(wrapper), *_BUILD_KEYS}
     inner = set(arguments_of(optimizer))
     for key in set(optimizer_cfg) & outer - inner - {"type", "optimizer"}:

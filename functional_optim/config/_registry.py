@@ -237,11 +237,7 @@ def arguments_of(kind: Callable[..., Any]) -> list[str]:
 
 
 def _own_name(key: str) -> str:
-    """Return the name of our counterpart of a class of MMEngine's, by its dotted path.
-
-    Configs that are dumped have such paths, such as
-    "mmengine.optim.optimizer.optimizer_wrapper.OptimWrapper".
-    """
+    """Return the last part of a dotted path in MMEngine, as dumped configs have."""
     package, _, path = key.partition(".")
     return path.rpartition(".")[2] if package == "mmengine" else key
 

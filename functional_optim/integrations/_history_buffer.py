@@ -21,9 +21,7 @@ def _is_on_host(value: Tensor) -> bool:
 class DeferredHistory:
     """A base class, before MMEngine's `HistoryBuffer`, that reads numbers when needed.
 
-    MMEngine reads each number on the host when it is logged, so that every step waits
-    for the device. Copies and pickles are plain `HistoryBuffer`s: checkpoints load
-    where this library is not installed.
+    MMEngine reads each number when it is logged: every step waits for the device.
     """
 
     max_length: int
@@ -79,6 +77,7 @@ class DeferredHistory:
         self.__dict__["counts"] = counts
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        # Checkpoints load where this library is not installed.
         plain = type(self).__mro__[2]
         data = self._log_history, self._count_history
         statistics = {"statistics_methods": self._statistics_methods}

@@ -41,11 +41,7 @@ def check_loss(loss: Any, kwargs: dict[str, Any]) -> None:
 
 
 class AccumulationWindow:
-    """The position of a wrapper in its windows of micro-batches.
-
-    Windows end at multiples of `accumulative_counts`, and where the training ends: the
-    last one may be shorter, and the one after it, if training goes on.
-    """
+    """The position of a wrapper in its windows of micro-batches."""
 
     def __init__(self, accumulative_counts: int) -> None:
         check_count("accumulative_counts", accumulative_counts, 1)
@@ -96,6 +92,7 @@ class AccumulationWindow:
 
     def length(self) -> int:
         """Return the length of the window that the next micro-batch belongs to."""
+        # The end of the training cuts a window in two, if training goes on.
         every, end = self.accumulative_counts, self.max_counts
         start = self.inner_count - self.inner_count % every
         if not start < end < start + every:

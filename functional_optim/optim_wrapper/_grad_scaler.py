@@ -141,14 +141,12 @@ def found_infs(scaler: Any, optimizer: Any) -> list[Tensor]:
 
 
 def reopen(scaler: Any, optimizer: Any, param: Tensor) -> None:
-    """Let an optimizer step again although the scale was not updated meanwhile.
-
-    What its last step found still counts when it is: under a key of its own.
-    """
+    """Let an optimizer step again although the scale was not updated meanwhile."""
     if scaler._scale is None:  # Gradients were loaded, and no loss was scaled yet.
         scaler.scale(param.detach().new_zeros(()))
     states = _states(scaler)
     if states[id(optimizer)]["stage"] is OptState.STEPPED:
+        # The overflows of its last step count in the next update: under another key.
         states[object()] = states.pop(id(optimizer))
 
 

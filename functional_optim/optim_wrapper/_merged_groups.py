@@ -20,11 +20,7 @@ from functional_optim.optim_wrapper._settings import LISTS, is_torch_optimizer
 
 
 class MergedGroups:
-    """A context in which groups with equal settings are one group.
-
-    Every parameter takes the same step, bit for bit. Nothing is merged where a step may
-    look at the groups: an optimizer that is not torch's own, or has step hooks.
-    """
+    """A context in which groups with equal settings are one group."""
 
     # A generator would cost more than the rest of it, in a loop that leaves no cache.
     __slots__ = ("_groups", "_optimizer")
@@ -46,6 +42,7 @@ class MergedGroups:
 
 
 def _may_merge(optimizer: Any) -> bool:
+    """Return whether only torch's own code reads the groups during a step."""
     step = vars(optimizer).get("step")
     return (
         is_torch_optimizer(optimizer)

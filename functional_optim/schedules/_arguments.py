@@ -95,9 +95,6 @@ def progress(step: float | Tensor, num_steps: float) -> Tensor:
 
 
 def interpolate(start: float, end: float, weight: Tensor) -> Tensor:
-    """Interpolate linearly: `start` at weight 0, `end` at weight 1.
-
-    Exact at both ends, which start + (end - start) * weight is not: 1.0 + (1e-5 - 1.0)
-    misses 1e-5 by 5e-12 of it.
-    """
+    """Interpolate linearly: `start` at weight 0, `end` at weight 1, both exact."""
+    # start + (end - start) * weight is not: from 1.0 it misses 1e-5 by 5e-12 of it.
     return start * (1 - weight) + end * weight
