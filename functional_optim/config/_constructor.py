@@ -208,10 +208,8 @@ class DefaultOptimWrapperConstructor:
                 settings = self._settings(matched, at.full_name)
                 params.append(group | settings)
                 self._log(at, settings)
-        for child, child_prefix, inside in child_modules(
-            module, prefix, in_deformable=in_deformable
-        ):
-            self.add_params(params, child, prefix=child_prefix, is_dcn_module=inside)
+        for child, its_prefix, inside in child_modules(module, prefix, in_deformable):
+            self.add_params(params, child, prefix=its_prefix, is_dcn_module=inside)
 
     def _settings(self, matched: MatchedRules, name: str) -> dict[str, Any]:
         """Multiply the base values for one parameter, and add its other options."""

@@ -79,7 +79,7 @@ def strip_wrappers(name: str) -> str:
 
 
 def child_modules(
-    module: nn.Module, prefix: str, *, in_deformable: bool
+    module: nn.Module, prefix: str, in_deformable: bool
 ) -> Iterator[tuple[nn.Module, str, bool]]:
     """Yield each child, its prefix, and whether a deformable convolution has it."""
     for name, child in module.named_children():
@@ -90,15 +90,13 @@ def child_modules(
 
 
 def _module_params(
-    module: nn.Module, prefix: str = "", *, in_deformable: bool = False
+    module: nn.Module, prefix: str = "", in_deformable: bool = False
 ) -> Iterator[ModuleParam]:
     """Yield all parameters of a module, shared ones once for each module."""
     for name, param in module.named_parameters(recurse=False):
         yield ModuleParam(module, name, prefix, in_deformable, param)
-    for child, its_prefix, inside in child_modules(
-        module, prefix, in_deformable=in_deformable
-    ):
-        yield from _module_params(child, its_prefix, in_deformable=inside)
+    for child, its_prefix, inside in child_modules(module, prefix, in_deformable):
+        yield from _module_params(child, its_prefix, inside)
 
 
 def matching_rules(at: ModuleParam) -> Iterator[str]:

@@ -86,12 +86,12 @@ class AmpOptimWrapper(OptimWrapper):
         self._found_infs = []
         if not scaler.is_enabled():
             return super().step(**kwargs)
-        pushed = next((p for p in self._parameters() if p.grad is not None), None)
-        if pushed is None:
+        with_grad = next((p for p in self._parameters() if p.grad is not None), None)
+        if with_grad is None:
             # Nothing to check; a GradScaler takes that for a mistake.
             result = optimizer.step(**kwargs)
         else:
-            scaling.reopen(scaler, optimizer, pushed)
+            scaling.reopen(scaler, optimizer, with_grad)
             if self._transform is not None or self.clip_grad_kwargs:
                 if not scaling.is_unscaled(scaler, optimizer):
                     scaler.unscale_(optimizer)

@@ -131,12 +131,7 @@ def _checked_entries(
             )
         transform.prepare(wrapper._parameters(), wrapper._names)
         yield transform.check(data)
-    accumulation = rest.pop("accumulation", None)
-    yield (
-        partial(_give_up_window, wrapper)
-        if accumulation is None
-        else _checked_window(wrapper, accumulation)
-    )
+    yield _checked_window(wrapper, rest.pop("accumulation", None))
 
 
 # -- an open window --------------------------------------------------------------------
@@ -180,6 +175,8 @@ def _give_up_window(wrapper: Checkpointed) -> None:
 
 
 def _checked_window(wrapper: Checkpointed, data: Any) -> ApplyState:
+    if data is None:
+        return partial(_give_up_window, wrapper)
     place = "state_dict['accumulation']"
     if not isinstance(data, Mapping) or not _COUNTS.keys() <= data.keys():
         raise ConfigValueError(f"{place} must have {', '.join(_COUNTS)}, got {data!r}")

@@ -23,7 +23,7 @@ _RANGES = {
     "growth_interval": (0, 2**31),
     "_growth_tracker": (-1, 2**31),
 }
-"""Numbers of a scaler, which lie between these two."""
+"""The open ranges of the numbers of a scaler."""
 
 _OPTIONS = {"init_scale", "growth_factor", "backoff_factor", "growth_interval"}
 

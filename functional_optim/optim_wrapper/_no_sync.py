@@ -42,11 +42,11 @@ class NoSync:
         if model not in _unsynced:
             _unsynced[model] = _UnsyncedModel()
         self.model = unsynced = _unsynced[model]
-        is_fsdp2 = not hasattr(model, "no_sync")
-        is_fsdp2 = is_fsdp2 and hasattr(model, "set_requires_gradient_sync")
+        has_context = hasattr(model, "no_sync")
+        is_fsdp2 = not has_context and hasattr(model, "set_requires_gradient_sync")
         if not unsynced.wrappers and is_fsdp2:
             unsynced.restore.enter_context(_without_reduction(model))
-        elif not unsynced.wrappers and hasattr(model, "no_sync"):
+        elif not unsynced.wrappers and has_context:
             unsynced.restore.enter_context(model.no_sync())
         unsynced.wrappers.add(id(self))
         self._model_holds_gradients |= is_fsdp2
