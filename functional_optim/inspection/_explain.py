@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,23 +15,18 @@ from functional_optim._messages import (
     format_columns,
     pluralize,
 )
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.core._chain import chain, validate_transform
 from functional_optim.core._transform import Scope, Transform
-from functional_optim.core._traversal import children_of, routes, walk
+from functional_optim.core._traversal import Node, Path, children_of, routes, walk
 from functional_optim.core._validation import check_parameters
 from functional_optim.core._value_class import format_call, format_value
+from functional_optim.execution._plan import Bucket
 from functional_optim.execution._state_tree import tensors_of
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
+from functional_optim.torch_optimizer._engine import Engine
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator
-
-    from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.core._traversal import Node, Path
-    from functional_optim.execution._plan import Bucket
-    from functional_optim.torch_optimizer._engine import Engine
 
 _LINE_WIDTH = 100
 _STAGE_WIDTH = 60
@@ -151,7 +146,9 @@ def _stage_lines(stages: list[Node], sizes: list[int]) -> list[str]:
         depth = depths.get(stage.path[:-1], 0)
         is_branch = bool(stage.path) and stage.path[:-1] in routers
         label = f"{stage.path[-1]}:" if is_branch and stage.path[-1] != 0 else ""
-        is_chain = _is_sequence(stage.transform)
+        is_chain = hasattr(stage.transform, "stands_for") and not any(
+            isinstance(label, str) for label in children_of(stage.transform)
+        )
         depths[stage.path] = depth + (bool(label) or not is_chain)
         if is_chain and not label:
             continue
@@ -164,14 +161,6 @@ def _stage_lines(stages: list[Node], sizes: list[int]) -> list[str]:
             )
         )
     return format_columns(rows, "<<>")
-
-
-def _is_sequence(transform: Transform) -> bool:
-    """Whether a transform is its children one after another, as a chain is."""
-    labels = children_of(transform)
-    return hasattr(transform, "stands_for") and not any(
-        isinstance(label, str) for label in labels
-    )
 
 
 def _format(transform: Transform) -> str:

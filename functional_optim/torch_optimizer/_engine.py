@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, MutableMapping
+from typing import Any
 
 from torch import Tensor
 
+from functional_optim.algebra._tensor_map import TensorMap
+from functional_optim.core._context import Context
+from functional_optim.core._transform import Transform
 from functional_optim.execution._executor import Executor
+from functional_optim.execution._grad_scaling import Scaling
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._plan import ExecutionOptions
 from functional_optim.execution._state_tree import flatten
 from functional_optim.execution.compiled._kernels import KernelCache
 from functional_optim.torch_optimizer._gradients import GradientCollector, StateSnapshot
+from functional_optim.torch_optimizer._param_groups import ParamGroups
 from functional_optim.torch_optimizer._param_state import (
     StartingState,
     check_entries,
@@ -23,15 +29,6 @@ from functional_optim.torch_optimizer._param_state import (
     load_leaves,
 )
 from functional_optim.torch_optimizer._params import ShardCheck
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping, MutableMapping
-
-    from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.core._context import Context
-    from functional_optim.core._transform import Transform
-    from functional_optim.execution._grad_scaling import Scaling
-    from functional_optim.torch_optimizer._param_groups import ParamGroups
 
 
 class Engine:
@@ -54,12 +51,16 @@ class Engine:
         self.frozen = [p for p, name in all_names.items() if name not in served]
         """Parameters without state, until they have a gradient."""
         self.collector = GradientCollector(self.names, compiles=compiles)
+        kernels = None
+        if compiles:  # Imported when it is needed: the compiler takes seconds.
+            inductor = "functional_optim.execution.compiled._inductor"
+            kernels = KernelCache(importlib.import_module(inductor).compile_graph)
         self.executor = Executor(
             self.params(),
             transforms,
             self._group_of,
             start.state,
-            options=ExecutionOptions(kernels=_new_kernels() if compiles else None),
+            options=ExecutionOptions(kernels=kernels),
             check_totals=ShardCheck(self.names, transform).check_totals,
         )
         self._state = self.executor.state
@@ -107,10 +108,7 @@ class Engine:
         return self._template.entries(name)
 
     def first_entries(self) -> dict[str, dict[str, Tensor]]:
-        """Return the state of parameters before their first step, in new tensors.
-
-        Those that have none yet have entries without memory.
-        """
+        """Return the state of parameters before their first step, in new tensors."""
         params, keys = self.all_params(), self._template.keys
         fresh = flatten(fresh_state(self._transform, params, self.names.values()))
         return {name: entries_of(fresh, keys, name) for name in params}
@@ -139,10 +137,7 @@ class Engine:
     def sync_state(
         self, state: MutableMapping[Tensor, Any], *, each: bool = False
     ) -> bool:
-        """Copy entries that were written into `optimizer.state` into the plan.
-
-        Returns False where tensors moved or began to be served: it needs a new plan.
-        """
+        """Copy what was written into `optimizer.state`; False if the plan is old."""
         if self.collector.scan() or self._shown.has_moved(each=each):
             return False
         if self.frozen and any(param.grad is not None for param in self.frozen):
@@ -173,10 +168,7 @@ class Engine:
     def load_state(
         self, per_name: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Any]
     ) -> dict[Tensor, dict[str, Tensor]] | None:
-        """Load a saved state, if it is of the parameters that have one here.
-
-        Else nothing is loaded, and its entries are returned, in new tensors.
-        """
+        """Load a saved state, or return its entries if other parameters have one."""
         template = self._template
         likes = [
             {n: leaf.get(n, like[n]) for n in like if n in per_name}
@@ -237,9 +229,3 @@ class Engine:
         self.executor.step(grads, context=context, scaling=scaling)
         if self.executor.holds:
             self.write_global_entries()
-
-
-def _new_kernels() -> KernelCache:
-    # Imported when it is needed: the compiler takes seconds.
-    inductor = importlib.import_module("functional_optim.execution.compiled._inductor")
-    return KernelCache(inductor.compile_graph)

@@ -166,10 +166,7 @@ def with_values(
 
 
 def group_value(value: Any) -> Any:
-    """Return a hyperparameter as a group shows it: tensors are copied.
-
-    Schedulers write into tensors of a group; the transform must not change.
-    """
+    """Return a hyperparameter for a group: schedulers write into copies of tensors."""
     if isinstance(value, tuple):
         return tuple(group_value(part) for part in value)
     return value.detach().clone() if isinstance(value, Tensor) else value

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 from functional_optim._messages import close_matches, format_names
 from functional_optim.core._hyperparameters import is_schedule, is_zero
 from functional_optim.torch_optimizer._group_hyperparameters import (
+    GroupKey,
     group_value,
     parts_of,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from functional_optim.torch_optimizer._group_hyperparameters import GroupKey
 
 TRANSFORM_STATE = "transform_state"
 """The key of the first group that holds the state of the transform as a whole."""
@@ -60,12 +56,12 @@ def check_keys(
     for key, value in group.items():
         if not isinstance(key, str) or key in own | OWN_KEYS or key in elsewhere:
             continue
-        if key in _NO_EFFECT_AT_ZERO and isinstance(value, (int, float)) and value == 0:
-            by_value = True
-            continue
+        # MMEngine's schedulers set momentum, and then betas by it.
         follows = not new and key == "momentum" and "betas" in own
-        if follows and group["betas"][0] == value:
-            by_value = True  # MMEngine's schedulers set it, and then betas by it.
+        if (key in _NO_EFFECT_AT_ZERO and is_zero(value)) or (
+            follows and group["betas"][0] == value
+        ):
+            by_value = True
             continue
         if key in _MEANINGFUL:
             remedy = "leave it out, or add a transform that has it"

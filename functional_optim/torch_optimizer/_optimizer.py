@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.core._chain import as_chain, validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._readings import readings
+from functional_optim.core._transform import Transform
 from functional_optim.core._value_class import same_value
 from functional_optim.torch_optimizer._engine import Engine
 from functional_optim.torch_optimizer._gradients import scaling_of, warn_of_no_gradient
@@ -33,10 +35,6 @@ from functional_optim.torch_optimizer._state_dict import (
     transform_of,
     unpack,
 )
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.core._transform import Transform
 
 
 class TransformOptimizer(torch.optim.Optimizer):
@@ -134,17 +132,15 @@ class TransformOptimizer(torch.optim.Optimizer):
         if isinstance(params, Tensor):
             super().__init__(params, {})  # Says what is wrong.
         given = list(params)
-        grouped = bool(given) and isinstance(given[0], Mapping)
-        groups = [materialize_params(g) for g in given if grouped] or [
-            {"params": given}
-        ]
+        groups = [{"params": given}]
+        if given and isinstance(given[0], Mapping):
+            groups = [materialize_params(group) for group in given]
         own = self._groups.defaults(groups)
         check_defaults(defaults, own)
         # What a schedule shows at first was set by no user.
         shown = {k for k in own if k in defaults and same_value(defaults[k], own[k])}
         defaults.update({key: own[key] for key in shown})
         self._first_defaults = own
-        # With these, `type(optimizer)(params, **optimizer.defaults)` is one like it.
         options = {
             "transform": text_of(self._transform),
             "amp_scaling": amp_scaling,
@@ -370,8 +366,6 @@ class TransformOptimizer(torch.optim.Optimizer):
     @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters, with hyperparameters of their own where given."""
-        if not isinstance(param_group, dict):
-            super().add_param_group(param_group)  # Says what is wrong.
         is_built = self._engine is not None
         if is_built:
             with torch.no_grad():

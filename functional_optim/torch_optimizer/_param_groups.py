@@ -6,16 +6,17 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from functional_optim._messages import format_names
 from functional_optim.algebra._scalars import memoize_scalars
-from functional_optim.core._hyperparameters import ScheduleState
+from functional_optim.algebra._tensor_map import TensorMap
+from functional_optim.core._hyperparameters import ScheduleState, is_zero
+from functional_optim.core._transform import Transform
 from functional_optim.core._traversal import Path, walk
 from functional_optim.core._value_class import same_value
 from functional_optim.torch_optimizer._group_hyperparameters import (
@@ -38,6 +39,7 @@ from functional_optim.torch_optimizer._group_keys import (
     without_effect,
 )
 from functional_optim.torch_optimizer._params import (
+    NamedParams,
     check_distinct,
     given_params,
     materialize_params,
@@ -46,23 +48,35 @@ from functional_optim.torch_optimizer._params import (
     split_by_labels,
 )
 
-if TYPE_CHECKING:
-    from collections.abc import Collection
-
-    from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.core._transform import Transform
-    from functional_optim.torch_optimizer._params import NamedParams
-
 _same = functools.partial(same_value, tensors="identity")
 
 
-@dataclass
 class _ScheduledKey:
     """A key of a group with the value of a schedule, in tensors of the group."""
 
-    option: GroupKey
-    tensors: list[Tensor]
-    versions: list[int]
+    def __init__(self, option: GroupKey, group: Mapping[str, Any]) -> None:
+        self.option = option
+        self._tensors = _tensors_in(group[option.key])
+        self._versions = [tensor._version for tensor in self._tensors]
+
+    def write(self, count: Tensor) -> None:
+        """Write the value at a count into the tensors."""
+        numbers = _tensors_in(self.option.evaluated(count))
+        for tensor, number in zip(self._tensors, numbers, strict=True):
+            tensor.copy_(number)
+        self._versions = [tensor._version for tensor in self._tensors]
+
+    def check_unwritten(self, group: Mapping[str, Any]) -> None:
+        """Refuse a value that something else has written, too."""
+        key = self.option.key
+        tensors = _tensors_in(group[key])
+        if (
+            f"initial_{key}" in group
+            or len(tensors) != len(self._tensors)
+            or not all(map(operator.is_, tensors, self._tensors))
+            or [tensor._version for tensor in tensors] != self._versions
+        ):
+            raise ValueError(two_owners(key))
 
 
 class GroupRecord:
@@ -82,10 +96,7 @@ class GroupRecord:
         self.keys = {*self.flags, *[option.key for option in self.options]}
         self.zero_keys = ZERO_UNLESS_OWN - self.keys
         self.scheduled = [
-            _ScheduledKey(option, tensors, [t._version for t in tensors])
-            for option in self.options
-            if option.scheduled
-            for tensors in [_tensors_in(group[option.key])]
+            _ScheduledKey(option, group) for option in self.options if option.scheduled
         ]
         self.betas = group.get("betas")
         self.values: tuple[Any, ...] | None = None
@@ -116,14 +127,11 @@ class ParamGroups:
 
     def defaults(self, groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         """Return what every group has, after validating the parameters of all."""
-        count = itertools.count()
-        members = [
-            [
-                (str(number) if name is None else name, param)
-                for (name, param), number in zip(given, count, strict=False)
-            ]
-            for given in map(given_params, groups)
-        ]
+        members: list[NamedParams] = []
+        taken: set[str] = set()
+        for group in groups:
+            members.append(named_params(given_params(group), taken))
+            taken.update(name for name, _ in members[-1])
         check_distinct(members)
         everyone = itertools.chain.from_iterable(members)
         defaults: dict[str, Any] = {}
@@ -149,10 +157,7 @@ class ParamGroups:
         defaults: Mapping[str, Any],
         first_defaults: Mapping[str, Any],
     ) -> list[tuple[dict[str, Any], Labels, NamedParams]]:
-        """Return the groups that a new one is split into, with their labels and names.
-
-        What was written into the defaults counts for new groups, as with torch.
-        """
+        """Return the groups that a new one is split into, with labels and names."""
         group = materialize_params(group)
         members = given_params(group)
         params = named_params(members, self.names.values())
@@ -170,6 +175,7 @@ class ParamGroups:
         }
         own = {key for values in initial.values() for key in values}
         check_keys(meant, own, self._notes, self._next_place(), new=True)
+        # As with torch, what was written into the defaults counts for new groups.
         written = {
             key: value
             for key, value in defaults.items()
@@ -244,9 +250,9 @@ class ParamGroups:
         everyone: list[NamedParams] = []
         here = {param for group in groups for param in group["params"]}
         known = {param: n for param, n in self.names.items() if param in here}
-        for index, group in enumerate(groups):
-            place, count = f"param_groups[{index}]", sum(map(len, everyone))
-            params = renamed_params(group, place, known, count)
+        for group in groups:
+            place = reread._next_place()
+            params = renamed_params(group, place, known, len(reread.names))
             everyone.append(params)
             known.update({param: name for name, param in params})
             labels, *others = split_by_labels(self._transform, params)
@@ -283,10 +289,7 @@ class ParamGroups:
         keys = [each for record in self.records for each in record.scheduled]
         with memoize_scalars():
             for each in keys:
-                now = each.option.evaluated(self._counts[each.option.paths[0]])
-                for tensor, number in zip(each.tensors, _tensors_in(now), strict=True):
-                    tensor.copy_(number)
-                each.versions = [tensor._version for tensor in each.tensors]
+                each.write(self._counts[each.option.paths[0]])
 
     # -- values ----------------------------------------------------------------------
 
@@ -329,7 +332,7 @@ class ParamGroups:
                 if group[key] is not value:
                     raise ValueError(fixed_key(key, value))
             for each in record.scheduled:
-                _check_unwritten(each, group)
+                each.check_unwritten(group)
             return record.values_in(group)
         except KeyError as error:
             raise ValueError(
@@ -426,21 +429,8 @@ def _check_zeros(record: GroupRecord, group: Mapping[str, Any]) -> None:
     """Refuse a decay and the like in a group where no transform has it."""
     for key in record.zero_keys:
         value = group.get(key, 0)
-        if not isinstance(value, (int, float)) or value != 0:
+        if not is_zero(value):
             raise ValueError(
                 f"{record.place} has {key}={value!r}, which no transform of its "
                 "parameters has; write it into the groups where it means something"
             )
-
-
-def _check_unwritten(each: _ScheduledKey, group: Mapping[str, Any]) -> None:
-    """Refuse values of a schedule that something else has written, too."""
-    key = each.option.key
-    tensors = _tensors_in(group[key])
-    if (
-        f"initial_{key}" in group
-        or len(tensors) != len(each.tensors)
-        or not all(map(operator.is_, tensors, each.tensors))
-        or [tensor._version for tensor in tensors] != each.versions
-    ):
-        raise ValueError(two_owners(key))

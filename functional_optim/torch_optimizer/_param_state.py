@@ -5,30 +5,26 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Set
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from functional_optim._messages import format_names
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._state_dict import as_tuples, check_like, check_same_keys
-from functional_optim.core._transform import Scope, Static
+from functional_optim.core._transform import Scope, Static, Transform
 from functional_optim.execution._state_tree import (
+    Leaf,
+    LeafInfo,
     flatten,
     leaf_infos,
     tree_map,
     unflatten,
 )
 from functional_optim.torch_optimizer._params import check_memory, strip_wrapper_prefix
-
-if TYPE_CHECKING:
-    from collections.abc import Collection, Set
-
-    from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.core._transform import Transform
-    from functional_optim.execution._state_tree import Leaf, LeafInfo
 
 _TORCH_KEYS = {
     "ScaleByAdam": {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"},
@@ -98,13 +94,12 @@ def load_leaves(
         check_same_keys(own, entries, f"state of {name!r}")
         for key, like in own.items():
             check_like(like, entries[key], f"{key} of {name!r}")
+    loaded = load_global_leaves(leaves, keys, saved, names)
     return [
         {name: _widened(per_name[name][key], like) for name, like in leaf.items()}
         if isinstance(leaf, dict)
         else leaf
-        for leaf, key in zip(
-            load_global_leaves(leaves, keys, saved, names), keys, strict=True
-        )
+        for leaf, key in zip(loaded, keys, strict=True)
     ]
 
 
@@ -265,14 +260,20 @@ def fresh_state(transform: Transform, params: TensorMap, names: Collection[str])
         # init sees all parameters, or a mask of frozen ones alone would match nothing;
         # these are fake, because their state may be as large as the model.
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        try:
+        with contextlib.suppress(Exception):  # A user's transform may read values here.
             fakes = {n: mode.from_tensor(p) for n, p in params.items() if n in others}
             state = transform.init({**params, **fakes})
-        except Exception:  # A user's transform may read values here.
-            return _initial_state(transform, params)
-        if _has_memory(state, others):
-            return state
-    return _initial_state(transform, params)
+            if _has_memory(state, others):
+                return state
+    try:
+        return transform.init(params)
+    except ValueError as error:
+        if all(name.isdecimal() for name in params):
+            raise ValueError(
+                f"{error}. These parameters have no names: pass "
+                "model.named_parameters() instead of model.parameters()"
+            ) from None
+        raise
 
 
 def _has_memory(state: Any, others: Set[str]) -> bool:
@@ -283,19 +284,6 @@ def _has_memory(state: Any, others: Set[str]) -> bool:
         for name, entry in (leaf if isinstance(leaf, dict) else {"": leaf}).items()
         if name not in others
     )
-
-
-def _initial_state(transform: Transform, params: TensorMap) -> Any:
-    """Return a fresh state; an error over names says how to pass them."""
-    try:
-        return transform.init(params)
-    except ValueError as error:
-        if all(name.isdecimal() for name in params):
-            raise ValueError(
-                f"{error}. These parameters have no names: pass "
-                "model.named_parameters() instead of model.parameters()"
-            ) from None
-        raise
 
 
 # -- entries written by users ------------------------------------------------------

@@ -6,20 +6,17 @@ import itertools
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._context import Context
-from functional_optim.core._transform import Scope
+from functional_optim.core._transform import Scope, Transform
 from functional_optim.core._validation import check_parameters
 from functional_optim.execution._tensor_memory import is_dense
 from functional_optim.torch_optimizer._group_hyperparameters import Labels, labels_of
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.core._transform import Transform
 
 NamedParams: TypeAlias = list[tuple[str, Tensor]]
 

@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from functional_optim.core._transform import Transform
+from functional_optim.torch_optimizer._engine import Engine
 from functional_optim.torch_optimizer._group_hyperparameters import group_value
 from functional_optim.torch_optimizer._group_keys import TRANSFORM_STATE
+from functional_optim.torch_optimizer._param_groups import ParamGroups
 from functional_optim.torch_optimizer._param_state import entries_at
 from functional_optim.torch_optimizer._params import strip_wrapper_prefix
-
-if TYPE_CHECKING:
-    from functional_optim.core._transform import Transform
-    from functional_optim.torch_optimizer._engine import Engine
-    from functional_optim.torch_optimizer._param_groups import ParamGroups
-
 
 # -- saving ------------------------------------------------------------------------
 
@@ -28,9 +25,7 @@ def pack_state(
 ) -> dict[Any, Any]:
     """Return a copy of `optimizer.state` with indices in the place of parameters."""
     packed: dict[Any, Any] = {}
-    params = [param for record in groups.records for param in record.params]
-    for index, param in enumerate(params):
-        name = groups.names[param]
+    for index, (param, name) in enumerate(groups.names.items()):
         entries = entries_at(state, param, name)
         # One without state says so by an empty dict: else it could have been lost.
         if entries or engine.entries_like(name):
@@ -106,12 +101,10 @@ def unpack(
     for index, (theirs, ours) in enumerate(zip(saved, param_groups, strict=True)):
         _check_saved_names(index, theirs.get("param_names"), ours.get("param_names"))
     groups.check_saved(saved)
-    params = [param for group in param_groups for param in group["params"]]
     indices = [index for group in saved for index in group["params"]]
     per_name: dict[str, Any] = {}
     notes: dict[Tensor, dict[str, Any]] = {}
-    for param, index in zip(params, indices, strict=True):
-        name = groups.names[param]
+    for (param, name), index in zip(groups.names.items(), indices, strict=True):
         own = data["state"].get(index, {})
         extra = entries_at(state, param, name).keys() - engine.entries_like(name).keys()
         if extra and isinstance(own, dict):

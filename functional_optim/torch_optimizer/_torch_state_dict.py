@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,18 +12,18 @@ from torch import Tensor
 from functional_optim._messages import format_names
 from functional_optim.algebra._torch_modes import untraced
 from functional_optim.core._hyperparameters import is_zero
-from functional_optim.core._transform import Role
+from functional_optim.core._transform import Role, Transform
 from functional_optim.core._traversal import children_of, routes
+from functional_optim.torch_optimizer._engine import Engine
 from functional_optim.torch_optimizer._group_hyperparameters import (
-    Labels,
     group_value,
-    options_of,
     parts_of,
     stages_of,
 )
 from functional_optim.torch_optimizer._group_keys import OWN_KEYS
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
-from functional_optim.torch_optimizer._state_dict import saved_groups
+from functional_optim.torch_optimizer._param_groups import GroupRecord
+from functional_optim.torch_optimizer._state_dict import pack_groups, saved_groups
 from functional_optim.transforms import (
     AddDecayedWeights,
     ClipByGlobalNorm,
@@ -38,10 +38,6 @@ from functional_optim.transforms import (
     Unscale,
     ZeroNans,
 )
-
-if TYPE_CHECKING:
-    from functional_optim.core._transform import Transform
-    from functional_optim.torch_optimizer._engine import Engine
 
 _STARTED = "Trace.started"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
@@ -88,17 +84,14 @@ def to_torch_state_dict(optimizer: TransformOptimizer) -> dict[str, Any]:
         torch.optim.SGD, Adam, AdamW.
     """
     engine, kinds = _counterparts(optimizer)
-    state: dict[int, dict[str, Any]] = {}
-    groups = []
-    index = 0
-    for group, kind in zip(optimizer.param_groups, kinds, strict=True):
-        indices = list(range(index, index + len(group["params"])))
-        index += len(indices)
-        groups.append({**_torch_options(group, kind), "params": indices})
-        for position, param in zip(indices, group["params"], strict=True):
-            entries = _torch_entries(engine.entries(optimizer._groups.names[param]))
-            if entries:
-                state[position] = entries
+    packed = pack_groups(optimizer.param_groups, optimizer._groups)
+    groups = [
+        {**_torch_options(group, kind), "params": group["params"]}
+        for group, kind in zip(packed, kinds, strict=True)
+    ]
+    names = optimizer._groups.names.values()
+    entries = [_torch_entries(engine.entries(name)) for name in names]
+    state = {index: own for index, own in enumerate(entries) if own}
     return {"state": state, "param_groups": groups}
 
 
@@ -145,21 +138,17 @@ def from_torch_state_dict(
     engine, kinds = _counterparts(optimizer)
     theirs = saved_groups(state_dict, optimizer.param_groups)
     result = optimizer.state_dict()
-    first = engine.first_entries()
-    for index, (group, kind) in enumerate(zip(theirs, kinds, strict=True)):
-        own = result["param_groups"][index]
+    ours = result["param_groups"]
+    for index, (group, own, kind) in enumerate(zip(theirs, ours, kinds, strict=True)):
         _check_torch_options(group, own, kind, f"param_groups[{index}]")
         own.update(_own_options(group, kind))
-        for param, ours, saved in zip(
-            optimizer.param_groups[index]["params"],
-            own["params"],
-            group["params"],
-            strict=True,
-        ):
-            name = optimizer._groups.names[param]
-            given = state_dict["state"].get(saved, {})
-            if given or param in engine.names:
-                result["state"][ours] = _own_entries(given, first[name])
+    first = engine.first_entries()
+    indices = [index for group in theirs for index in group["params"]]
+    members = zip(optimizer._groups.names.items(), indices, strict=True)
+    for position, ((param, name), index) in enumerate(members):
+        given = state_dict["state"].get(index, {})
+        if given or param in engine.names:
+            result["state"][position] = _own_entries(given, first[name])
     return result
 
 
@@ -168,12 +157,12 @@ def _torch_options(group: Mapping[str, Any], kind: Counterpart) -> dict[str, Any
     """Return the options of one group as the class of torch has them."""
     options = kind.defaults
     off = {"weight_decay", "momentum"} & options.keys() - kind.keys
-    for key, value in group.items():
-        if key in OWN_KEYS:
-            continue
-        # What schedulers and users keep in a group goes along.
-        if key in options or key not in kind.keys:
-            options[key] = copy.deepcopy(group_value(value))
+    # What schedulers and users keep in a group goes along.
+    options |= {
+        key: copy.deepcopy(group_value(value))
+        for key, value in group.items()
+        if key not in OWN_KEYS and (key in options or key not in kind.keys)
+    }
     return options | dict.fromkeys(off, 0.0)
 
 
@@ -236,10 +225,8 @@ def _unlike(place: str, key: str, theirs: object, ours: object) -> ValueError:
 def _own_options(theirs: Mapping[str, Any], kind: Counterpart) -> dict[str, Any]:
     """Return the options of a group here from those of one of torch."""
     # What schedulers and users keep in a group goes along.
-    known = kind.defaults.keys() | OWN_KEYS | _FLAGS
+    known = kind.defaults.keys() | (OWN_KEYS - {"param_names"}) | _FLAGS
     options = {k: v for k, v in theirs.items() if k in kind.keys or k not in known}
-    if "param_names" in theirs:
-        options["param_names"] = theirs["param_names"]
     if "betas" in options:  # JSON has no tuples.
         options["betas"] = tuple(options["betas"])
     return copy.deepcopy(options)
@@ -310,13 +297,9 @@ def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpa
             "torch.optim has no place for the open window of an Accumulate; leave it "
             "out of the transform and accumulate in .grad"
         )
-    kinds = [
-        _counterpart(optimizer._transform, record.labels, record.place)
-        for record in optimizer._groups.records
-    ]
-    for record, group in zip(
-        optimizer._groups.records, optimizer.param_groups, strict=True
-    ):
+    records = optimizer._groups.records
+    kinds = [_counterpart(optimizer._transform, record) for record in records]
+    for record, group in zip(records, optimizer.param_groups, strict=True):
         if group.get("eps_root", 0.0) != 0:
             reason = f"it has eps_root={group['eps_root']}, and torch has none"
             raise _without(record.place, reason)
@@ -337,9 +320,10 @@ def _counterparts(optimizer: TransformOptimizer) -> tuple[Engine, list[Counterpa
     return engine, kinds
 
 
-def _counterpart(transform: Transform, labels: Labels, place: str) -> Counterpart:
+def _counterpart(transform: Transform, record: GroupRecord) -> Counterpart:
     """Return the class of torch that does the same to one group."""
-    stages = stages_of(transform, labels).values()
+    place = record.place
+    stages = stages_of(transform, record.labels).values()
     leaves = [one for one in stages if not children_of(one)]
     for one in stages:
         if children_of(one) and not _is_transparent(one):
@@ -356,15 +340,14 @@ def _counterpart(transform: Transform, labels: Labels, place: str) -> Counterpar
             raise _without(place, f"torch has no {leaf!r} before its rule")
     for leaf in leaves[start:]:
         _check_plain(leaf, place)
-    options = options_of(transform, labels)
-    for option in options:
+    for option in record.options:
         if option.scheduled:
             raise _without(
                 place,
                 f"{option.key} is a schedule, whose count torch keeps in an "
                 "LRScheduler; put a number into the transform",
             )
-    return Counterpart(optimizer, frozenset(option.key for option in options))
+    return Counterpart(optimizer, frozenset(option.key for option in record.options))
 
 
 def _is_transparent(combinator: Transform) -> bool:
