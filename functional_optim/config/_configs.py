@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from functional_optim._messages import close_matches, did_you_mean
+from functional_optim.config._paramwise import check_nonnegative
 from functional_optim.config._registry import arguments_of
 
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
@@ -106,5 +106,5 @@ def check_base_value(key: str, value: Any, *, multiplied: bool) -> None:
             f"{key} in optimizer must be a number, got {value!r}"
             f"{remedy if by_step_or_name else ''}"
         )
-    if is_number and not (math.isfinite(value) and value >= 0):
-        raise ValueError(f"{key} in optimizer must be finite and >= 0, got {value!r}")
+    if is_number:
+        check_nonnegative(f"{key} in optimizer", value)

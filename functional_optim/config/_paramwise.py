@@ -134,7 +134,7 @@ class ParamwiseRules:
     def __init__(self, config: Mapping[str, Any], *, strict: bool = True) -> None:
         _check_keys(config, strict=strict)
         self._multipliers = {
-            key: _checked_multiplier(f"paramwise_cfg[{key!r}]", config[key])
+            key: check_nonnegative(f"paramwise_cfg[{key!r}]", config[key])
             for key in _RULES
             # As in MMEngine None is the same as no rule.
             if config.get(key) is not None
@@ -309,8 +309,8 @@ def _check_keys(config: Any, *, strict: bool) -> None:
             )
 
 
-def _checked_multiplier(name: str, value: Any) -> Any:
-    """Return a multiplier as it was given, if it is a finite number >= 0."""
+def check_nonnegative(name: str, value: Any) -> Any:
+    """Return a finite number >= 0 as it was given."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not math.isfinite(value) or value < 0:
@@ -339,7 +339,7 @@ def _checked_custom_keys(custom_keys: Any) -> dict[str, dict[str, Any]]:
         for name, value in options.items():
             place = f"{_custom_key(key)}[{name!r}]"
             if name in _GENERAL_RULES:
-                _checked_multiplier(place, value)
+                check_nonnegative(place, value)
             elif name in KEYS or name in {"params", "param_names"}:
                 raise ValueError(
                     f"{place} cannot stand in a custom key, only lr_mult and decay_mult"

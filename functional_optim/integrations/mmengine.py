@@ -124,10 +124,7 @@ def _lookup_in(root: Any) -> Callable[[str], Any]:
 
 
 def _become_registry(own: Registry, theirs: Any) -> None:
-    """Give our registry a class that is MMEngine's as well; it stays the same object.
-
-    `mmengine.registry.build_from_cfg` accepts it then, and it can be a parent.
-    """
+    """Make our registry one of MMEngine's as well; it stays the same object."""
 
     def add_child(self: Any, child: Any) -> None:
         theirs.Registry._add_child(self, child)

@@ -13,6 +13,7 @@ from torch import Tensor
 from functional_optim.core._state_dict import check_like
 from functional_optim.optim_wrapper._accumulation import AccumulationWindow, check_count
 from functional_optim.optim_wrapper._errors import ConfigTypeError, ConfigValueError
+from functional_optim.optim_wrapper._grad_scaler import check_number
 from functional_optim.optim_wrapper._gradient_transform import GradientTransform
 from functional_optim.optim_wrapper._no_sync import NoSync
 from functional_optim.optim_wrapper._settings import is_torch_optimizer
@@ -183,10 +184,7 @@ def _checked_window(wrapper: Checkpointed, data: Any) -> ApplyState:
     for key, least in _COUNTS.items():
         check_count(f"{place}[{key!r}]", data[key], least)
     scale = data.get("loss_scale", 1.0)
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale <= 0:
-        raise ConfigValueError(
-            f"{place}['loss_scale'] must be a number above 0, got {scale!r}"
-        )
+    check_number(f"{place}['loss_scale']", "scale", scale)
     window, params = wrapper._window, wrapper._parameters()
     grads, zeros = data.get("gradients", {}), data.get("zeros", [])
     if not isinstance(grads, Mapping) or not isinstance(zeros, list):

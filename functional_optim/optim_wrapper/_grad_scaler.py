@@ -50,7 +50,7 @@ def scaler_of(
         _check_options(loss_scale)
         options |= loss_scale
     elif isinstance(loss_scale, (int, float)) and not isinstance(loss_scale, bool):
-        _check_number("loss_scale", "init_scale", loss_scale)
+        check_number("loss_scale", "init_scale", loss_scale)
         options["init_scale"] = static = float(loss_scale)
     elif loss_scale != "dynamic":
         raise ConfigTypeError(
@@ -72,7 +72,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
                 f"loss_scale may have the keys {', '.join(sorted(known))}, got {key!r}"
             )
         if key in _OPTIONS:
-            _check_number(f"loss_scale[{key!r}]", key, value)
+            check_number(f"loss_scale[{key!r}]", key, value)
         if key == "enabled" and not isinstance(value, bool):
             raise ConfigTypeError(
                 f"loss_scale['enabled'] must be a bool, got {value!r}"
@@ -89,10 +89,11 @@ def check_scaler_state(data: Any, needed: Iterable[str]) -> None:
             raise ConfigValueError(
                 f"{place} lacks {key!r}, it has {', '.join(map(str, data))}"
             )
-        _check_number(f"{place}[{key!r}]", key, data[key])
+        check_number(f"{place}[{key!r}]", key, data[key])
 
 
-def _check_number(place: str, key: str, value: Any) -> None:
+def check_number(place: str, key: str, value: Any) -> None:
+    """Validate the number that a scaler has under a key."""
     least, most = _RANGES[key]
     kinds = (int,) if isinstance(least, int) else (int, float)
     if isinstance(value, bool) or not isinstance(value, kinds):
