@@ -292,7 +292,7 @@ class DefaultOptimWrapperConstructor:
             params = self._groups(model)
         is_ours = isinstance(kind, type) and issubclass(kind, TransformOptimizer)
         if params and (is_ours or isinstance(kind, PresetOptimizer)):
-            params = _with_names(_as_groups(params), names)
+            params = _add_param_names(_as_groups(params), names)
         optimizer = OPTIMIZERS.build({**self.optimizer_cfg, first: params})
         wrapper: OptimWrapper = OPTIM_WRAPPERS.build(
             wrapper_cfg, default_args={"optimizer": optimizer}
@@ -373,7 +373,7 @@ def _as_groups(added: list[Any]) -> list[dict[str, Any]]:
     return [materialize_params(group, index) for index, group in enumerate(added)]
 
 
-def _with_names(
+def _add_param_names(
     groups: list[dict[str, Any]], names: Mapping[int, str]
 ) -> list[dict[str, Any]]:
     """Return groups with `param_names`: as given, those of the model, or numbers."""
