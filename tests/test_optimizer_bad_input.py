@@ -56,6 +56,10 @@ BAD: dict[str, tuple[Any, str]] = {
     "a list": ([W, [torch.ones(2)]], "a list at position 1; put its parameters there"),
     "no group": ([{"params": [W]}, W], "group must be a dict, but got a Parameter"),
     "some names": ([("a", W), torch.ones(2)], "some have a name|have a name and some"),
+    "few names": (
+        [{"params": [W, torch.ones(2)], "param_names": ["a"]}],
+        "a group has 2 parameters and 1 param_names; give each",
+    ),
     "no params": ([{"lr": 0.1}], "must have 'params'"),
     "unknown key": ([{"params": [W], "momentum": 0.9}], "'momentum', which no trans"),
     "misspelt": ([{"params": [W], "weight_deacy": 0.9}], "mean 'weight_decay'"),

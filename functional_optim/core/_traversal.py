@@ -21,8 +21,6 @@ from functional_optim.core._transform import Transform
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from torch import Tensor
-
     from functional_optim.algebra._tensor_map import TensorMap
 
 Label: TypeAlias = "int | str"
@@ -100,18 +98,3 @@ def _below(node: Node) -> Iterator[Node]:
     for label, child in children.items():
         path = (*node.path, label)
         yield from _below(Node(path, child, states.get(label), served[label]))
-
-
-def routes_of(
-    transform: object, name: str, param: Tensor, path: Path = ()
-) -> Iterator[tuple[Path, Label | None]]:
-    """Yield where each router sends a parameter, with the path of the router."""
-    children = children_of(transform)
-    served = list(children)
-    if routes(transform):
-        router: Any = transform
-        label = router.route(name, param)
-        yield path, label
-        served = [] if label is None else [label]
-    for label in served:
-        yield from routes_of(children[label], name, param, (*path, label))

@@ -43,7 +43,7 @@ class Engine:
         *,
         compiles: bool = False,
     ) -> None:
-        self._transform, self._template = transform, start.template
+        self._transform, self.template = transform, start.template
         self._all_names = all_names = dict(groups.names)
         self._transforms, self._group_of = transforms, groups.group_of
         served = set(start.names)
@@ -85,7 +85,7 @@ class Engine:
     @property
     def start(self) -> StartingState:
         """The state from which another engine goes on."""
-        return StartingState(self.state, list(self.names.values()), self._template)
+        return StartingState(self.state, list(self.names.values()), self.template)
 
     @property
     def transform(self) -> Transform:
@@ -101,15 +101,11 @@ class Engine:
 
     def entries(self, name: str) -> dict[str, Tensor]:
         """Return the state of one parameter, by the keys of `optimizer.state`."""
-        return entries_of(self._state.leaves, self._template.keys, name)
-
-    def entries_like(self, name: str) -> dict[str, Tensor]:
-        """Return the entries that a parameter may have, on the meta device."""
-        return self._template.entries(name)
+        return entries_of(self._state.leaves, self.template.keys, name)
 
     def first_entries(self) -> dict[str, dict[str, Tensor]]:
         """Return the state of parameters before their first step, in new tensors."""
-        params, keys = self.all_params(), self._template.keys
+        params, keys = self.all_params(), self.template.keys
         fresh = flatten(fresh_state(self._transform, params, self.names.values()))
         return {name: entries_of(fresh, keys, name) for name in params}
 
@@ -132,7 +128,7 @@ class Engine:
     def write_global_entries(self) -> None:
         """Write the state of the transform as a whole into the first group."""
         leaves = self._state.leaves
-        self.global_entries.update(global_entries_of(leaves, self._template.keys))
+        self.global_entries.update(global_entries_of(leaves, self.template.keys))
 
     def sync_state(
         self, state: MutableMapping[Tensor, Any], *, each: bool = False
@@ -146,7 +142,7 @@ class Engine:
             return True
         changed: list[tuple[Tensor, Tensor]] = []
         for param, name in self._all_names.items():
-            new, own = entries_at(state, param, name), self.entries_like(name)
+            new, own = entries_at(state, param, name), self.template.entries(name)
             has_state = not own.keys().isdisjoint(new)
             if own and has_state != (param in self.names):
                 return False
@@ -169,7 +165,7 @@ class Engine:
         self, per_name: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Any]
     ) -> dict[Tensor, dict[str, Tensor]] | None:
         """Load a saved state, or return its entries if other parameters have one."""
-        template = self._template
+        template = self.template
         likes = [
             {n: leaf.get(n, like[n]) for n in like if n in per_name}
             if isinstance(leaf, dict) and isinstance(like, dict)
@@ -200,8 +196,8 @@ class Engine:
         self, state: Any
     ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Return a state by name as a checkpoint has it: by parameter, and the rest."""
-        leaves, keys = flatten(state), self._template.keys
-        if list(map(type, leaves)) != list(map(type, self._template.leaves)):
+        leaves, keys = flatten(state), self.template.keys
+        if list(map(type, leaves)) != list(map(type, self.template.leaves)):
             raise ValueError(
                 f"state is of another transform than {self._transform!r}: pass what "
                 "its init or update returned"

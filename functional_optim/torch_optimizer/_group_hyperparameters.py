@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -15,7 +15,6 @@ from functional_optim.core._traversal import (
     children_of,
     map_children,
     routes,
-    routes_of,
 )
 from functional_optim.core._value_class import same_value
 from functional_optim.transforms import Scale
@@ -51,25 +50,31 @@ def parts_of(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def labels_of(transform: Transform, name: str, param: Tensor) -> Labels:
+def labels_of(
+    transform: Transform, name: str, param: Tensor, path: Path = ()
+) -> Labels:
     """Return the names that routers give to a parameter."""
-    sent = routes_of(transform, name, param)
-    return tuple((path, label) for path, label in sent if isinstance(label, str))
+    labels: Labels = ()
+    children = children_of(transform)
+    served = list(children)
+    if routes(transform):
+        router: Any = transform
+        label = router.route(name, param)
+        served = [] if label is None else [label]
+        labels = ((path, label),) if isinstance(label, str) else ()
+    for label in served:
+        labels += labels_of(children[label], name, param, (*path, label))
+    return labels
 
 
-def stages_of(transform: Transform, labels: Labels) -> Stages:
+def stages_of(transform: Transform, labels: Labels, path: Path = ()) -> Stages:
     """Return the transforms that serve parameters with these labels."""
-    return dict(_stages(transform, labels, ()))
-
-
-def _stages(
-    transform: Transform, labels: Labels, path: Path
-) -> Iterator[tuple[Path, Transform]]:
-    yield path, transform
+    stages = {path: transform}
     by_name = routes(transform)
     for label, child in children_of(transform).items():
         if not by_name or isinstance(label, int) or (path, label) in labels:
-            yield from _stages(child, labels, (*path, label))
+            stages |= stages_of(child, labels, (*path, label))
+    return stages
 
 
 def options_of(transform: Transform, labels: Labels) -> list[GroupKey]:

@@ -357,7 +357,7 @@ class TransformOptimizer(torch.optim.Optimizer):
         engine.check()
         for param, name in self._groups.names.items():
             own = entries_at(self.state, param, name)
-            for key in engine.entries_like(name).keys() & own.keys():
+            for key in engine.template.entries(name).keys() & own.keys():
                 del self.state[param][key]
         self._install(engine)
 

@@ -83,7 +83,6 @@ def pairs_of(
             f"optimizer can only optimize Tensors, but {place} are "
             f"{_kind_of(params)}; {_REMEDY}"
         )
-    given = group.get("param_names")
     members: list[tuple[str | None, Tensor]] = []
     for position, entry in enumerate(params):
         is_pair = isinstance(entry, tuple) and len(entry) == 2
@@ -98,10 +97,17 @@ def pairs_of(
                 f"optimizer can only optimize Tensors, but {place} have {what} at "
                 f"position {position}; {remedy}"
             )
-        if name is None and given is not None:
-            name = given[position]
         members.append((name, param))
-    return members
+    given = group.get("param_names")
+    if given is None:
+        return members
+    if len(given) != len(members):
+        raise ValueError(
+            f"{what} has {len(members)} parameters and {len(given)} param_names; give "
+            "each parameter a name"
+        )
+    pairs = zip(members, given, strict=True)
+    return [(own if name is None else name, param) for (name, param), own in pairs]
 
 
 def _kind_of(value: Any) -> str:

@@ -28,7 +28,7 @@ def pack_state(
     for index, (param, name) in enumerate(groups.names.items()):
         entries = entries_at(state, param, name)
         # One without state says so by an empty dict: else it could have been lost.
-        if entries or engine.entries_like(name):
+        if entries or engine.template.entries(name):
             packed[index] = {
                 key: value.detach().clone()
                 if isinstance(value, Tensor)
@@ -106,7 +106,8 @@ def unpack(
     notes: dict[Tensor, dict[str, Any]] = {}
     for (param, name), index in zip(groups.names.items(), indices, strict=True):
         own = data["state"].get(index, {})
-        extra = entries_at(state, param, name).keys() - engine.entries_like(name).keys()
+        known = engine.template.entries(name).keys()
+        extra = entries_at(state, param, name).keys() - known
         if extra and isinstance(own, dict):
             notes[param] = copy.deepcopy({key: own[key] for key in extra & own.keys()})
             own = {key: value for key, value in own.items() if key not in extra}
@@ -114,8 +115,8 @@ def unpack(
         may_lack = isinstance(index, str) or not param.requires_grad
         if own != {} or (index not in data["state"] and not may_lack):
             per_name[name] = own
-    known = {*indices, *range(len(indices))}
-    others = {key: own for key, own in data["state"].items() if key not in known}
+    taken = {*indices, *range(len(indices))}
+    others = {key: own for key, own in data["state"].items() if key not in taken}
     rest = saved[0].get(TRANSFORM_STATE, {})
     return SavedState(saved, per_name, rest, notes, copy.deepcopy(others))
 
