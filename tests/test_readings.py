@@ -16,7 +16,7 @@ from transform_cases import CASES
 import functional_optim as fo
 from functional_optim import schedules
 from functional_optim.testing._compare import same_bits, tensors
-from functional_optim.testing.laws._purity import run
+from functional_optim.testing._law import run
 
 PARAMS = {"a.weight": torch.tensor([[3.0, -4.0]]), "a.bias": torch.tensor([12.0])}
 

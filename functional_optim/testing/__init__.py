@@ -3,7 +3,15 @@
 Needs hypothesis: `pip install 'functional_optim[testing]'`.
 """
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
+
+if find_spec("hypothesis") is None:
+    raise ModuleNotFoundError(
+        "functional_optim.testing needs hypothesis: pip install "
+        "'functional_optim[testing]'",
+        name="hypothesis",
+    )
 
 from functional_optim._messages import no_attribute
 from functional_optim.testing import laws, strategies

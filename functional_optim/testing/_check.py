@@ -1,4 +1,4 @@
-"""`check_transform`: every law on one transform."""
+"""Check every law on one transform."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import traceback
 from collections.abc import Sequence
 
 import torch
+from hypothesis import strategies as st
 
 from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Transform
 from functional_optim.testing import laws, strategies
-from functional_optim.testing._examples import SHAPES, numbers_like
-from functional_optim.testing._hypothesis import st
-from functional_optim.testing._law import check_arguments, check_protocol, raised
+from functional_optim.testing._examples import default_params, numbers_like
+from functional_optim.testing._law import check_arguments, check_protocol, error_line
 
 
 def check_transform(
@@ -35,7 +35,7 @@ def check_transform(
 
     Args:
         transform: Anything with `init`, `update` and `scope`; `()` is a legal state.
-        params: Parameters whose names, shapes and dtypes to try; their numbers do not
+        params: Parameters that give names, shapes and dtypes; their numbers do not
             matter. None tries scalars, vectors, matrices and empty tensors in float64
             and float32. Pass small ones if the transform needs certain names or shapes.
             At most 10,000 numbers.
@@ -72,7 +72,7 @@ def check_transform(
     check_protocol(transform)
     check_arguments(params, contexts, max_examples)
     with torch.enable_grad():  # Whatever the transform does to grad mode is undone.
-        params = _runs_on(transform, params, contexts)
+        params = _params_to_try(transform, params, contexts)
     for law in laws.ALL:
         if law is laws.differentiable and not smooth:
             continue
@@ -87,26 +87,26 @@ def check_transform(
         )
 
 
-def _runs_on(
+def _params_to_try(
     transform: Transform, params: TensorMap | None, contexts: Sequence[Context]
 ) -> TensorMap | None:
-    """Return the parameters to try; None if any will do."""
+    """Return the parameters that examples must have; None if any will do."""
     context = contexts[0] if contexts else Context()
-    given = params or {
-        name: torch.zeros(shape, dtype=torch.float64, device="cpu")
-        for name, shape in SHAPES.items()
-    }
+    given = params or default_params()
     failure = _failure(transform, given, context)
-    alone = {name: _failure(transform, {name: p}, context) for name, p in given.items()}
+    alone = {
+        f"{name!r} of shape {tuple(p.shape)}": _failure(transform, {name: p}, context)
+        for name, p in given.items()
+    }
     if failure is None:
         # Masks and labels may need all names, where hypothesis would draw some.
         return given if any(alone.values()) else params
-    bad = [_shape(name, given[name]) for name, error in alone.items() if error]
-    good = [_shape(name, given[name]) for name, error in alone.items() if not error]
+    bad = [place for place, error in alone.items() if error]
+    good = [place for place, error in alone.items() if not error]
     method, error = next((f for f in alone.values() if f), failure)
     frame = traceback.extract_tb(error.__traceback__)[-1]
     what = f"{transform!r} cannot be checked on these parameters: in {method} "
-    lines = [what + f"{raised(error)} ({frame.filename}, line {frame.lineno})"]
+    lines = [what + f"{error_line(error)} ({frame.filename}, line {frame.lineno})"]
     if bad and good:
         lines.append(f"It works on {', '.join(good)}; it fails on {', '.join(bad)}.")
     elif not bad:
@@ -123,18 +123,13 @@ def _runs_on(
 def _failure(
     transform: Transform, params: TensorMap, context: Context
 ) -> tuple[str, Exception] | None:
-    """Return the method that raises, and what; None if both run."""
+    """Return the method that raises and its error; None if both methods run."""
     params = numbers_like(params, 1)
+    method = "init"
     try:
         state = transform.init(params)
-    except Exception as error:
-        return "init", error
-    try:
+        method = "update"
         transform.update(numbers_like(params, 2), state, params, context=context)
     except Exception as error:
-        return "update", error
+        return method, error
     return None
-
-
-def _shape(name: str, p: torch.Tensor) -> str:
-    return f"{name!r} of shape {tuple(p.shape)}"

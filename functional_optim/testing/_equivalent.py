@@ -1,4 +1,4 @@
-"""`check_equivalent`: a pipeline against a plain PyTorch loop."""
+"""Check that a pipeline and a plain PyTorch loop train alike."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import hypothesis
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from functional_optim.algebra._tensor_map import TensorMap
@@ -19,9 +21,8 @@ from functional_optim.core._transform import Transform
 from functional_optim.testing import strategies
 from functional_optim.testing._compare import largest_gap, same_bits
 from functional_optim.testing._examples import Example
-from functional_optim.testing._hypothesis import hypothesis, st
 from functional_optim.testing._law import check_protocol
-from functional_optim.testing._repro import context_import, transform_code
+from functional_optim.testing._repro import report
 from functional_optim.testing._search import Search, drawn_examples, kinds_of
 
 Loop: TypeAlias = Callable[[torch.nn.Module, Sequence[TensorMap]], Any]
@@ -34,8 +35,8 @@ class NotEquivalentError(AssertionError):
     Attributes:
         step: The first step after which they differ; None if the loop does not yield.
         name: The parameter.
-        index: The element where they are farthest apart.
-        ulps: How far, in ulp.
+        index: The element with the largest difference.
+        ulps: The largest difference, in ulp.
         example: The smallest example found.
 
     Example:
@@ -53,58 +54,35 @@ class NotEquivalentError(AssertionError):
         0 a.weight ()
     """
 
-    def __init__(self, gap: Gap, transform: Any, loop: Loop, example: Example) -> None:
+    def __init__(
+        self, gap: Gap, max_ulps: float, transform: Any, loop: Loop, example: Example
+    ) -> None:
         self.step, self.name, self.index = gap.step, gap.name, gap.index
         self.ulps, self.example = gap.ulps, example
-        super().__init__(_report(gap, transform, loop, example))
+        called = getattr(loop, "__name__", "torch_loop")
+        when = "at the end" if gap.step is None else f"first after step {gap.step}"
+        element = f"element {gap.index} of " if gap.index else ""
+        bound = f"{max_ulps:g} ulp" if max_ulps else "no difference in any bit"
+        what = (
+            f"What: {element}{gap.name!r} is {gap.ours!r} in the pipeline and "
+            f"{gap.theirs!r} in the loop: {gap.ulps:.3g} ulp apart, allowed: {bound}"
+        )
+        summary = [f"{transform!r} is not {called}: they part {when}.", "", what]
+        option = f", max_ulps={max_ulps:g}" if max_ulps else ""
+        call = f"check_equivalent(transform, {called}, example=example{option})"
+        super().__init__(report(summary, transform, example, "check_equivalent", call))
 
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """Where two runs part."""
+    """The first step and the element in which two runs differ, and by how much."""
 
     step: int | None
     name: str
     index: tuple[int, ...]
     ulps: float
-    allowed: float
     ours: float
     theirs: float
-
-
-def _report(gap: Gap, transform: Any, loop: Loop, example: Example) -> str:
-    """Return where two runs part, and the program in which they do."""
-    when = "at the end" if gap.step is None else f"first after step {gap.step}"
-    element = f"element {gap.index} of " if gap.index else ""
-    bound = f"{gap.allowed:g} ulp" if gap.allowed else "no difference in any bit"
-    imports, made = transform_code(transform)
-    called = getattr(loop, "__name__", "torch_loop")
-    program = [
-        "import torch",
-        "from functional_optim.testing import Example, check_equivalent",
-        *imports,
-        *context_import(example),
-        "",
-        f"transform = {made}",
-        *f"example = {example!r}".splitlines(),
-        f"check_equivalent(transform, {called}, example=example"
-        + (f", max_ulps={gap.allowed:g})" if gap.allowed else ")"),
-    ]
-    what = (
-        f"What: {element}{gap.name!r} is {gap.ours!r} in the pipeline and "
-        f"{gap.theirs!r} in the loop: {gap.ulps:.3g} ulp apart, allowed: {bound}"
-    )
-    return "\n".join(
-        [
-            f"{transform!r} is not {called}: they part {when}.",
-            "",
-            what,
-            "",
-            "The smallest case found, to paste and run:",
-            "",
-            *(f"    {line}".rstrip() for line in program),
-        ]
-    )
 
 
 def backward(model: torch.nn.Module, gradients: TensorMap) -> None:
@@ -159,7 +137,7 @@ def check_equivalent(
             trains the model in place. If it yields after each step, the first step that
             differs is found; else only the end is compared. Use
             `backward(model, gradients)` where a loop calls `loss.backward()`.
-        params: Parameters whose names, shapes and dtypes to use; None draws them.
+        params: Parameters that give names, shapes and dtypes; None draws them.
         example: The one example to try; None draws some.
         max_ulps: Largest difference, in ulp of the largest of |p|, |p'| and |p' - p|
             in a step. 0 compares bit for bit. NaN equals NaN. >= 0.
@@ -200,7 +178,7 @@ def check_equivalent(
             example = dataclasses.replace(example, contexts=ends)
         gap = _first_gap(transform, torch_loop, example.copied(), max_ulps)
         if gap is not None:
-            raise NotEquivalentError(gap, transform, torch_loop, example)
+            raise NotEquivalentError(gap, max_ulps, transform, torch_loop, example)
 
     with torch.enable_grad():
         if example is not None:
@@ -223,32 +201,30 @@ def check_equivalent(
             return
         # If one of the two is random, the first difference says enough.
         with contextlib.suppress(hypothesis.errors.Flaky):
-            found = search.smallest(check, NotEquivalentError) or found
+            found = search.smallest(check, found)
     raise found.with_traceback(None)
 
 
 def _first_gap(
-    transform: Transform, loop: Loop, example: Example, allowed: float
+    transform: Transform, loop: Loop, example: Example, max_ulps: float
 ) -> Gap | None:
-    """Return where a transform and a loop first part on an example."""
+    """Return the largest difference after the first step that has one."""
     theirs, yields = _loop_steps(loop, example)
-    ours = _pure_steps(transform, example)
+    ours = _pipeline_steps(transform, example)
     before = example.params
-    for step, now in enumerate(theirs):
-        mine = ours[step] if yields else ours[-1]
+    for step, there in enumerate(theirs):
+        here = ours[step] if yields else ours[-1]
         gaps = []
-        for name, there in now.items():
-            exact = _same(mine[name], there)
-            if exact or not there.numel():
+        for name, p in there.items():
+            if _same(here[name], p) or not p.numel():
                 continue
-            ulps, index = largest_gap(mine[name], there, before[name])
-            if ulps > allowed or allowed == 0:
-                numbers = float(mine[name][index]), float(there[index])
-                at = step if yields else None
-                gaps.append(Gap(at, name, index, ulps, allowed, *numbers))
+            ulps, index = largest_gap(here[name], p, before[name])
+            if ulps > max_ulps or max_ulps == 0:
+                numbers = float(here[name][index]), float(p[index])
+                gaps.append(Gap(step if yields else None, name, index, ulps, *numbers))
         if gaps:
             return max(gaps, key=lambda gap: gap.ulps)
-        before = now
+        before = there
     return None
 
 
@@ -258,7 +234,7 @@ def _same(ours: Tensor, theirs: Tensor) -> bool:
     return same_bits(torch.where(nan, 0.0, ours), torch.where(nan, 0.0, theirs))
 
 
-def _pure_steps(transform: Transform, example: Example) -> list[TensorMap]:
+def _pipeline_steps(transform: Transform, example: Example) -> list[TensorMap]:
     """Return the parameters after each step of the pipeline."""
     chained = chain(transform)
     params, made = example.params, []
@@ -271,10 +247,7 @@ def _pure_steps(transform: Transform, example: Example) -> list[TensorMap]:
 
 
 def _loop_steps(loop: Loop, example: Example) -> tuple[list[TensorMap], bool]:
-    """Return the parameters after each step of the loop, or only those at its end.
-
-    And whether it yielded after each.
-    """
+    """Return the parameters after each step or at the end, and whether it yielded."""
     model = _model(example.params)
     names = list(example.params)
 

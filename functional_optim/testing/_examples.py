@@ -1,10 +1,10 @@
-"""Examples: parameters and updates that a law is tried on, printed as code."""
+"""Parameters and updates that a law is tried on, and their code."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,62 +45,50 @@ class Example:
 
     def copied(self) -> Example:
         """Return an example of new tensors with the same numbers."""
-        params, *updates = [
-            {name: x.clone() for name, x in tensors.items()}
-            for tensors in (self.params, *self.updates)
-        ]
-        return Example(params, updates, self.contexts)
+        return map_tensors(torch.clone, self)
 
     def __repr__(self) -> str:
-        updates = [_map_code(step) for step in self.updates]
-        lines = [f"params={_map_code(self.params)}", f"updates={_listed(updates)}"]
+        code = ["Example("]
+        code.append(f"    params={_code(self.params)},")
+        code.append(f"    updates={_code(list(self.updates))},")
         if self.contexts:
-            lines.append(
-                f"contexts={_listed([_context_code(c) for c in self.contexts])}"
-            )
-        return "\n".join(["Example(", *(f"    {line}," for line in lines), ")"])
+            code.append(f"    contexts={_code(list(self.contexts))},")
+        return "\n".join([*code, ")"])
 
 
-def _listed(items: Sequence[str]) -> str:
-    """Write a list on one line, or on several if it is long."""
-    line = f"[{', '.join(items)}]"
-    if len(line) <= 72:
-        return line
-    return "\n".join(["[", *(f"        {item}," for item in items), "    ]"])
+def map_tensors(function: Callable[[Tensor], Tensor], example: Example) -> Example:
+    """Apply a function to each parameter and update of an example."""
+    params, *updates = [
+        {name: function(x) for name, x in tensors.items()}
+        for tensors in (example.params, *example.updates)
+    ]
+    return dataclasses.replace(example, params=params, updates=updates)
 
 
-def _map_code(tensors: TensorMap) -> str:
-    pairs = [f'"{name}": {tensor_code(x)}' for name, x in tensors.items()]
-    return f"{{{', '.join(pairs)}}}"
-
-
-def tensor_code(x: Tensor) -> str:
-    """Return the call that makes a tensor with the same numbers."""
-    dtype = "" if x.dtype == torch.float32 else f", dtype={x.dtype}"
-    if x.numel() == 0:
-        return f"torch.zeros({tuple(x.shape)}{dtype})"
-    return f"torch.tensor({_numbers(x.detach().tolist())}{dtype})"
-
-
-def _numbers(value: Any) -> str:
+def _code(value: Any) -> str:
+    """Return the expression that makes a part of an example."""
+    if isinstance(value, Tensor):
+        dtype = "" if value.dtype == torch.float32 else f", dtype={value.dtype}"
+        if value.numel() == 0:
+            return f"torch.zeros({tuple(value.shape)}{dtype})"
+        return f"torch.tensor({_code(value.detach().tolist())}{dtype})"
+    if isinstance(value, dict):
+        pairs = [f'"{name}": {_code(x)}' for name, x in value.items()]
+        return f"{{{', '.join(pairs)}}}"
+    if isinstance(value, Context):
+        fields = {f.name: f.default for f in dataclasses.fields(value)}
+        given = {name: getattr(value, name) for name in fields}
+        changed = [f"{n}={_code(x)}" for n, x in given.items() if x is not fields[n]]
+        return f"Context({', '.join(changed)})"
     if isinstance(value, list):
-        return f"[{', '.join(map(_numbers, value))}]"
+        items = [_code(item) for item in value]
+        line = f"[{', '.join(items)}]"
+        if len(line) <= 72 or not isinstance(value[0], (dict, Context)):
+            return line
+        return "\n".join(["[", *(f"        {item}," for item in items), "    ]"])
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     return repr(value)
-
-
-def _context_code(context: Context) -> str:
-    changed = [
-        f"{field.name}={_field_code(getattr(context, field.name))}"
-        for field in dataclasses.fields(context)
-        if getattr(context, field.name) is not field.default
-    ]
-    return f"Context({', '.join(changed)})"
-
-
-def _field_code(value: Any) -> str:
-    return tensor_code(value) if isinstance(value, Tensor) else repr(value)
 
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -113,13 +101,17 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
 """The parameters that a transform is tried on if its author passes none."""
 
 
+def default_params() -> TensorMap:
+    """Return zeros of `SHAPES`."""
+    return {
+        name: torch.zeros(shape, dtype=torch.float64, device="cpu")
+        for name, shape in SHAPES.items()
+    }
+
+
 def fixed_examples(params: TensorMap | None, *, full: bool = False) -> list[Example]:
     """Return three examples of two to four steps, the same on every machine."""
-    if params is None:
-        params = {
-            name: torch.zeros(shape, dtype=torch.float64)
-            for name, shape in SHAPES.items()
-        }
+    params = default_params() if params is None else params
     names = list(params)
     made = []
     for number, count in enumerate((2, 4, 4)):  # The shortest first, to be read.

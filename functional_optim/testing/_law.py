@@ -1,23 +1,26 @@
-"""What a law is, how it is tried, and how a transform that breaks it is reported."""
+"""Try a law on a transform, and report a transform that breaks it."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import itertools
 import threading
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import torch
+from hypothesis import strategies as st
 
 from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._validation import check_parameters
 from functional_optim.testing import strategies
+from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example, fixed_examples
-from functional_optim.testing._hypothesis import hypothesis, st
-from functional_optim.testing._repro import program
+from functional_optim.testing._repro import report
 from functional_optim.testing._search import Search, drawn_examples, kinds_of
 
 if TYPE_CHECKING:
@@ -25,8 +28,12 @@ if TYPE_CHECKING:
     from functional_optim.core._transform import Transform
 
 
+ROUNDING = 1e-12
+"""Bound on the effect of another order of sums: n * eps of float64, n < 4000."""
+
+
 class ViolationError(AssertionError):
-    """What is broken and where, and why that is likely; `Law` makes the report."""
+    """A broken law, raised inside it: what is broken, and the likely cause."""
 
     def __init__(self, what: str, cause: str) -> None:
         super().__init__(what)
@@ -36,12 +43,15 @@ class ViolationError(AssertionError):
 def require(condition: object, what: str, cause: str) -> None:
     """Raise a `ViolationError` unless a condition holds."""
     if not condition:
-        refuse(what, cause)
+        raise ViolationError(what, cause)
 
 
-def refuse(what: str, cause: str) -> NoReturn:
-    """Raise a `ViolationError`."""
-    raise ViolationError(what, cause)
+def require_equal(
+    what: str, a: Any, b: Any, cause: str, rtol: float | None = None
+) -> None:
+    """Raise a `ViolationError` if two trees differ, with the first difference."""
+    gap = difference(a, b, rtol)
+    require(not gap, f"{what}{gap}", cause)
 
 
 class BrokenLawError(AssertionError):
@@ -76,22 +86,17 @@ class BrokenLawError(AssertionError):
         self.law, self.statement = law.name, law.statement
         self.what, self.cause = violation.what, violation.cause
         self.transform, self.example = transform, example
-        super().__init__(self._report())
+        summary = [
+            f"{transform!r} breaks the law of {law.name}: {law.statement}",
+            "",
+            f"What: {self.what}",
+            f"Likely cause: {self.cause}",
+        ]
+        call = f"laws.{law.name}(transform, example)"
+        super().__init__(report(summary, transform, example, "laws", call))
 
-    def _report(self) -> str:
-        code = program(self.law, self.transform, self.example)
-        return "\n".join(
-            [
-                f"{self.transform!r} breaks the law of {self.law}: {self.statement}",
-                "",
-                f"What: {self.what}",
-                f"Likely cause: {self.cause}",
-                "",
-                "The smallest case found, to paste and run:",
-                "",
-                *(f"    {line}".rstrip() for line in code.splitlines()),
-            ]
-        )
+
+_LOCK = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True, repr=False, eq=False)
@@ -109,7 +114,7 @@ class Law:
         omit: Whether some steps of the examples lack some names.
         wide: Whether float32 is tried as well as float64.
         rounds: Whether results are compared up to rounding. Then float64 is tried
-            whatever the parameters are: there rounding can be told from a mistake.
+            whatever the parameters are: there rounding is far smaller than a mistake.
         away_from_zero: Whether examples keep away from zero, where there are kinks.
         before: Run once before the examples of one call.
 
@@ -152,8 +157,7 @@ class Law:
             transform: Anything with `init`, `update` and `scope`.
             example: The one example to try, whatever the other arguments are; None
                 tries many.
-            params: Parameters whose names, shapes and dtypes the examples shall have;
-                None draws these, too.
+            params: Parameters that give names, shapes and dtypes; None draws them.
             contexts: What the loop knows at each step, in turns.
             elements: Strategy of a number, such as `strategies.hostile`.
             max_steps: Largest number of steps. >= 1.
@@ -187,77 +191,61 @@ class Law:
                 self._try(transform, example)
                 return 1
             # They have every kind of shape; drawn ones may miss some.
-            tried = tuple(fixed_examples(params, full=not self.omit))
+            tried = fixed_examples(params, full=not self.omit)
             if self.drawn:
                 tried += drawn_examples(search)
-            for one in tried:
-                found = self._broken_on(transform, _at(one, contexts))
-                if found is not None:
-                    break
+            try:
+                for one in tried:
+                    self._try(transform, one, contexts)
+            except BrokenLawError as broken:
+                found = broken
             else:
                 return len(tried)
             if self.drawn:
                 found = self._smallest(found, search, contexts)
         raise found.with_traceback(None)
 
+    def _try(
+        self, transform: Transform, example: Example, contexts: Sequence[Context] = ()
+    ) -> None:
+        """Try one example; blame the most basic law that does not hold on it."""
+        if contexts:
+            example = dataclasses.replace(example, contexts=contexts)
+        broken = self._violation(transform, example)
+        if broken is None:
+            return
+        for name in itertools.takewhile(lambda name: name != self.name, _BASIC):
+            basic = LAWS[name]._violation(transform, example)
+            if basic is not None and basic.__cause__ is None:  # It raised no error.
+                raise BrokenLawError(LAWS[name], basic, transform, example)
+        raise BrokenLawError(self, broken, transform, example) from broken.__cause__
+
     def _violation(
         self, transform: Transform, example: Example
     ) -> ViolationError | None:
-        """Return what is broken on an example; an error is no reason for another."""
-        try:
+        """Return how an example breaks the law, be it by an error; None if it holds."""
+        try:  # On a copy: what is reported must not have been changed.
             self.holds(transform, example.copied())
         except ViolationError as violation:
             return violation
-        except Exception:
-            return None
-        return None
-
-    def _broken_on(
-        self, transform: Transform, example: Example
-    ) -> BrokenLawError | None:
-        try:
-            self._try(transform, example)
-        except BrokenLawError as broken:
+        except Exception as error:
+            broken = ViolationError(error_line(error), self.hint)
+            broken.__cause__ = error
             return broken
         return None
 
     def _smallest(
         self, found: BrokenLawError, search: Search, contexts: Sequence[Context]
     ) -> BrokenLawError:
-        """Let hypothesis look for the smallest example on which a law is broken."""
+        """Return the failure on the smallest example that hypothesis finds."""
         transform = found.transform
-
-        def check(example: Example) -> None:
-            self._try(transform, _at(example, contexts))
-
+        check = functools.partial(self._try, transform, contexts=contexts)
         try:
-            return search.smallest(check, BrokenLawError) or found
+            return search.smallest(check, found)
         except hypothesis.errors.Flaky:  # The same inputs broke it once, and not again.
-            violation = ViolationError(found.what + ", but not each time", HIDDEN)
-            return BrokenLawError(
-                LAWS["determinism"], violation, transform, found.example
-            )
+            broken = ViolationError(found.what + ", but not each time", HIDDEN)
+            return BrokenLawError(LAWS["determinism"], broken, transform, found.example)
 
-    def _try(self, transform: Transform, example: Example) -> None:
-        """Try one example; blame the most basic law that does not hold on it."""
-        given = example.copied()  # What is reported must not have been changed.
-        reason: Exception | None = None
-        try:
-            self.holds(transform, given)
-        except ViolationError as violation:
-            broken = violation
-        except Exception as error:
-            broken, reason = ViolationError(raised(error), self.hint), error
-        else:
-            return
-        for name in itertools.takewhile(lambda name: name != self.name, _BASIC):
-            more_basic = LAWS[name]._violation(transform, example)
-            if more_basic is not None:
-                raise BrokenLawError(LAWS[name], more_basic, transform, example)
-        raise BrokenLawError(self, broken, transform, example) from reason
-
-
-_LOCK = threading.RLock()
 
 HIDDEN = (
     "memory outside of the state (an attribute, a global, a cache), or unseeded "
@@ -283,18 +271,46 @@ def law(*, hint: str, **options: Any) -> Callable[[Callable[..., None]], Law]:
     return made
 
 
+def run(transform: Transform, example: Example) -> Iterator[tuple[Any, Any]]:
+    """Yield the updates and the state after each step."""
+    state = transform.init(example.params)
+    for updates, context in example.steps:
+        result = transform.update(updates, state, example.params, context=context)
+        is_pair = isinstance(result, tuple) and len(result) == 2
+        what = f"update returned a {type(result).__name__}, not a pair"
+        require(is_pair, what, "write: return new_updates, new_state")
+        out, state = result
+        what = f"update returned updates as a {type(out).__name__}"
+        require(type(out) is dict, what, "return a dict from name to tensor")
+        yield out, state
+
+
 def check_protocol(transform: Any) -> None:
     """Refuse what is no transform, or cannot be called like one."""
     validate_transform("transform", transform)
-    update = ("updates", "state", "params")
-    _check_takes(transform, transform.init, ("params",), {})
-    _check_takes(transform, transform.update, update, {"context": "None"})
+    _check_signature(transform, transform.init, "params")
+    _check_signature(
+        transform, transform.update, "updates", "state", "params", context=None
+    )
 
 
-def check_arguments(
-    params: Any, contexts: Any, max_examples: int, most: int = 10_000
+def _check_signature(
+    transform: Any, method: Any, *arguments: str, **keywords: None
 ) -> None:
-    """Refuse what cannot say how examples shall be."""
+    try:
+        inspect.signature(method).bind(*arguments, **keywords)
+    except TypeError as error:
+        wanted = ["self", *arguments, *(f"*, {name}=None" for name in keywords)]
+        raise TypeError(
+            f"{transform!r}.{method.__name__} must take ({', '.join(wanted)}), as "
+            f"chain calls it: {error}"
+        ) from None
+    except ValueError:
+        return  # A builtin has no signature.
+
+
+def check_arguments(params: Any, contexts: Any, max_examples: int) -> None:
+    """Refuse arguments that cannot describe examples."""
     if params is not None:
         check_parameters(params)
         size = sum(p.numel() for p in params.values())
@@ -302,9 +318,9 @@ def check_arguments(
             raise ValueError(
                 'params must have a parameter, such as {"w": torch.zeros(3, 2)}'
             )
-        if size > most:
+        if size > 10_000:
             raise ValueError(
-                f"params must be small, at most {most:,} numbers in all, got {size:,}; "
+                f"params must be small, at most 10,000 numbers in all, got {size:,}; "
                 "laws do not depend on size"
             )
     if not isinstance(contexts, Sequence) or not all(
@@ -315,28 +331,7 @@ def check_arguments(
         raise ValueError(f"max_examples must be >= 1, got {max_examples}")
 
 
-def _check_takes(
-    transform: Any, method: Any, given: tuple[str, ...], asked: dict[str, str]
-) -> None:
-    try:
-        inspect.signature(method).bind(*given, **asked)
-    except TypeError as error:
-        keywords = [f"*, {name}={default}" for name, default in asked.items()]
-        wanted = ", ".join(["self", *given, *keywords])
-        name = method.__name__
-        raise TypeError(
-            f"{transform!r}.{name} must take ({wanted}), as chain calls it: {error}"
-        ) from None
-    except ValueError:
-        return  # Builtins do not tell.
-
-
-def _at(example: Example, contexts: Sequence[Context]) -> Example:
-    """Return an example with what the loop knows at each step."""
-    return dataclasses.replace(example, contexts=contexts) if contexts else example
-
-
-def raised(error: Exception) -> str:
-    """Say what was raised: the first line that says something."""
+def error_line(error: Exception) -> str:
+    """Return the type of an error, and the first line of its text that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"it raised {type(error).__name__}: {lines[0] if lines else error!r}"

@@ -1,8 +1,9 @@
-"""A failure as a program: what can be pasted and run."""
+"""Write the report of a failure, with a program that reproduces it."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from typing import Any
 
 import functional_optim as fo
@@ -17,53 +18,51 @@ _KNOWN = {
     "nan": "math",
     "tensor": "torch",
 }
-"""Where the names come from that a transform of ours is printed with."""
+"""The modules of the names in the repr of a transform of this library."""
 
 
-def program(law: str, transform: Any, example: Example) -> str:
-    """Return the program in which a law fails on an example."""
-    imports, made = transform_code(transform)
-    text = repr(example)
-    lines = [
+def report(
+    summary: Sequence[str], transform: Any, example: Example, imported: str, call: str
+) -> str:
+    """Return a summary of a failure and the program in which the call fails."""
+    imports, made = _transform_code(transform)
+    if example.contexts:
+        imports.append("from functional_optim import Context")
+    program = [
         "import torch",
-        "from functional_optim.testing import Example, laws",
+        f"from functional_optim.testing import Example, {imported}",
         *imports,
-        *context_import(example),
         "",
         f"transform = {made}",
-        f"example = {text}",
-        f"laws.{law}(transform, example)",
+        f"example = {example!r}",
+        call,
     ]
-    return "\n".join(lines)
+    code = [f"    {line}".rstrip() for line in "\n".join(program).splitlines()]
+    title = "The smallest case found, to paste and run:"
+    return "\n".join([*summary, "", title, "", *code])
 
 
-def context_import(example: Example) -> list[str]:
-    """Return the line that an example with contexts needs."""
-    return ["from functional_optim import Context"] if example.contexts else []
+def _transform_code(transform: Any) -> tuple[list[str], str]:
+    """Return imports and an expression that makes a transform.
 
-
-def transform_code(transform: Any) -> tuple[list[str], str]:
-    """Return imports and an expression that makes a transform, if its repr does.
-
-    What prints as `<...>`, or with names that nobody can import, is not written: the
-    expression says that it is the transform that was checked.
+    The expression is `...` if the repr is none, or has names that cannot be imported.
     """
     kind = type(transform)
     text = repr(transform)
     if text.startswith("<") and not getattr(transform, "__dict__", {}):
         text = f"{kind.__qualname__}()"
     names = _names(text)
-    known = {c.__qualname__: c.__module__ for c in _kinds(transform)} | _KNOWN
+    known = {c.__qualname__: c.__module__ for c in _classes(transform)} | _KNOWN
     if not names or not names <= known.keys() | {"torch"}:
         return [], f"...  # the {kind.__qualname__} that was checked"
     modules: dict[str, list[str]] = {}
     for name in sorted(names - {"torch"}):
         modules.setdefault(known[name], []).append(name)
     own = modules.pop("__main__", [])  # Nothing to import it from.
-    notes = [f"# {name} is yours: paste this below it." for name in own]
-    return notes + [
-        f"from {module} import {', '.join(parts)}" for module, parts in modules.items()
-    ], text
+    imports = [f"# {name} is yours: paste this below it." for name in own]
+    for module, parts in modules.items():
+        imports.append(f"from {module} import {', '.join(parts)}")
+    return imports, text
 
 
 def _names(text: str) -> set[str]:
@@ -72,15 +71,14 @@ def _names(text: str) -> set[str]:
         made = ast.parse(text, mode="eval").body
     except SyntaxError:
         return set()
-    if not isinstance(made, ast.Call):
-        return set()
-    return {node.id for node in ast.walk(made) if isinstance(node, ast.Name)}
+    nodes = ast.walk(made) if isinstance(made, ast.Call) else ()
+    return {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
-def _kinds(transform: Any) -> list[type]:
-    """Return the classes that a transform is made of."""
+def _classes(transform: Any) -> list[type]:
+    """Return the classes of a transform, its attributes and the transforms inside."""
     values = getattr(transform, "__dict__", {}).values()
     found = [type(transform), *(type(value) for value in values)]
     for inner in children_of(transform).values():
-        found += _kinds(inner)
+        found += _classes(inner)
     return [kind for kind in found if kind.__module__ != "builtins"]

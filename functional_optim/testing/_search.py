@@ -1,4 +1,4 @@
-"""Examples by hypothesis: drawn once for all laws, and searched for the smallest."""
+"""Draw examples with hypothesis, once for all laws, and shrink the failing ones."""
 
 from __future__ import annotations
 
@@ -6,18 +6,19 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeAlias, TypeVar
 
+import hypothesis
 import torch
+from hypothesis import strategies as st
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.testing import strategies
 from functional_optim.testing._examples import Example
-from functional_optim.testing._hypothesis import hypothesis, st
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
 
 E = TypeVar("E", bound=Exception)
+Kinds: TypeAlias = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+"""Names, shapes and dtypes of parameters."""
 
 _SECONDS = 5.0
 """How long a failure may be made smaller: a slow transform must not take minutes."""
@@ -29,23 +30,23 @@ class _TimeUpError(BaseException):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-    """Which examples to try; hashable, so that they are drawn once."""
+    """Options for drawing examples; hashable, so that these are drawn once."""
 
-    kinds: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] | None = None
+    kinds: Kinds | None
     elements: st.SearchStrategy[float]
-    dtypes: tuple[torch.dtype, ...] = (torch.float64,)
+    dtypes: tuple[torch.dtype, ...]
     omit: bool = True
-    max_steps: int = 4
-    max_examples: int = 100
-    seed: int | None = None
+    max_steps: int
+    max_examples: int
+    seed: int | None
 
-    def smallest(self, check: Callable[[Example], None], failure: type[E]) -> E | None:
-        """Return the failure of a check on the smallest example found; None if none."""
-        failures: list[E] = []
+    def smallest(self, check: Callable[[Example], None], found: E) -> E:
+        """Return the failure of a check on the smallest example, or the one found."""
+        failure, failures = type(found), [found]
         end = time.monotonic() + _SECONDS
 
         def timed(example: Example) -> None:
-            if failures and time.monotonic() > end:
+            if len(failures) > 1 and time.monotonic() > end:
                 raise _TimeUpError
             try:
                 check(example)
@@ -61,7 +62,7 @@ class Search:
             return error
         except _TimeUpError:
             return failures[-1]  # Each one is smaller than the one before.
-        return None
+        return found
 
     def run(self, check: Callable[[Example], None]) -> None:
         """Run a check on drawn examples; the smallest that fails raises."""
@@ -70,7 +71,19 @@ class Search:
         def run(example: Example) -> None:
             check(example)
 
-        test = hypothesis.given(self._strategy())(run)
+        params = None
+        if self.kinds is not None:
+            params = {
+                name: torch.zeros(shape, dtype=dtype, device="cpu")
+                for name, shape, dtype in self.kinds
+            }
+        examples = strategies.examples(
+            params,
+            elements=self.elements,
+            dtypes=self.dtypes,
+            omit=self.omit,
+            max_steps=self.max_steps,
+        )
         test = hypothesis.settings(
             max_examples=self.max_examples,
             deadline=None,
@@ -81,39 +94,22 @@ class Search:
             suppress_health_check=list(hypothesis.HealthCheck),
             phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
             verbosity=hypothesis.Verbosity.quiet,
-        )(test)
+        )(hypothesis.given(examples)(run))
         if self.seed is not None:
             test = hypothesis.seed(self.seed)(test)
         test()
 
-    def _strategy(self) -> st.SearchStrategy[Example]:
-        params = None
-        if self.kinds is not None:
-            params = {
-                name: torch.zeros(shape, dtype=dtype, device="cpu")
-                for name, shape, dtype in self.kinds
-            }
-        return strategies.examples(
-            params,
-            elements=self.elements,
-            dtypes=self.dtypes,
-            omit=self.omit,
-            max_steps=self.max_steps,
-        )
-
 
 @functools.lru_cache(maxsize=32)
 def drawn_examples(search: Search) -> tuple[Example, ...]:
-    """Return examples by hypothesis: drawn once, tried by all laws that ask for it."""
+    """Return the examples of a search, drawn once."""
     drawn: list[Example] = []
     search.run(drawn.append)
     return tuple(drawn)
 
 
-def kinds_of(
-    params: TensorMap | None,
-) -> tuple[tuple[str, tuple[int, ...], torch.dtype], ...] | None:
-    """Return names, shapes and dtypes of parameters, for a `Search`."""
+def kinds_of(params: TensorMap | None) -> Kinds | None:
+    """Return names, shapes and dtypes of parameters."""
     if params is None:
         return None
     return tuple((name, tuple(p.shape), p.dtype) for name, p in params.items())

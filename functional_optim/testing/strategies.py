@@ -1,4 +1,4 @@
-"""Strategies: tensor maps, sequences of gradients, examples, transforms, chains.
+"""Hypothesis strategies for tensor maps, gradients, examples, transforms and chains.
 
 Hypothesis draws every number, so that failures shrink and replay.
 """
@@ -7,27 +7,62 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 import functional_optim as fo
 from functional_optim import schedules
 from functional_optim.testing._examples import Example
-from functional_optim.testing._hypothesis import st
+
+__all__ = [
+    "away_from_zero",
+    "chains",
+    "examples",
+    "finite",
+    "gradient_sequences",
+    "hostile",
+    "ordinary",
+    "parameter_shapes",
+    "tensor_maps",
+    "transforms",
+]
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+
+ordinary: st.SearchStrategy[float] = st.floats(-100, 100, width=32).map(
+    lambda x: x if abs(x) > 1e-3 else 0.0
+)
+"""Everyday numbers, zero included."""
+
+finite: st.SearchStrategy[float] = st.one_of(
+    ordinary,
+    st.sampled_from([1.0, -0.0, 1e-45, -1e-40, 1.1754944e-38, 1e-20, 1e15, -1e18]),
+)
+"""Also signed zeros, subnormals and huge ones whose squares stay finite in float32."""
+
+hostile: st.SearchStrategy[float] = st.one_of(
+    finite, st.sampled_from([math.nan, math.inf, -math.inf])
+)
+"""Also NaN and infinities."""
+
+away_from_zero: st.SearchStrategy[float] = st.builds(
+    math.copysign, st.floats(0.125, 8.0, width=32), st.sampled_from([1.0, -1.0])
+)
+"""Numbers where square roots and norms have derivatives."""
 
 _numbers = st.floats(-4, 4, width=32)
-
 _fractions = st.floats(0, 0.9375, width=32)
-
 _positive = st.floats(0.125, 8, width=32)
+_shapes = st.sampled_from([(), (1,), (3,), (2, 2), (1, 3, 1), (0,), (2, 0)])
 
 
 def _hyperparameters(
     numbers: st.SearchStrategy[float], names: Sequence[str] = ()
 ) -> st.SearchStrategy[Any]:
-    """A number, or a tensor, a schedule or a map by name of such numbers."""
+    """Draw a number, or a tensor, a schedule or a map by name of such numbers."""
     kinds = [
         numbers,
         numbers.map(lambda x: torch.tensor(x, dtype=torch.float64)),
@@ -41,7 +76,7 @@ def _hyperparameters(
 def transforms(
     names: Sequence[str] = (), *, smooth: bool = False
 ) -> st.SearchStrategy[fo.Transform]:
-    """Transforms of the library; numbers, tensors, schedules and maps as arguments.
+    """Draw a transform of the library, with any kind of hyperparameter.
 
     Args:
         names: Names of the parameters; hyperparameters by name need them.
@@ -94,7 +129,7 @@ def chains(
     max_size: int = 4,
     smooth: bool = False,
 ) -> fo.Chain:
-    """Chains of transforms of the library, in an order that `chain` accepts.
+    """Draw a chain of transforms of the library, in an order that `chain` accepts.
 
     Args:
         draw: Given by hypothesis.
@@ -117,42 +152,6 @@ def chains(
     return fo.chain(*members)
 
 
-__all__ = [
-    "away_from_zero",
-    "chains",
-    "examples",
-    "finite",
-    "gradient_sequences",
-    "hostile",
-    "ordinary",
-    "parameter_shapes",
-    "tensor_maps",
-    "transforms",
-]
-
-Shapes = Mapping[str, tuple[int, ...]]
-
-ordinary: st.SearchStrategy[float] = st.floats(-100, 100, width=32).map(
-    lambda x: x if abs(x) > 1e-3 else 0.0
-)
-"""Everyday numbers, zero included."""
-
-finite: st.SearchStrategy[float] = st.one_of(
-    ordinary,
-    st.sampled_from([1.0, -0.0, 1e-45, -1e-40, 1.1754944e-38, 1e-20, 1e15, -1e18]),
-)
-"""Also signed zeros, subnormals and huge ones whose squares stay finite in float32."""
-
-hostile: st.SearchStrategy[float] = st.one_of(
-    finite, st.sampled_from([math.nan, math.inf, -math.inf])
-)
-"""Also NaN and infinities."""
-
-away_from_zero: st.SearchStrategy[float] = st.builds(
-    math.copysign, st.floats(0.125, 8.0, width=32), st.sampled_from([1.0, -1.0])
-)
-"""Numbers where square roots and norms have derivatives."""
-
 _MOST_DRAWN = 16
 """A larger tensor repeats a run of numbers: hypothesis draws them one by one."""
 
@@ -173,14 +172,11 @@ def _tensors(
     return numbers.map(made)
 
 
-_shapes = st.sampled_from([(), (1,), (3,), (2, 2), (1, 3, 1), (0,), (2, 0)])
-
-
 @st.composite
 def parameter_shapes(
     draw: st.DrawFn, min_size: int = 1, max_size: int = 3
 ) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a few parameters: scalars, vectors, matrices, empty ones.
+    """Draw shapes of a few parameters: scalars, vectors, matrices, empty ones.
 
     Args:
         draw: Given by hypothesis.
@@ -204,7 +200,7 @@ def tensor_maps(
     dtype: torch.dtype = torch.float64,
     elements: st.SearchStrategy[float] = ordinary,
 ) -> fo.TensorMap:
-    """Tensor maps with given names and shapes.
+    """Draw a tensor map with given names and shapes.
 
     Args:
         draw: Given by hypothesis.
@@ -233,7 +229,7 @@ def gradient_sequences(
     max_size: int = 4,
     omit: bool = True,
 ) -> list[fo.TensorMap]:
-    """Gradients of some steps; a step may lack some names.
+    """Draw the gradients of some steps; a step may lack some names.
 
     The maps are picked from a pool of at most three, so that long sequences are cheap
     and steps repeat.
@@ -276,11 +272,11 @@ def examples(
     omit: bool = True,
     max_steps: int = 4,
 ) -> Example:
-    """Parameters, and updates of one to four steps: what a law is tried on.
+    """Draw parameters, and the updates of a few steps.
 
     Args:
         draw: Given by hypothesis.
-        params: Parameters whose names, shapes and dtypes to use; None draws these.
+        params: Parameters that give names, shapes and dtypes; None draws them.
         contexts: What the loop knows at each step, in turns.
         elements: Strategy of a number.
         dtypes: Dtypes to choose from; those of `params` come first.
@@ -302,16 +298,11 @@ def examples(
     else:
         shapes = {name: tuple(p.shape) for name, p in params.items()}
         kinds = {name: p.dtype for name, p in params.items()}
-    values = draw(tensor_maps(shapes, torch.float64, elements))
-    updates = draw(
-        gradient_sequences(
-            shapes, torch.float64, elements, max_size=max_steps, omit=omit
-        )
+    maps = [draw(tensor_maps(shapes, elements=elements))]
+    maps += draw(
+        gradient_sequences(shapes, elements=elements, max_size=max_steps, omit=omit)
     )
-    return Example(
-        _typed(values, kinds), [_typed(step, kinds) for step in updates], contexts
+    params, *updates = (
+        {name: x.to(kinds[name]) for name, x in tensors.items()} for tensors in maps
     )
-
-
-def _typed(tensors: fo.TensorMap, kinds: Mapping[str, torch.dtype]) -> fo.TensorMap:
-    return {name: x.to(kinds[name]) for name, x in tensors.items()}
+    return Example(params, updates, contexts)

@@ -1,4 +1,4 @@
-"""The laws: each is called on a transform, and says what breaks it.
+"""Laws that a transform must obey, each callable on a transform.
 
 `laws.purity(transform)` tries examples; `laws.purity(transform, example)` tries one.
 Only `init`, `update` and `scope` are used.

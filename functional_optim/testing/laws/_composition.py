@@ -1,4 +1,4 @@
-"""Chaining and plain data: what a transform is part of, and how it is stored."""
+"""Check a transform in chains, and its state in a file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import io
 
 import torch
 
-from functional_optim.core._chain import Chain, as_chain, chain
+from functional_optim.core._chain import as_chain, chain
 from functional_optim.core._state_dict import load_state_dict, state_dict
 from functional_optim.core._transform import Transform
-from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
-from functional_optim.testing._law import law, require
-from functional_optim.testing.laws._purity import run
+from functional_optim.testing._law import law, require_equal, run
 from functional_optim.transforms import Identity
 
 _GRAD_MODE = (
@@ -35,36 +33,35 @@ def chaining(transform: Transform, example: Example) -> None:
         chain(Identity(), transform),
         chain(chain(), chain(Identity(), chain(transform))),
     ):
+        is_longer = len(chained) > 1
+        name = "chain(Identity(), transform)" if is_longer else "chain(transform)"
         for step, (out, state) in enumerate(run(chained, example)):
-            at = f"step {step} of {_written(chained)}"
-            gap = difference(out, plain[step][0])
-            require(not gap, f"{at}: updates{gap}", _GRAD_MODE)
+            at = f"step {step} of {name}"
+            plain_out, plain_state = plain[step]
+            require_equal(f"{at}: updates", out, plain_out, _GRAD_MODE)
             # A chain is flattened into its parent.
-            own = state if as_chain(transform) is transform else state[-1]
-            own = own[len(own) - len(plain[step][1]) :] if own is state else own
-            gap = difference(own, plain[step][1])
-            require(not gap, f"{at}: state{gap}", _GRAD_MODE)
-
-
-def _written(chained: Chain) -> str:
-    ours = len(chained) > 1
-    return "chain(Identity(), transform)" if ours else "chain(transform)"
+            if as_chain(transform) is transform:
+                own = state[len(state) - len(plain_state) :]
+            else:
+                own = state[-1]
+            require_equal(f"{at}: state", own, plain_state, _GRAD_MODE)
 
 
 @law(drawn=False, hint=_NOT_DATA)
 def plain_data(transform: Transform, example: Example) -> None:
     """A state survives plain data on disk, and training goes on with the same bits."""
-    state = transform.init(example.params)
+    params = example.params
+    state = transform.init(params)
     for step, (updates, context) in enumerate(example.steps):
         file = io.BytesIO()
         torch.save(state_dict(state), file)
         file.seek(0)
         data = torch.load(file, weights_only=True)
-        loaded = load_state_dict(transform.init(example.params), data)
-        gap = difference(loaded, state)
-        require(not gap, f"the loaded state differs: state{gap}", _NOT_DATA)
-        kept = transform.update(updates, state, example.params, context=context)
-        resumed = transform.update(updates, loaded, example.params, context=context)
-        gap = difference(resumed, kept)
-        require(not gap, f"step {step} after loading differs at {gap}", _NOT_DATA)
+        loaded = load_state_dict(transform.init(params), data)
+        require_equal("the loaded state differs: state", loaded, state, _NOT_DATA)
+        kept = transform.update(updates, state, params, context=context)
+        resumed = transform.update(updates, loaded, params, context=context)
+        require_equal(
+            f"step {step} after loading differs at ", resumed, kept, _NOT_DATA
+        )
         state = kept[1]

@@ -1,4 +1,4 @@
-"""In place: an executor that joins and cuts tensors computes what `update` does."""
+"""Check that an executor that joins and cuts tensors computes what `update` does."""
 
 from __future__ import annotations
 
@@ -6,24 +6,18 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._apply import apply_updates
 from functional_optim.core._chain import chain
-from functional_optim.core._context import Context
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.execution._accumulation import check_accumulation
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._plan import ExecutionOptions
-from functional_optim.testing._compare import difference
 from functional_optim.testing._examples import Example
-from functional_optim.testing._law import law, require
+from functional_optim.testing._law import ROUNDING, law, require_equal
 from functional_optim.transforms import Scale
 
 if TYPE_CHECKING:
     from functional_optim.execution.compiled._kernels import KernelCache
-
-_ROUNDING = 1e-12
-"""Units change the order of sums: n * eps of float64, n < 4000."""
 
 _CAUSE = (
     "TransformOptimizer shows an elementwise transform tensors without their names and "
@@ -52,7 +46,7 @@ def _chains(transform: Transform) -> Iterator[tuple[Transform, int]]:
         ((Scale(1.0), transform), (3,)),
         ((transform, Scale(1.0)), (3,)),
     ):
-        # Nothing may stand behind a guard nor, in place, in front of Accumulate.
+        # Nothing may follow a guard nor, in place, precede Accumulate.
         with contextlib.suppress(ValueError):
             chained = chain(*members)
             check_accumulation(chained)
@@ -79,25 +73,11 @@ def moves_alike(
     )
     cause = _CAUSE if transform.scope is Scope.ELEMENTWISE else _CAUSE_WHOLE
     for step, (updates, context) in enumerate(example.steps):
-        params, state = _pure(transform, updates, state, params, context)
+        moved, state = transform.update(updates, state, params, context=context)
+        params = apply_updates(params, moved)
         given = {name: u.clone() for name, u in updates.items()}
         executor.step(given, context=context)
         at = f"step {step} in units of {elements} elements"
-        gap = difference(own, params, _ROUNDING)
-        require(not gap, f"{at}: parameters{gap}", cause)
-        gap = difference(executor.state.tree, state, _ROUNDING)
-        require(not gap, f"{at}: state{gap}", cause)
-        gap = difference(given, updates)
-        require(not gap, f"{at}: the gradients were overwritten, {gap}", cause)
-
-
-def _pure(
-    transform: Transform,
-    updates: TensorMap,
-    state: object,
-    params: TensorMap,
-    context: Context,
-) -> tuple[TensorMap, object]:
-    """Return parameters and state after one step in the pure way."""
-    moved, state = transform.update(updates, state, params, context=context)
-    return apply_updates(params, moved), state
+        require_equal(f"{at}: parameters", own, params, cause, ROUNDING)
+        require_equal(f"{at}: state", executor.state.tree, state, cause, ROUNDING)
+        require_equal(f"{at}: the gradients were overwritten, ", given, updates, cause)

@@ -1,11 +1,11 @@
-"""Scope: an update on parts of the parameters is the update on the whole."""
+"""Check that an update on parts of the parameters equals the update on the whole."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Sequence, Set
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence, Set
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,14 +14,24 @@ from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._context import Context, ReduceOp, Reducer, reduce_locally
 from functional_optim.core._transform import Scope, Static, Transform
 from functional_optim.core._traversal import children_of
-from functional_optim.testing._compare import close, difference, same_bits, tensors
-from functional_optim.testing._examples import Example
-from functional_optim.testing._law import law, require
-from functional_optim.testing.laws._purity import run
+from functional_optim.testing._compare import (
+    close,
+    difference,
+    map_nodes,
+    nodes,
+    same_bits,
+    tensors,
+)
+from functional_optim.testing._examples import Example, map_tensors
+from functional_optim.testing._law import ROUNDING, law, require, require_equal, run
 from functional_optim.testing.laws._structure import has_static
 
-_ROUNDING = 1e-12
-"""Cuts inside a tensor change the order of sums: n * eps of float64, n < 4000."""
+Part: TypeAlias = list[tuple[str, slice]]
+"""Slices of parameters along dimension 0, in the order of the parameters."""
+Call: TypeAlias = tuple[tuple[int | str, ...], int]
+"""The path of a call of `Context.reduce`, and its number on this path."""
+PartResult: TypeAlias = tuple[Part, TensorMap, Any]
+"""A part with its updates and state."""
 
 
 @law(
@@ -34,70 +44,58 @@ def scope(transform: Transform, example: Example) -> None:
     if declared == Scope.GLOBAL:
         return
     if declared == Scope.ELEMENTWISE:
-        example = _as_columns(transform, example)
+        # Now a cut along dimension 0 is a cut anywhere.
+        example = _check_rearranged(transform, example, "in one column", _column)
     params = example.params
     if has_static(transform.init(params)):
-        example = _with_all_names(example)
+        # A part without updates does not run: its accumulation window would lag behind.
+        full = [{n: u.get(n, p) for n, p in params.items()} for u in example.updates]
+        example = dataclasses.replace(example, updates=full)
+    cause, may_branch = _cause(declared), _may_branch(transform)
     for cut in _cuts(declared, params):
         state = transform.init(params)
         for updates, context in example.steps:
             whole = transform.update(updates, state, params, context=context)
-            # A part that is given nothing is not run.
             parts = [part for part in cut if any(name in updates for name, _ in part)]
-            new = update_parts(
+            results = _update_parts(
                 transform,
                 parts,
                 updates,
                 state,
                 params,
                 context=context,
-                may_branch=_may_branch(transform),
+                may_branch=may_branch,
             )
-            strict = not _may_branch(transform)
-            _compare_parts(whole, state, new, params, _cause(declared), strict=strict)
+            old = state if may_branch else None
+            _check_parts(results, whole, old, params, cause)
             state = whole[1]
     if declared == Scope.ELEMENTWISE:
-        _commutes_with_permutation(transform, example)
+        _check_rearranged(transform, example, "reversed", _reversed)
 
 
-def _as_columns(transform: Transform, example: Example) -> Example:
-    """Return the example with all elements of a tensor along dimension 0.
-
-    So a cut along dimension 0 is a cut anywhere. Requires that the update does not
-    depend on which elements stand in one row. The number of dimensions stays, because
-    masks and labels may look at it.
-    """
-
-    def columns(given: TensorMap) -> TensorMap:
-        return {
-            name: x.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim else x
-            for name, x in given.items()
-        }
-
-    other = dataclasses.replace(
-        example,
-        params=columns(example.params),
-        updates=[columns(updates) for updates in example.updates],
-    )
+def _check_rearranged(
+    transform: Transform,
+    example: Example,
+    how: str,
+    rearrange: Callable[[Tensor], Tensor],
+) -> Example:
+    """Require that the places of elements do not matter; return the other example."""
+    other = map_tensors(rearrange, example)
     pairs = zip(run(transform, example), run(transform, other), strict=True)
-    for step, ((out, _), (out_columns, _)) in enumerate(pairs):
-        gap = difference(out_columns, columns(out), _ROUNDING)
-        what = f"step {step} with the elements of each tensor in one column: updates"
-        require(not gap, f"{what}{gap}", _cause(Scope.ELEMENTWISE))
+    for step, ((out, _), (rearranged, _)) in enumerate(pairs):
+        what = f"step {step} with the elements of each tensor {how}: updates"
+        wanted = {name: rearrange(u) for name, u in out.items()}
+        require_equal(what, rearranged, wanted, _cause(Scope.ELEMENTWISE), ROUNDING)
     return other
 
 
-def _with_all_names(example: Example) -> Example:
-    """Give every name an update in every step.
+def _column(x: Tensor) -> Tensor:
+    # The number of dimensions stays, because masks and labels may depend on it.
+    return x.reshape(-1, *[1] * (x.ndim - 1)) if x.ndim else x
 
-    A part that is given nothing in a step is not run, so an open window of that part
-    stands still; whoever cuts a pipeline runs what holds once for all parts.
-    """
-    updates = [
-        {name: step.get(name, p) for name, p in example.params.items()}
-        for step in example.updates
-    ]
-    return dataclasses.replace(example, updates=updates)
+
+def _reversed(x: Tensor) -> Tensor:
+    return x.reshape(-1).flip(0).reshape(x.shape)
 
 
 def _may_branch(transform: object) -> bool:
@@ -127,255 +125,193 @@ def _cause(declared: Scope) -> str:
     )
 
 
-def _cuts(declared: Scope, params: TensorMap) -> list[list[Shard]]:
-    """Return the legal cuts that are tried: lists of parts."""
+def _cuts(declared: Scope, params: TensorMap) -> list[list[Part]]:
+    """Return the legal cuts that are tried."""
     everything = slice(None)
-    by_name: list[Shard] = [[(name, everything)] for name in params]
+    by_name: list[Part] = [[(name, everything)] for name in params]
     if declared != Scope.ELEMENTWISE:
         return [by_name]
-    # Every part holds some elements of most names, as ranks do: unequal pieces.
-    across: list[Shard] = [[], [], []]
+    # Every part has some elements of most names, as ranks do: unequal pieces.
+    across: list[Part] = [[], [], []]
     for name, p in params.items():
         count = len(p) if p.ndim else 1
         if count <= 1:
             across[0].append((name, everything))
             continue
         ends = [0, 1, min(count // 2 + 1, count), count]
-        for shard, start, stop in zip(across, ends, ends[1:], strict=False):
+        for part, start, stop in zip(across, ends, ends[1:], strict=False):
             if start < stop:
-                shard.append((name, slice(start, stop)))
+                part.append((name, slice(start, stop)))
     return [by_name, across]
 
 
-def _compare_parts(
+def _check_parts(
+    results: list[PartResult],
     whole: tuple[TensorMap, Any],
-    before: Any,
-    parts: list[tuple[Shard, TensorMap, Any]],
+    old: Any,
     params: TensorMap,
     cause: str,
-    *,
-    strict: bool,
 ) -> None:
-    """Require that the parts together are the whole."""
+    """Require that the results of the parts together are those of the whole.
 
-    def compare(what: str, got: Any, wanted: Any) -> None:
-        gap = difference(got, wanted, _ROUNDING)
-        require(not gap, f"{_shown_cut(parts)}: {what}{gap}", cause)
+    With an old state, each scalar of a part may also be the old one.
+    """
+    cut = _cut_text([part for part, _, _ in results])
+    states = [state for _, _, state in results]
 
-    found = [out for _, out, _ in parts]
-    # A name of which some pieces are missing was not run on all its parts.
-    held = {n: u for n, u in whole[0].items() if any(n in out for out in found)}
-    compare("updates", _glued(held, found, params), held)
-    require(held.keys() == whole[0].keys(), "the parts dropped names", cause)
-    fields: list[TensorMap] = []
-    map_fields(fields.append, whole[1])
-    part_fields: list[list[TensorMap]] = []
-    for _, _, new in parts:
-        part_fields.append([])
-        map_fields(part_fields[-1].append, new)
-    for index, entries in enumerate(fields):
-        got = [some[index] for some in part_fields]
-        seen = {n: x for n, x in entries.items() if any(n in some for some in got)}
-        if is_elementwise(entries, params):
-            seen = {n: x for n, x in seen.items() if _is_covered(n, got, params)}
-            compare("state", _glued(seen, got, params), seen)
-        else:
-            for some in got:
-                compare("state", some, {n: entries[n] for n in some})
-    for part, _, new in parts:
+    def compare(what: str, got: TensorMap, entries: TensorMap) -> None:
+        wanted = {name: entries[name] for name in got}
+        require_equal(f"{cut}: {what}", got, wanted, cause, ROUNDING)
+
+    updates = _glued(whole[0], [out for _, out, _ in results], params)
+    compare("updates", updates, whole[0])
+    require(updates.keys() == whole[0].keys(), "the parts dropped names", cause)
+    for entries, *pieces in zip(*map(_maps, (whole[1], *states)), strict=True):
+        elementwise = _is_elementwise(entries, params)
+        glued = [_glued(entries, pieces, params)] if elementwise else pieces
+        for some in glued:
+            compare("state", some, entries)
+    for part, _, state in results:
         others = params.keys() - {name for name, _ in part}
-        rest, rest_before, scalars = (
-            _global_part(state, others) for state in (whole[1], before, new)
-        )
-        gap = difference(scalars, rest, _ROUNDING)
+        scalars, wanted = _scalars(state, others), _scalars(whole[1], others)
+        gap = difference(scalars, wanted, ROUNDING)
         # A part without any name of a branch leaves the branch as it was.
-        allowed = not strict and _is_mixture(scalars, rest, rest_before)
-        what = f"{_shown_cut(parts)}: a scalar of the state{gap}"
-        require(not gap or allowed, what, cause)
+        if gap and old is not None and _is_mix(scalars, wanted, _scalars(old, others)):
+            continue
+        require(not gap, f"{cut}: a scalar of the state{gap}", cause)
 
 
-def _shown_cut(parts: list[tuple[Shard, TensorMap, Any]]) -> str:
-    """Say how the parameters were cut."""
-    shown = []
-    for part, _, _ in parts:
+def _cut_text(parts: Sequence[Part]) -> str:
+    """Return how the parameters were cut, for an error message."""
+    texts = []
+    for part in parts[:4]:
         pieces = [
-            name if where == slice(None) else f"{name}[{where.start or 0}:...]"
+            name if where == slice(None) else f"{name}[{where.start}:...]"
             for name, where in part
         ]
-        shown.append(" + ".join(pieces))
-    rest = f" | ... ({len(shown)} parts)" if len(shown) > 4 else ""
-    return f"cut into {' | '.join(shown[:4])}{rest}"
+        texts.append(" + ".join(pieces))
+    rest = f" | ... ({len(parts)} parts)" if len(parts) > 4 else ""
+    return f"cut into {' | '.join(texts)}{rest}"
 
 
-def _is_covered(name: str, got: Sequence[TensorMap], params: TensorMap) -> bool:
-    """Whether the parts that ran hold all of a name."""
-    pieces = [some[name] for some in got if name in some]
-    whole = params[name]
-    return not whole.ndim or sum(len(piece) for piece in pieces) == len(whole)
+def _maps(state: Any) -> list[TensorMap]:
+    return [node for _, node in nodes(state) if isinstance(node, dict)]
 
 
-def _glued(like: TensorMap, parts: Sequence[TensorMap], params: TensorMap) -> TensorMap:
-    """Put the pieces of each name together."""
+def _is_elementwise(entries: TensorMap, params: TensorMap) -> bool:
+    """Whether a field of a state has its parameters' shapes, so that it can be cut."""
+    return all(entries[name].shape == params[name].shape for name in entries)
+
+
+def _glued(
+    names: Iterable[str], parts: Sequence[TensorMap], params: TensorMap
+) -> TensorMap:
+    """Concatenate the pieces of each name, unless some are missing."""
     made = {}
-    for name in like:
-        pieces = [part[name] for part in parts if name in part]
-        made[name] = torch.cat(pieces) if params[name].ndim else pieces[0]
+    for name in names:
+        pieces, param = [part[name] for part in parts if name in part], params[name]
+        if pieces and (not param.ndim or sum(map(len, pieces)) == len(param)):
+            made[name] = torch.cat(pieces) if param.ndim else pieces[0]
     return made
 
 
-def _is_mixture(got: Any, new: Any, old: Any) -> bool:
+def _is_mix(got: Any, new: Any, old: Any) -> bool:
     """Whether every scalar is the new one or the old one."""
     triples = zip(tensors(got), tensors(new), tensors(old), strict=True)
     return all(
-        same_bits(g, o) or close(g, n, _ROUNDING) for (_, g), (_, n), (_, o) in triples
+        same_bits(g, o) or close(g, n, ROUNDING) for (_, g), (_, n), (_, o) in triples
     )
 
 
-def _global_part(state: Any, others: Set[str]) -> Any:
-    """Return a state without its fields by name: its scalars and what is Static.
+def _scalars(state: Any, others: Set[str]) -> Any:
+    """Return a state without its maps, and without other names in `Static` values."""
 
-    A part may not know which of the other names were seen.
-    """
-    if isinstance(state, Static) and isinstance(state.value, tuple):
-        return Static(tuple(told for told in state.value if told not in others))
-    if isinstance(state, tuple):
-        parts = [_global_part(part, others) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
-    return () if isinstance(state, dict) else state
+    def keep(node: Any) -> Any:
+        if isinstance(node, Static) and isinstance(node.value, tuple):
+            # A part may not know which of the other names had updates.
+            return Static(tuple(value for value in node.value if value not in others))
+        return () if isinstance(node, dict) else node
 
-
-def _commutes_with_permutation(transform: Transform, example: Example) -> None:
-    """Require that the place of an element does not matter."""
-
-    def turned(given: TensorMap) -> TensorMap:
-        return {n: x.reshape(-1).flip(0).reshape(x.shape) for n, x in given.items()}
-
-    other = dataclasses.replace(
-        example,
-        params=turned(example.params),
-        updates=[turned(updates) for updates in example.updates],
-    )
-    pairs = zip(run(transform, example), run(transform, other), strict=True)
-    for step, ((out, _), (out_turned, _)) in enumerate(pairs):
-        gap = difference(turned(out_turned), out, _ROUNDING)
-        what = f"step {step} with the elements of each tensor reversed: updates{gap}"
-        require(not gap, what, _cause(Scope.ELEMENTWISE))
+    return map_nodes(keep, state)
 
 
-Shard = list[tuple[str, slice]]
-"""Pieces of some names, along dimension 0; in the order of the parameters."""
+def part_of(state: Any, part: Part, params: TensorMap) -> Any:
+    """Return one part of each map in a state."""
+
+    def cut(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        entries = {name: node[name] for name, _ in part if name in node}
+        if not _is_elementwise(node, params):
+            return entries
+        slices = dict(part)
+        return {n: (x[slices[n]] if x.ndim else x).clone() for n, x in entries.items()}
+
+    return map_nodes(cut, state)
 
 
-def _piece(x: Tensor, where: slice) -> Tensor:
-    return x[where].clone() if x.ndim else x.clone()
+class _MissingTotalError(Exception):
+    """Carries a call of `Context.reduce` out of an update: key, partial, operation."""
 
 
-class _MissingTotalError(Exception):  # It carries a partial out of an update.
-    def __init__(self, key: tuple[Any, ...], partial: Tensor, op: ReduceOp) -> None:
-        super().__init__(key)
-        self.key, self.partial, self.op = key, partial, op
-
-
-def update_parts(
+def _update_parts(
     transform: Transform,
-    parts: list[Shard],
+    parts: list[Part],
     updates: TensorMap,
     state: Any,
     params: TensorMap,
     *,
     context: Context,
     may_branch: bool,
-) -> list[tuple[Shard, TensorMap, Any]]:
-    """Run `update` on every part by itself, with totals shared."""
-    given = []
-    for part in parts:
-        u = {name: _piece(updates[name], w) for name, w in part if name in updates}
-        p = {name: _piece(params[name], w) for name, w in part}
-        given.append((u, part_of(state, part, params), p))
-    order: list[tuple[Any, ...]] = []
-    cause = "calls of context.reduce must not depend on names, shapes or values"
-    totals: dict[tuple[Any, ...], Tensor] = {}
-    while True:
-        results, stopped = [], []
-        for u, s, p in given:
-            reducer = _supplied(totals)
-            part_context = dataclasses.replace(context, reducer=reducer)
-            try:
-                results.append(transform.update(u, s, p, context=part_context))
-            except _MissingTotalError as total:
-                stopped.append(total)
-        if not stopped:
-            return [(part, *r) for part, r in zip(parts, results, strict=True)]
-        order = order or _order_of_calls(transform, updates, state, params, context)
-        keys = {total.key for total in stopped}
-        everywhere = may_branch or (len(stopped) == len(given) and len(keys) == 1)
-        require(everywhere, "not every part calls context.reduce", cause)
-        require(
-            keys <= set(order), "a part calls context.reduce in other places", cause
-        )
-        # A part without any name of a branch is ahead of those that have some.
-        key = min(keys, key=order.index)
-        joined = [total for total in stopped if total.key == key]
-        partial = torch.cat([total.partial for total in joined])
-        totals[key] = reduce_locally(partial, joined[0].op)
+) -> list[PartResult]:
+    """Run `update` on each part alone, with the totals of `Context.reduce` shared."""
+    given = [part_of((updates, state, params), part, params) for part in parts]
+    order: list[Call] = []
+    totals: dict[Call, Tensor] = {}
 
-
-def _order_of_calls(
-    transform: Transform,
-    updates: TensorMap,
-    state: Any,
-    params: TensorMap,
-    context: Context,
-) -> list[tuple[Any, ...]]:
-    """Return the keys of the calls of `reduce` in an update on the whole."""
-    order: list[tuple[Any, ...]] = []
-
-    def reducer(path: tuple[Any, ...], partial: Tensor, op: ReduceOp) -> Tensor:
-        order.append((path, [seen for seen, _ in order].count(path)))
+    def record(call: Call, partial: Tensor, op: ReduceOp) -> Tensor:
+        order.append(call)
         return reduce_locally(partial, op)
 
-    counting = dataclasses.replace(context, reducer=reducer)
-    transform.update(updates, state, params, context=counting)
-    return order
+    def supply(call: Call, partial: Tensor, op: ReduceOp) -> Tensor:
+        if call not in totals:
+            raise _MissingTotalError(call, partial, op)
+        return totals[call]
+
+    cause = "calls of context.reduce must not depend on names, shapes or values"
+    while True:
+        results, stops = [], []
+        for u, s, p in given:
+            supplied = context.with_reducer(_numbered(supply))
+            try:
+                results.append(transform.update(u, s, p, context=supplied))
+            except _MissingTotalError as error:
+                stops.append(error.args)
+        if not stops:
+            return [
+                (part, *result) for part, result in zip(parts, results, strict=True)
+            ]
+        if not order:
+            recorded = context.with_reducer(_numbered(record))
+            transform.update(updates, state, params, context=recorded)
+        calls = {call for call, _, _ in stops}
+        everywhere = may_branch or (len(stops) == len(given) and len(calls) == 1)
+        require(everywhere, "not every part calls context.reduce", cause)
+        what = "a part calls context.reduce in other places"
+        require(calls <= set(order), what, cause)
+        # A part without any name of a branch is ahead of those that have some.
+        first = min(calls, key=order.index)
+        partials = [partial for call, partial, _ in stops if call == first]
+        op = next(op for call, _, op in stops if call == first)
+        totals[first] = reduce_locally(torch.cat(partials), op)
 
 
-def _supplied(totals: dict[tuple[Any, ...], Tensor]) -> Reducer:
-    """Return a reducer that knows some totals and stops at the first it does not."""
-    calls: dict[tuple[Any, ...], Iterator[int]] = {}
+def _numbered(reduce: Callable[[Call, Tensor, ReduceOp], Tensor]) -> Reducer:
+    """Return a reducer that numbers the calls on each path."""
+    counts: Counter[tuple[int | str, ...]] = Counter()
 
-    def reducer(path: tuple[Any, ...], partial: Tensor, op: ReduceOp) -> Tensor:
-        key = (path, next(calls.setdefault(path, itertools.count())))
-        if key not in totals:
-            raise _MissingTotalError(key, partial, op)
-        return totals[key]
+    def reducer(path: tuple[int | str, ...], partial: Tensor, op: ReduceOp) -> Tensor:
+        counts[path] += 1
+        return reduce((path, counts[path]), partial, op)
 
     return reducer
-
-
-def is_elementwise(entries: TensorMap, params: TensorMap) -> bool:
-    """Whether a field of a state has its parameters' shapes, so that it can be cut."""
-    return all(entries[name].shape == params[name].shape for name in entries)
-
-
-def map_fields(function: Callable[[TensorMap], Any], state: Any) -> Any:
-    """Apply a function to every dict of a state."""
-    if isinstance(state, dict):
-        return function(state)
-    if isinstance(state, tuple):
-        parts = [map_fields(function, part) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
-    return state
-
-
-def part_of(state: Any, part: Shard, params: TensorMap) -> Any:
-    """Return the state of one part."""
-
-    def cut(entries: TensorMap) -> TensorMap:
-        elementwise = is_elementwise(entries, params)
-        return {
-            name: _piece(entries[name], where) if elementwise else entries[name]
-            for name, where in part
-            if name in entries
-        }
-
-    return map_fields(cut, state)

@@ -1,8 +1,9 @@
-"""What torch does with an update: batches it, compiles it, differentiates it."""
+"""Check that torch can batch, compile and differentiate an update."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,12 +17,17 @@ from functional_optim.core._apply import apply_updates
 from functional_optim.core._chain import chain
 from functional_optim.core._context import Context
 from functional_optim.core._transform import Transform
-from functional_optim.testing._compare import difference, tensors
-from functional_optim.testing._examples import Example, numbers_like
-from functional_optim.testing._law import law, refuse, require
-
-_ROUNDING = 1e-12
-"""Sums in another order, relative to the largest: n * eps of float64, n < 4000."""
+from functional_optim.testing._compare import tensors
+from functional_optim.testing._examples import Example, map_tensors, numbers_like
+from functional_optim.testing._law import (
+    ROUNDING,
+    ViolationError,
+    law,
+    require,
+    require_equal,
+    run,
+)
+from functional_optim.testing.laws._structure import has_static
 
 _HOST = (
     "a value is read on the host: `if tensor`, float(t), t.item(), t.tolist(), "
@@ -41,54 +47,50 @@ _RECOMPILED = (
     "each value is a constant of another graph. Count in a tensor of the state; Static "
     "is for a position that returns, as in an accumulation window"
 )
+_RECORDS = (
+    "the transform turns recording on by itself (torch.enable_grad, requires_grad_). "
+    "Leave grad mode as it is: chain decides it from Context(differentiable=...)"
+)
+_NO_DERIVATIVE = (
+    "a part of the formula is hidden from autograd (detach, .data, no_grad, float(t)), "
+    "or has no derivative: a rounding, a maximum, a sign. In that case leave "
+    "smooth=False"
+)
 
 
 @law(omit=False, rounds=True, hint=_HOST)
 def vmapped(transform: Transform, example: Example) -> None:
     """Init and update under vmap equal the loop over members."""
-    members = [example, *(_variant(example, factor) for factor in (-0.5, 3.0))]
+    members = [  # Of other numbers and signs.
+        map_tensors(functools.partial(torch.mul, other=factor), example)
+        for factor in (1.0, -0.5, 3.0)
+    ]
     params = _stacked([member.params for member in members])
     state = torch.func.vmap(transform.init)(params)
     singles = [transform.init(member.params) for member in members]
-    gap = difference(_members(state), singles)
-    require(not gap, f"vmap(init): member{gap}", _BATCHED)
+    require_equal("vmap(init): member", _members(state), singles, _BATCHED)
     for step, (_, context) in enumerate(example.steps):
-
-        def update(u: Any, s: Any, p: Any, c: Context = context) -> Any:
-            return transform.update(u, s, p, context=c)
-
+        update = functools.partial(transform.update, context=context)
         given = [member.updates[step] for member in members]
         out, state = torch.func.vmap(update)(_stacked(given), state, params)
         results = [
-            transform.update(u, s, member.params, context=context)
+            update(u, s, member.params)
             for u, s, member in zip(given, singles, members, strict=True)
         ]
-        singles = [new for _, new in results]
-        gap = difference(_members(out), [u for u, _ in results], _ROUNDING)
-        require(not gap, f"step {step}, vmap(update): updates, member{gap}", _BATCHED)
-        gap = difference(_members(state), singles, _ROUNDING)
-        require(not gap, f"step {step}, vmap(update): state, member{gap}", _BATCHED)
-
-
-def _variant(example: Example, factor: float) -> Example:
-    """Return another member of a batch: other numbers, other signs."""
-
-    def scaled(given: TensorMap) -> TensorMap:
-        return {name: factor * x for name, x in given.items()}
-
-    return dataclasses.replace(
-        example,
-        params=scaled(example.params),
-        updates=[scaled(updates) for updates in example.updates],
-    )
+        outs, singles = [u for u, _ in results], [s for _, s in results]
+        what = f"step {step}, vmap(update)"
+        at = f"{what}: updates, member"
+        require_equal(at, _members(out), outs, _BATCHED, ROUNDING)
+        at = f"{what}: state, member"
+        require_equal(at, _members(state), singles, _BATCHED, ROUNDING)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
     return _pytree.tree_map(lambda *xs: torch.stack(xs), *trees)
 
 
-def _members(tree: Any, count: int = 3) -> list[Any]:
-    return [_pytree.tree_map(lambda x, i=i: x[i], tree) for i in range(count)]
+def _members(tree: Any) -> list[Any]:
+    return [_pytree.tree_map(lambda x, i=i: x[i], tree) for i in range(3)]
 
 
 @law(
@@ -100,87 +102,71 @@ def _members(tree: Any, count: int = 3) -> list[Any]:
 )
 def compiled(transform: Transform, example: Example) -> None:
     """A compiled update equals the eager one, without graph breaks or recompiling."""
+    # A window of any length needs three graphs: torch makes the position a symbol when
+    # it sees the second one. And each context has its own Python numbers.
     allowed = 3 if _static_returns(transform, example) else 1
-    # Each context has its own Python numbers.
     allowed *= max(1, len(set(map(repr, example.contexts))))
     before = _num_graphs()
     update = torch.compile(transform.update, fullgraph=True, backend="aot_eager")
     state = other = transform.init(example.params)
-    for step, (updates, context) in enumerate(example.steps * 3):
+    steps = example.steps * 3
+    for step, (updates, context) in enumerate(steps):
         out, state = transform.update(updates, state, example.params, context=context)
         try:
             got, other = update(updates, other, example.params, context=context)
         except torch._dynamo.exc.FailOnRecompileLimitHit:
-            refuse(f"step {step}: recompiled at every step", _RECOMPILED)
-        gap = difference(got, out, _ROUNDING)
-        require(not gap, f"step {step}, compiled: updates{gap}", _UNTRACEABLE)
-        gap = difference(other, state, _ROUNDING)
-        require(not gap, f"step {step}, compiled: state{gap}", _UNTRACEABLE)
+            what = f"step {step}: recompiled at every step"
+            raise ViolationError(what, _RECOMPILED) from None
+        what = f"step {step}, compiled"
+        require_equal(f"{what}: updates", got, out, _UNTRACEABLE, ROUNDING)
+        require_equal(f"{what}: state", other, state, _UNTRACEABLE, ROUNDING)
     made = _num_graphs() - before
-    what = f"{len(example.updates) * 3} steps made {made} graphs, not {allowed}"
+    what = f"{len(steps)} steps made {made} graphs, not {allowed}"
     require(made <= allowed, what, _RECOMPILED)
 
 
 def _num_graphs() -> int:
-    """Return how many graphs torch.compile has made in this process."""
+    """Return the number of graphs that torch.compile has made in this process."""
     count: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return count
 
 
-def _static_returns(transform: Transform, example: Example, most: int = 100) -> bool:
-    """Whether the state holds Static values that come back to where they were.
-
-    A window of any length needs three graphs: torch makes the position a symbol when it
-    sees the second one.
-    """
-    state = transform.init(example.params)
-    start = _pytree.tree_structure(state)
+def _static_returns(transform: Transform, example: Example) -> bool:
+    """Whether the `Static` values return to the initial ones within 100 rounds."""
+    start = transform.init(example.params)
+    if not has_static(start):
+        return False
+    rounds = dataclasses.replace(example, updates=[*example.updates] * 100)
     moved = False
-    for _ in range(most):
-        for updates, context in example.steps:
-            state = transform.update(updates, state, example.params, context=context)[1]
-            now = _pytree.tree_structure(state)
-            if moved and now == start:
-                return True
-            moved = moved or now != start
-        if not moved:
-            return False
+    for _, state in run(transform, rounds):
+        equal = _pytree.tree_structure(state) == _pytree.tree_structure(start)
+        if moved and equal:
+            return True
+        moved = moved or not equal
     return False
 
 
 @law(omit=False, hint="chain could not run it on tensors that require gradients")
 def no_graph(transform: Transform, example: Example) -> None:
     """A chain keeps no autograd graph unless it is asked to."""
-    cause = (
-        "the transform turns recording on by itself (torch.enable_grad, "
-        "requires_grad_). Leave grad mode as it is: chain decides it from "
-        "Context(differentiable=...)"
-    )
     chained = chain(transform)
     for batched in (False, True):
-        ensemble = torch.func.vmap if batched else _alone
+        wrap: Callable[..., Any] = torch.func.vmap if batched else lambda call: call
         place = "under vmap, " if batched else ""
         params = _leaves(example.params, batched=batched)
-        state = ensemble(chained.init)(params)
+        state = wrap(chained.init)(params)
         for updates, context in example.steps:
-
-            def update(u: Any, s: Any, p: Any, c: Context = context) -> Any:
-                return chained.update(u, s, p, context=c)
-
+            update = functools.partial(chained.update, context=context)
             given = _leaves(updates, batched=batched)
-            out, state = ensemble(update)(given, state, params)
-            for what, tree in (("updates", out), ("state", state)):
+            out, state = wrap(update)(given, state, params)
+            for result, tree in (("updates", out), ("state", state)):
                 for at, x in tensors(tree):
-                    kept = f"{place}{what}{at} keeps a graph"
-                    require(not x.requires_grad, kept, cause)
+                    what = f"{place}{result}{at} keeps a graph"
+                    require(not x.requires_grad, what, _RECORDS)
             for name, x in apply_updates(params, out).items():
-                kept = f"{place}the new parameter {name!r} keeps a graph"
-                is_new = x is not params[name]
-                require(not (is_new and x.requires_grad), kept, cause)
-
-
-def _alone(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function
+                what = f"{place}the new parameter {name!r} keeps a graph"
+                recorded = x is not params[name] and x.requires_grad
+                require(not recorded, what, _RECORDS)
 
 
 def _leaves(given: TensorMap, *, batched: bool) -> TensorMap:
@@ -192,7 +178,7 @@ def _leaves(given: TensorMap, *, batched: bool) -> TensorMap:
 
 
 _FACTORS = (1.0, -0.61, 1.73)
-"""Of the updates of three steps: no momentum that anybody writes makes a sum 0."""
+"""Of the updates of three steps: no common momentum makes a sum 0."""
 
 
 @law(
@@ -207,35 +193,32 @@ def differentiable(transform: Transform, example: Example) -> None:
         "updates": _in_general_position(example.updates[0], 2),
         "params": _in_general_position(example.params, 1),
     }
-    contexts = [(example.contexts or [Context()])[0]] * 3
+    _, context = example.steps[0]
     places = [(kind, name) for kind in given for name in given[kind]]
-    gap = _derivative_gap(transform, given, places, contexts)
+    gap = _derivative_gap(transform, given, places, context)
     if gap:
-        wrong = [
-            at for at in places if _derivative_gap(transform, given, [at], contexts)
-        ]
-        kind, name = (wrong or places)[0]
-        cause = (
-            "a part of the formula is hidden from autograd (detach, .data, no_grad, "
-            "float(t)), or has no derivative: a rounding, a maximum, a sign. In that "
-            "case leave smooth=False"
+        wrong = (
+            at for at in places if _derivative_gap(transform, given, [at], context)
         )
-        refuse(f"the derivative with respect to {kind}[{name!r}]: {gap}", cause)
+        kind, name = next(wrong, places[0])
+        what = f"the derivative with respect to {kind}[{name!r}]: {gap}"
+        raise ViolationError(what, _NO_DERIVATIVE)
 
 
 def _derivative_gap(
     transform: Transform,
     given: dict[str, TensorMap],
     places: list[tuple[str, str]],
-    contexts: list[Context],
+    context: Context,
 ) -> str | None:
-    """Say how derivatives at some places differ from differences; None if they agree.
+    """Return how derivatives at some places differ from finite differences.
 
     All places are one vector and all results one number, so that it is one backward.
     """
     sizes = [given[kind][name].numel() for kind, name in places]
     if not sum(sizes):
         return None
+    context = dataclasses.replace(context, differentiable=True)
 
     def total(flat: Tensor) -> Tensor:
         at = {kind: dict(tensors) for kind, tensors in given.items()}
@@ -244,10 +227,9 @@ def _derivative_gap(
             at[kind][name] = piece.reshape(at[kind][name].shape)
         state = transform.init(at["params"])
         sums = [flat.new_zeros(())]
-        for factor, context in zip(_FACTORS, contexts, strict=True):
-            scaled = {name: factor * x for name, x in at["updates"].items()}
-            asked = dataclasses.replace(context, differentiable=True)
-            out, state = transform.update(scaled, state, at["params"], context=asked)
+        for factor in _FACTORS:
+            updates = {name: factor * x for name, x in at["updates"].items()}
+            out, state = transform.update(updates, state, at["params"], context=context)
             for name, u in out.items():
                 weights = numbers_like({name: u.detach()}, len(sums))[name]
                 sums.append((weights * u).sum())
@@ -271,7 +253,7 @@ def _derivative_gap(
 
 
 def _in_general_position(given: TensorMap, key: int) -> TensorMap:
-    """Move every number by at most 0.1: kinks lie at round and at equal numbers."""
+    """Move every number by at most 0.1: kinks are at round and at equal numbers."""
     wide = {name: x.double() for name, x in given.items()}
     moves = numbers_like(wide, key)
     # All the same way, so that sums move, too.
