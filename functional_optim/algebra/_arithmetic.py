@@ -10,21 +10,21 @@ ordinary operations out of place.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from functional_optim.algebra._buffers import Donated, current
 from functional_optim.algebra._scalars import Factor, memoized
-from functional_optim.algebra._tensor_map import can_use_foreach, is_16_bit, lookup
+from functional_optim.algebra._tensor_map import (
+    TensorMap,
+    can_use_foreach,
+    is_16_bit,
+    lookup,
+)
 from functional_optim.algebra._torch_modes import has_derivative
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
-
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 def promote(tensor: Tensor, other: Tensor) -> Tensor:

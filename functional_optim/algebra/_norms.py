@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from functional_optim.algebra._tensor_map import can_use_foreach, is_16_bit
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from functional_optim.algebra._tensor_map import TensorMap
-
+from functional_optim.algebra._tensor_map import TensorMap, can_use_foreach, is_16_bit
 
 _BLOCK = 65_536
 """Elements whose squares float32 adds up with an error of 2e-7 (measured)."""

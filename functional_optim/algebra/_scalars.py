@@ -8,18 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from functional_optim.algebra._tensor_map import lookup
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from functional_optim.algebra._tensor_map import TensorMap
+from functional_optim.algebra._tensor_map import TensorMap, lookup
 
 T = TypeVar("T")
 

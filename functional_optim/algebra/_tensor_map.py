@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import (
-    TYPE_CHECKING,
     TypeAlias,
     TypeVar,
 )
@@ -14,10 +13,6 @@ from torch import Tensor
 
 from functional_optim._messages import format_names
 from functional_optim.algebra._torch_modes import has_tangents
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
-
 
 V = TypeVar("V")
 

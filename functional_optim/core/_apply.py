@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from functional_optim._messages import format_names
 from functional_optim.algebra._arithmetic import over
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.algebra._torch_modes import is_differentiated
 from functional_optim.core._validation import check_updates
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 def recording(*, differentiable: bool) -> torch.set_grad_enabled:

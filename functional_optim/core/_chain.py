@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, final
 
 from functional_optim._messages import format_names
 from functional_optim.algebra._buffers import Donated, current
-from functional_optim.algebra._tensor_map import copied
+from functional_optim.algebra._tensor_map import TensorMap, copied
 from functional_optim.core._apply import recording
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import checked, value_class
@@ -19,11 +20,6 @@ from functional_optim.core._validation import (
     describe_state,
     within_model,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 def _checked_members(name: str, members: Sequence[Any]) -> tuple[Transform, ...]:

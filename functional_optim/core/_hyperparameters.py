@@ -11,14 +11,19 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from typing_extensions import dataclass_transform
 
 from functional_optim.algebra._scalars import memoized
-from functional_optim.algebra._tensor_map import device_of, is_readable, lookup
+from functional_optim.algebra._tensor_map import (
+    TensorMap,
+    device_of,
+    is_readable,
+    lookup,
+)
 from functional_optim.core._traversal import children_of, map_children, routes
 from functional_optim.core._validation import check_by_name, check_parameters
 from functional_optim.core._value_class import (
@@ -27,9 +32,6 @@ from functional_optim.core._value_class import (
     value_hash,
     value_repr,
 )
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
 
 C = TypeVar("C", bound=type)
 

@@ -7,18 +7,16 @@ tensor or a number. It reads nothing on the host.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree
 
 from functional_optim._messages import format_names
+from functional_optim.algebra._tensor_map import TensorMap
+from functional_optim.core._transform import Transform
 from functional_optim.core._traversal import walk
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.core._transform import Transform
 
 
 def readings(tx: Transform, state: Any) -> TensorMap:

@@ -21,20 +21,17 @@ import fnmatch
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, Union, final
+from typing import Any, TypeAlias, TypeVar, Union, final
 
 import torch
 from torch import Tensor
 
 from functional_optim._messages import format_names
-from functional_optim.algebra._tensor_map import lookup
+from functional_optim.algebra._tensor_map import TensorMap, lookup
 from functional_optim.algebra._torch_modes import constant_when_compiled
 from functional_optim.core._hyperparameters import checked, value_class
 from functional_optim.core._validation import check_by_name, model_parameters
 from functional_optim.core._value_class import format_value
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
 
 V = TypeVar("V")
 

@@ -14,14 +14,11 @@ that `route` returns put parameters into groups of their own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeAlias
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._transform import Transform
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-
-    from functional_optim.algebra._tensor_map import TensorMap
 
 Label: TypeAlias = "int | str"
 Path: TypeAlias = "tuple[Label, ...]"

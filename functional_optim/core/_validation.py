@@ -7,19 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from functional_optim._messages import format_names
-from functional_optim.algebra._tensor_map import subset
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from functional_optim.algebra._tensor_map import TensorMap
+from functional_optim.algebra._tensor_map import TensorMap, subset
 
 V = TypeVar("V")
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._norms import norms
-from functional_optim.algebra._scalars import memoized, negated
-from functional_optim.algebra._tensor_map import device_of, is_16_bit
+from functional_optim.algebra._scalars import Factor, memoized, negated
+from functional_optim.algebra._tensor_map import TensorMap, device_of, is_16_bit
 from functional_optim.core._context import Context, Norm
 from functional_optim.core._hyperparameters import (
     Hyperparameter,
@@ -26,10 +26,6 @@ from functional_optim.core._hyperparameters import (
 )
 from functional_optim.core._transform import Role, Scope
 from functional_optim.core._validation import check_state
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._scalars import Factor
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 class ClipByGlobalNormState(NamedTuple):

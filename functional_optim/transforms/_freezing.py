@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, final
+from typing import ClassVar, final
 
 import torch
 
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import value_class
 from functional_optim.core._transform import Scope
 from functional_optim.core._validation import check_parameters
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 @final

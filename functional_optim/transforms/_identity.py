@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, final
 
-from functional_optim.algebra._tensor_map import copied
+from functional_optim.algebra._tensor_map import TensorMap, copied
 from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import checked, value_class
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.core._traversal import Label
 from functional_optim.core._validation import check_parameters, validate_name
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 @final

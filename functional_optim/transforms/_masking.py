@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, final
+from typing import Any, ClassVar, TypeAlias, final
 
 from torch import Tensor
 
 from functional_optim._messages import format_names
-from functional_optim.algebra._tensor_map import subset
+from functional_optim.algebra._tensor_map import TensorMap, subset
 from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import checked, resolve, value_class
@@ -32,9 +32,6 @@ from functional_optim.core._validation import (
     within_model,
 )
 from functional_optim.core._value_class import format_value
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 @final

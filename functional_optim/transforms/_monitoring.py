@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias, final
+from typing import Any, ClassVar, NamedTuple, TypeAlias, final
 
 import torch
 from torch import Tensor
 
 from functional_optim.algebra._norms import norms
-from functional_optim.algebra._tensor_map import copied, device_of
+from functional_optim.algebra._tensor_map import TensorMap, copied, device_of
 from functional_optim.core._context import Context, Norm, ReduceOp
 from functional_optim.core._hyperparameters import checked, value_class
 from functional_optim.core._transform import Scope
@@ -20,9 +20,6 @@ from functional_optim.core._validation import (
     check_state,
     validate_name,
 )
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
 
 Elementwise: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """A function of an update and its parameter, number by number."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.utils import _pytree
 
 from functional_optim.algebra._norms import all_finite
 from functional_optim.algebra._scalars import memoized
-from functional_optim.algebra._tensor_map import device_of
+from functional_optim.algebra._tensor_map import TensorMap, device_of
 from functional_optim.core._apply import is_recorded
 from functional_optim.core._chain import validate_transform
 from functional_optim.core._context import Context
@@ -18,11 +19,6 @@ from functional_optim.core._hyperparameters import checked, value_class
 from functional_optim.core._transform import Role, Scope, Transform
 from functional_optim.core._traversal import Label, walk
 from functional_optim.core._validation import check_parameters, check_state
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 class SkipNonfiniteState(NamedTuple):

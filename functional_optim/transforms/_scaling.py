@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._scalars import memoized, negated
-from functional_optim.algebra._tensor_map import device_of
+from functional_optim.algebra._tensor_map import TensorMap, device_of
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import (
     Hyperparameter,
@@ -31,9 +31,6 @@ from functional_optim.core._selection import (
 )
 from functional_optim.core._transform import Role, Scope
 from functional_optim.core._validation import check_parameters
-
-if TYPE_CHECKING:
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 @final

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import TYPE_CHECKING, Any, ClassVar, final
+from typing import Any, ClassVar, final
+
+from torch import Tensor
 
 from functional_optim.algebra._arithmetic import over
-from functional_optim.algebra._tensor_map import subset
+from functional_optim.algebra._tensor_map import TensorMap, subset
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import (
     Hyperparameter,
@@ -28,11 +30,6 @@ from functional_optim.core._selection import (
 )
 from functional_optim.core._transform import Scope
 from functional_optim.core._value_class import format_value
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from functional_optim.algebra._tensor_map import TensorMap
 
 
 def _checked_mask(name: str, mask: Any) -> Any:
