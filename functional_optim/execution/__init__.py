@@ -1,1 +1,1 @@
-"""Running transforms in place: what lies where, and what runs when."""
+"""Run transforms in place."""

@@ -54,7 +54,7 @@ class GradientExecutor:
             if found_inf is not None:
                 new = new[-1]
             self.state = _unaliased(new, grads, params)
-            _write(moved, grads)
+            _write_grads(moved, grads)
 
 
 def _consumes(transform: Transform) -> bool:
@@ -94,7 +94,7 @@ def _unaliased(state: Any, *maps: TensorMap) -> Any:
     return tree_map(state, lambda t: t.clone() if storage_ptr(t) in taken else t)
 
 
-def _write(moved: TensorMap, grads: TensorMap) -> None:
+def _write_grads(moved: TensorMap, grads: TensorMap) -> None:
     pairs = [(grads[name], new) for name, new in moved.items()]
     pairs = [(old, new) for old, new in pairs if new is not old]
     if not pairs:

@@ -1,4 +1,4 @@
-"""Compute the totals that updates of units ask `context.reduce` for.
+"""Compute the totals of `context.reduce` over all units.
 
 A pass runs the update of every unit up to the first call whose total is not known, and
 reduces the partials of the units. With all totals known the update runs to its end.
@@ -109,7 +109,7 @@ class CallRecorder(_CallCounter):
 
 
 def totals_of(updates: Sequence[UnitUpdate]) -> Totals:
-    """Return the totals that updates ask for, with a pass for each."""
+    """Return the totals of all calls of `reduce`, with a pass for each."""
     left: dict[Hashable, list[ReduceCall]] = {}
     for update in updates:
         left.setdefault(update.key, list(update.calls()))
@@ -125,7 +125,7 @@ def totals_of(updates: Sequence[UnitUpdate]) -> Totals:
 
 
 def first_call(left: Sequence[Sequence[ReduceCall]]) -> ReduceCall:
-    """Return a call that is the next one for all who make it.
+    """Return a call that is the next one for all updates that make it.
 
     Example:
         >>> a, b = ((0,), 0), ((1,), 0)

@@ -132,7 +132,7 @@ def leaf_infos(transform: Transform, state: Any, params: TensorMap) -> list[Leaf
     for leaf, name in _with_names(state):
         owner_name, names, consumes = owners[id(leaf)]
         _check_leaf(leaf, owner_name, name, params)
-        kind = _kind(leaf, params)
+        kind = _leaf_kind(leaf, params)
         scalars = isinstance(leaf, dict) and all(params[n].ndim == 0 for n in leaf)
         donated = consumes and kind is LeafKind.ELEMENTWISE
         infos.append(LeafInfo(kind, owner_name, name, names, donated, scalars))
@@ -163,7 +163,7 @@ def _check_leaf(leaf: Any, owner: str, name: str, params: TensorMap) -> None:
         )
 
 
-def _kind(leaf: Leaf, params: TensorMap) -> LeafKind:
+def _leaf_kind(leaf: Leaf, params: TensorMap) -> LeafKind:
     if isinstance(leaf, Static):
         return LeafKind.STATIC
     if isinstance(leaf, Tensor):
@@ -224,5 +224,5 @@ class ExecutorState:
 
 
 def clone_if_in(tensor: Tensor, memory: set[int]) -> Tensor:
-    """Return a copy of a tensor that lies in memory which is about to be written."""
+    """Return a copy if the memory of a tensor is about to be written, else the tensor."""
     return tensor.clone() if storage_ptr(tensor) in memory else tensor

@@ -62,7 +62,7 @@ def unalias(tensors: Sequence[Tensor], taken: Iterable[Tensor]) -> list[Tensor]:
 
 
 def storage_ptr(tensor: Tensor) -> int:
-    """Return what tells whether two tensors lie in the same memory."""
+    """Return the address of the storage, equal for tensors that share memory."""
     own = getattr(tensor, "_local_tensor", tensor)  # A DTensor has no memory itself.
     return int(own.untyped_storage().data_ptr())
 
@@ -134,14 +134,14 @@ def copied_alone(view: Tensor) -> Tensor:
 
 
 def relayout_like(entry: Tensor, param: Tensor) -> Tensor:
-    """Return an entry of the state in memory of its own that lies like a parameter."""
+    """Return an entry in memory of its own, with the strides of a parameter."""
     if entry.stride() == param.stride() and is_alone(entry):
         return entry
     return torch.empty_like(param, dtype=entry.dtype).copy_(entry)
 
 
 def is_alone(tensor: Tensor) -> bool:
-    """Whether a tensor is all that lies in its memory."""
+    """Whether a tensor shares its storage with nothing."""
     return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 
 

@@ -1,4 +1,4 @@
-"""What a step finds: gradients, and the wishes of a gradient scaler."""
+"""Collect gradients, and the `grad_scale` and `found_inf` of a gradient scaler."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def warn_of_no_gradient() -> None:
 
 
 def scaling_of(optimizer: object) -> Scaling | None:
-    """Return what a gradient scaler asks of this step; it sets two attributes."""
+    """Return the scale and the flag that a gradient scaler has set on an optimizer."""
     found_inf = getattr(optimizer, "found_inf", None)
     grad_scale = getattr(optimizer, "grad_scale", None)
     if found_inf is None:

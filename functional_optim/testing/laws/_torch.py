@@ -68,7 +68,7 @@ def vmapped(transform: Transform, example: Example) -> None:
     params = _stacked([member.params for member in members])
     state = torch.func.vmap(transform.init)(params)
     singles = [transform.init(member.params) for member in members]
-    require_equal("vmap(init): member", _members(state), singles, _BATCHED)
+    require_equal("vmap(init): member", _variants_of(state), singles, _BATCHED)
     for step, (_, context) in enumerate(example.steps):
         update = functools.partial(transform.update, context=context)
         given = [member.updates[step] for member in members]
@@ -80,16 +80,16 @@ def vmapped(transform: Transform, example: Example) -> None:
         outs, singles = [u for u, _ in results], [s for _, s in results]
         what = f"step {step}, vmap(update)"
         at = f"{what}: updates, member"
-        require_equal(at, _members(out), outs, _BATCHED, ROUNDING)
+        require_equal(at, _variants_of(out), outs, _BATCHED, ROUNDING)
         at = f"{what}: state, member"
-        require_equal(at, _members(state), singles, _BATCHED, ROUNDING)
+        require_equal(at, _variants_of(state), singles, _BATCHED, ROUNDING)
 
 
 def _stacked(trees: Sequence[Any]) -> Any:
     return _pytree.tree_map(lambda *xs: torch.stack(xs), *trees)
 
 
-def _members(tree: Any) -> list[Any]:
+def _variants_of(tree: Any) -> list[Any]:
     return [_pytree.tree_map(lambda x, i=i: x[i], tree) for i in range(3)]
 
 
@@ -148,7 +148,7 @@ def _static_returns(transform: Transform, example: Example) -> bool:
 
 @law(omit=False, hint="chain could not run it on tensors that require gradients")
 def no_graph(transform: Transform, example: Example) -> None:
-    """A chain keeps no autograd graph unless it is asked to."""
+    """A chain keeps no autograd graph, unless it is to be differentiable."""
     chained = chain(transform)
     for batched in (False, True):
         wrap: Callable[..., Any] = torch.func.vmap if batched else lambda call: call
