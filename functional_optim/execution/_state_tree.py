@@ -224,5 +224,5 @@ class ExecutorState:
 
 
 def clone_if_in(tensor: Tensor, memory: set[int]) -> Tensor:
-    """Return a copy if the memory of a tensor is about to be written, else the tensor."""
+    """Return a copy if the memory of a tensor is about to be written, else itself."""
     return tensor.clone() if storage_ptr(tensor) in memory else tensor
