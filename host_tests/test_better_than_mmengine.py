@@ -1,4 +1,4 @@
-"""Every test of `test_wrapper_better.py` fails on MMEngine, and for its reason."""
+"""Each test of `tests/optim_wrapper/test_better.py` fails on MMEngine for its reason."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from xml.etree import ElementTree as ET
 
 HERE = pathlib.Path(__file__).parent
-TESTS = HERE.parent / "tests" / "test_wrapper_better.py"
+TESTS = HERE.parent / "tests" / "optim_wrapper" / "test_better.py"
 FAILURES = {
     "clip_grad_can_be_used_again": r"\['grad_value', 'grad_norm'\] ==",
     "loaded_dict_is_left_alone": "Extra items in the right set:\n.*base_param_settings",

@@ -1,8 +1,9 @@
 """Compiled units do what `update` does: every chain, as the graph that is compiled.
 
-What the compiler makes of a graph is its affair, and tried in tests/test_compiled.py on
-a few chains: it takes seconds for each. Here the graph itself runs, so that thousands
-of chains can be tried: what is traced, hoisted, written, and shared between units.
+What the compiler makes of a graph is its affair, and tried on a few chains in
+tests/execution/test_compiled.py: it takes seconds for each. Here the graph itself runs,
+so that thousands of chains can be tried: what is traced, memoized, written, and shared
+between units.
 """
 
 from __future__ import annotations

@@ -29,17 +29,17 @@ COPIED = [PACKAGE, "tests", "property_tests", "benchmarks", "docs", "pyproject.t
 
 # Many kills in few seconds, by themselves: then the rest need not be collected.
 FIRST = [
-    "tests/test_mixed_dtypes.py",
+    "tests/algebra/test_mixed_dtypes.py",
     "tests/test_regressions.py",
-    "tests/test_bad_input.py",
-    "tests/test_schedules.py",
-    "tests/test_bad_schedules.py",
-    "tests/test_torch_parity.py",
-    "tests/test_readings.py",
-    "tests/test_contract.py",
+    "tests/transforms/test_bad_input.py",
+    "tests/schedules/test_schedules.py",
+    "tests/schedules/test_bad_input.py",
+    "tests/transforms/test_torch_parity.py",
+    "tests/core/test_readings.py",
+    "tests/transforms/test_contract.py",
     "property_tests/test_plain_loops.py",
 ]
-LAST = ["tests/test_check_transform.py", "property_tests/test_laws.py"]
+LAST = ["tests/testing/test_check_transform.py", "property_tests/test_laws.py"]
 LEFT_OUT = {
     "tests/test_mutations.py": "does not find the old text, and would kill everything",
     "tests/test_layering.py": "judges the source text, not what it computes",
