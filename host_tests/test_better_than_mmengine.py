@@ -1,4 +1,4 @@
-"""Each test of `tests/optim_wrapper/test_better.py` fails on MMEngine for its reason."""
+"""Each test of `optim_wrapper/test_better.py` fails on MMEngine, for its reason."""
 
 from __future__ import annotations
 
