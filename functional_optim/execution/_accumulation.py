@@ -95,12 +95,7 @@ def _zeros(tensor: Tensor) -> Tensor:
 
 
 def check_accumulation(transform: Transform) -> None:
-    """Refuse `Accumulate` in place anywhere but first, or behind `Unscale` at most.
-
-    Example:
-        >>> from functional_optim import Accumulate, Scale, Unscale, chain
-        >>> check_accumulation(chain(Unscale(8.0), Accumulate(2), Scale(2.0)))
-    """
+    """Refuse `Accumulate` in place anywhere but first, or behind `Unscale` at most."""
     earlier: Transform | None = None
     for member in _members(transform):
         if not any(_accumulates(node.transform) for node in walk(member)):

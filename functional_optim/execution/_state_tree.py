@@ -51,15 +51,7 @@ class LeafInfo(NamedTuple):
 
 
 def flatten(state: Any) -> list[Leaf]:
-    """Return the leaves of a state, in order.
-
-    Example:
-        >>> import torch
-        >>> from functional_optim import sgd
-        >>> tx = sgd(0.1, momentum=0.9)
-        >>> [sorted(leaf) for leaf in flatten(tx.init({"w": torch.ones(1)}))]
-        [['w']]
-    """
+    """Return the leaves of a state, in order."""
     leaves: list[Leaf] = []
     _collect(state, leaves)
     return leaves
@@ -83,22 +75,14 @@ def unflatten(template: Any, leaves: Iterable[Leaf]) -> Any:
 
 
 def tree_map(state: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return a state with other tensors in the same places.
-
-    Example:
-        >>> import torch
-        >>> tree_map(({"w": torch.ones(1)}, Static(3)), torch.neg)
-        ({'w': tensor([-1.])}, Static(value=3))
-    """
-    return unflatten(state, [_changed(leaf, change) for leaf in flatten(state)])
-
-
-def _changed(leaf: Leaf, change: Callable[[Tensor], Tensor]) -> Leaf:
-    if isinstance(leaf, Static):
-        return leaf
-    if isinstance(leaf, Tensor):
-        return change(leaf)
-    return {name: change(entry) for name, entry in leaf.items()}
+    """Return a state with other tensors in the same places."""
+    leaves = flatten(state)
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            leaves[index] = change(leaf)
+        elif isinstance(leaf, dict):
+            leaves[index] = {name: change(entry) for name, entry in leaf.items()}
+    return unflatten(state, leaves)
 
 
 def tensors_of(state: Any) -> Iterator[Tensor]:

@@ -44,13 +44,7 @@ def split_constants(transform: Any) -> tuple[Any, list[Number]]:
 
 
 def with_constants(transform: Any, put: Callable[[Number], Number]) -> Any:
-    """Return a transform with other numbers in the same places.
-
-    Example:
-        >>> from functional_optim import sgd
-        >>> with_constants(sgd(0.1), lambda number: 2 * number)
-        chain(ScaleByLearningRate(0.2))
-    """
+    """Return a transform with other numbers in the same places."""
     return _mapped(transform, put, replace_fields)
 
 
@@ -69,11 +63,6 @@ def is_frozen(value: Any) -> bool:
 
     Frozen dataclasses and tuples of such are; so is a value without an update, such as
     a schedule: its closure is no part of the kind.
-
-    Example:
-        >>> from functional_optim import sgd
-        >>> is_frozen(sgd(0.1)), is_frozen({"a": sgd(0.1)})
-        (True, False)
     """
     if isinstance(value, tuple):
         return all(map(is_frozen, value))
