@@ -26,6 +26,7 @@ from functional_optim.execution._plan import Bucket
 from functional_optim.execution._state_tree import tensors_of
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._engine import Engine
+from functional_optim.torch_optimizer._group_hyperparameters import parts_of
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 
 _LINE_WIDTH = 100
@@ -128,12 +129,7 @@ def _transform_blocks(tx: Transform, params: TensorMap) -> list[list[str]]:
         f"parameters  {_format_count(params.values())}, {format_bytes(own)}",
         f"state       {format_bytes(sum(sizes))}{times}",
     ]
-    return [
-        _stage_lines(stages, sizes),
-        totals,
-        *_selection_blocks(stages),
-        *remarks,
-    ]
+    return [_stage_lines(stages, sizes), totals, *_selection_blocks(stages), *remarks]
 
 
 # -- stages ------------------------------------------------------------------------
@@ -172,9 +168,7 @@ def _format(transform: Transform) -> str:
 
 
 def _format_argument(value: Any) -> str:
-    parts = value if isinstance(value, tuple) else (value,)
-    if isinstance(value, Mapping):
-        parts = tuple(value.values())
+    parts = tuple(value.values()) if isinstance(value, Mapping) else parts_of(value)
     inside = parts and all(isinstance(part, Transform) for part in parts)
     return "..." if inside else format_value(value)
 

@@ -209,11 +209,7 @@ class Engine:
     # -- steps -----------------------------------------------------------------------
 
     def step(
-        self,
-        grads: Mapping[str, Tensor],
-        *,
-        context: Context,
-        scaling: Scaling | None,
+        self, grads: Mapping[str, Tensor], *, context: Context, scaling: Scaling | None
     ) -> None:
         """Update parameters and state in place."""
         if scaling is not None and self.executor.holds:

@@ -10,12 +10,7 @@ from torch import Tensor
 
 from functional_optim.core._hyperparameters import is_schedule, value_at
 from functional_optim.core._transform import Role, Transform
-from functional_optim.core._traversal import (
-    Path,
-    children_of,
-    map_children,
-    routes,
-)
+from functional_optim.core._traversal import Path, children_of, map_children, routes
 from functional_optim.core._value_class import same_value
 from functional_optim.transforms import Scale
 

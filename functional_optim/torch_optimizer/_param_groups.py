@@ -83,11 +83,7 @@ class GroupRecord:
     """A group as it was read last: its parameters, keys, values and transform."""
 
     def __init__(
-        self,
-        transform: Transform,
-        group: Mapping[str, Any],
-        labels: Labels,
-        place: str,
+        self, transform: Transform, group: Mapping[str, Any], labels: Labels, place: str
     ) -> None:
         self.transform, self.labels, self.place = transform, labels, place
         self.params = list(group["params"])
@@ -245,7 +241,7 @@ class ParamGroups:
         return False
 
     def reread(self, groups: list[dict[str, Any]]) -> ParamGroups:
-        """Return the records of groups whose parameters were changed by hand."""
+        """Return the records of groups after their parameters were changed by hand."""
         reread = ParamGroups(self._transform, self._notes)
         everyone: list[NamedParams] = []
         here = {param for group in groups for param in group["params"]}

@@ -50,7 +50,7 @@ def split_by_labels(
 
 
 def materialize_params(group: Any, index: int | None = None) -> dict[str, Any]:
-    """Return a copy of a group whose parameters can be iterated over again."""
+    """Return a copy of a group with parameters that can be iterated over again."""
     if not isinstance(group, Mapping):
         where = "" if index is None else f" as group {index}"
         raise TypeError(f"param_group must be a dict, but got {_kind_of(group)}{where}")
@@ -216,7 +216,15 @@ def check_no_duplicates(
 def check_memory(params: TensorMap) -> None:
     """Refuse parameters that share memory, or that are not updated in place."""
     check_parameters(params)
-    _check_no_dtensor(params)
+    for name, param in params.items():
+        if hasattr(param, "_local_tensor") and hasattr(param, "placements"):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor ({param.placements}), and in place "
+                "only plain tensors are updated; use the pure way, updates, state = "
+                "transform.update(grads, state, parameters(model)) and "
+                "load_parameters(model, apply_updates(...)), which runs on DTensors, "
+                "or an optimizer of torch.optim"
+            )
     near: list[tuple[int, str]] = []
     for start, end, name in sorted(_spans(params)):
         near = [(its_end, other) for its_end, other in near if start < its_end]
@@ -267,19 +275,6 @@ _TOTAL = (
     "what looks at all gradients (context.reduce: ClipByGlobalNorm, SkipNonfinite, "
     "Observe, DynamicLossScale) would get another number in each process"
 )
-
-
-def _check_no_dtensor(params: TensorMap) -> None:
-    """Refuse DTensors, which are not updated in place."""
-    for name, param in params.items():
-        if hasattr(param, "_local_tensor") and hasattr(param, "placements"):
-            raise ValueError(
-                f"parameter {name!r} is a DTensor ({param.placements}), and in place "
-                "only plain tensors are updated; use the pure way, updates, state = "
-                "transform.update(grads, state, parameters(model)) and "
-                "load_parameters(model, apply_updates(...)), which runs on DTensors, "
-                "or an optimizer of torch.optim"
-            )
 
 
 class ShardCheck:

@@ -182,10 +182,7 @@ def _torch_entries(entries: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 # -- from torch --------------------------------------------------------------------
 def _check_torch_options(
-    theirs: Mapping[str, Any],
-    ours: Mapping[str, Any],
-    kind: Counterpart,
-    place: str,
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], kind: Counterpart, place: str
 ) -> None:
     """Refuse options of torch that differ from those of the transforms."""
     name = kind.optimizer.__name__
@@ -339,7 +336,16 @@ def _counterpart(transform: Transform, record: GroupRecord) -> Counterpart:
         if not isinstance(leaf, _BEFORE) and leaf != Scale(-1.0):
             raise _without(place, f"torch has no {leaf!r} before its rule")
     for leaf in leaves[start:]:
-        _check_plain(leaf, place)
+        if isinstance(leaf, AddDecayedWeights) and leaf.mask is not None:
+            raise _without(
+                place,
+                f"{leaf!r} decays some of its parameters; use two groups, or a "
+                "Partition with a preset for each",
+            )
+        for name, value in vars(leaf).items():
+            if any(isinstance(part, Mapping) for part in parts_of(value)):
+                reason = f"{name} differs by parameter; use a group for each value"
+                raise _without(place, reason)
     for option in record.options:
         if option.scheduled:
             raise _without(
@@ -358,21 +364,6 @@ def _is_transparent(combinator: Transform) -> bool:
         or getattr(combinator, "role", None) is Role.GUARD
         or (routes(combinator) and named)
     )
-
-
-def _check_plain(leaf: object, place: str) -> None:
-    """Refuse hyperparameters that differ by parameter."""
-    if isinstance(leaf, AddDecayedWeights) and leaf.mask is not None:
-        raise _without(
-            place,
-            f"{leaf!r} decays some of its parameters; use two groups, or a Partition "
-            "with a preset for each",
-        )
-    for name, value in vars(leaf).items():
-        if any(isinstance(part, Mapping) for part in parts_of(value)):
-            raise _without(
-                place, f"{name} differs by parameter; use a group for each value"
-            )
 
 
 def _without(place: str, reason: str) -> ValueError:
