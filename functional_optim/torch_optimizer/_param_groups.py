@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from functional_optim._messages import format_names
-from functional_optim.algebra._scalars import memoize_scalars
 from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._hyperparameters import ScheduleState, is_zero
 from functional_optim.core._transform import Transform
@@ -59,9 +58,8 @@ class _ScheduledKey:
         self._tensors = _tensors_in(group[option.key])
         self._versions = [tensor._version for tensor in self._tensors]
 
-    def write(self, count: Tensor) -> None:
-        """Write the value at a count into the tensors."""
-        numbers = _tensors_in(self.option.evaluated(count))
+    def write(self, numbers: list[Tensor]) -> None:
+        """Write the value of now into the tensors."""
         for tensor, number in zip(self._tensors, numbers, strict=True):
             tensor.copy_(number)
         self._versions = [tensor._version for tensor in self._tensors]
@@ -282,10 +280,14 @@ class ParamGroups:
 
     def write_schedules(self) -> None:
         """Write the values that schedules have at the next step into the groups."""
-        keys = [each for record in self.records for each in record.scheduled]
-        with memoize_scalars():
-            for each in keys:
-                each.write(self._counts[each.option.paths[0]])
+        now: dict[tuple[Path, str], list[Tensor]] = {}
+        for record in self.records:
+            for each in record.scheduled:
+                path, field = each.option.paths[0], each.option.field
+                if (path, field) not in now:
+                    value = each.option.evaluated(self._counts[path])
+                    now[path, field] = _tensors_in(value)
+                each.write(now[path, field])
 
     # -- values ----------------------------------------------------------------------
 
