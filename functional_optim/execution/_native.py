@@ -46,8 +46,8 @@ def _load() -> Operators:
         cache = importlib.import_module("torch._inductor.codecache").CppCodeCache
         flags = ("-O1", "-ltorch_cpu", "-lc10")  # -O3 takes 2 s more to compile.
         cache.load(source.replace("NAMESPACE", namespace), extra_flags=flags)
-    library = getattr(torch.ops, namespace)
-    return Operators(*[getattr(library, name).default for name in Operators._fields])
+    ops = getattr(torch.ops, namespace)
+    return Operators(ops.scan.default, ops.gather.default, ops.scatter.default)
 
 
 def operators() -> Operators | None:
@@ -57,12 +57,7 @@ def operators() -> Operators | None:
 
 
 class ParameterGradients(Mapping[str, Tensor]):
-    """The gradients of parameters by name, read from `.grad` one by one.
-
-    Reading all of them would make a Python object for each.
-    """
-
-    __slots__ = ("_count", "dtypes", "params")
+    """The gradients of parameters by name, each read from `.grad` only when used."""
 
     def __init__(
         self, params: TensorMap, dtypes: Mapping[str, torch.dtype | None]
@@ -97,8 +92,7 @@ def dtype_of(grads: Mapping[str, Tensor], name: str) -> torch.dtype:
     return grads[name].dtype if dtype is None else dtype
 
 
-# The same numbers are in native.cpp.
-_MOVED, _CHANGED, _ODD = 1, 2, 4
+_MOVED, _CHANGED, _ODD = 1, 2, 4  # The same numbers are in native.cpp.
 
 
 class GradientScan:
@@ -109,10 +103,13 @@ class GradientScan:
         self._seen = torch.zeros(len(params), 3, dtype=torch.int64, device="cpu")
         self._grads: ParameterGradients | None = None
 
-    def scan(self, found: Operators) -> tuple[bool, ParameterGradients | None]:
-        """Return whether a parameter moved, and the gradients unless one is odd."""
-        flags = found.scan(self._tensors, self._seen)
-        if flags & _ODD:
+    def scan(self) -> tuple[bool, ParameterGradients | None] | None:
+        """Return whether a parameter moved, and gradients; None without operators."""
+        native = operators()
+        if native is None:
+            return None
+        flags = native.scan(self._tensors, self._seen)
+        if flags & _ODD:  # One is sparse, or of another dtype: read from Python.
             self._grads = None
         elif self._grads is None or flags & _CHANGED:
             given = zip(self._params.items(), self._seen[:, 2].tolist(), strict=True)

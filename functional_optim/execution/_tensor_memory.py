@@ -1,4 +1,4 @@
-"""Tensors as one-dimensional memory: views, copies, scratch."""
+"""Flat views and copies of tensors, and buffers that gather many small ones."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 def unalias(tensors: Sequence[Tensor], taken: Iterable[Tensor]) -> list[Tensor]:
-    """Return tensors that can be written one by one: copies of those that share memory.
+    """Return tensors that share no memory: copies of those that do.
 
     Example:
         >>> zero = torch.zeros(2)
@@ -75,9 +75,9 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def flat_like(tensor: Tensor, model: Tensor, where: slice) -> Tensor:
-    """Return a slice of a tensor as one dimension, in the order of another's memory.
+    """Return a slice of a flat tensor, in the order of another one's memory.
 
-    A view where both lie alike; else a copy of that slice, and at most two rows more.
+    A view where the strides are equal; else a copy of at most two rows more.
 
     Example:
         >>> turned = torch.zeros(3, 2).t()
@@ -114,10 +114,9 @@ def split_views(memory: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
 
 
 def copied_alone(view: Tensor) -> Tensor:
-    """Let a view be copied and pickled by itself; torch takes all memory behind it.
+    """Return the view, now copied and pickled without the rest of its storage.
 
-    Whoever copies one entry of a state would pay for those of all others. A subclass
-    would say the same, but the compiler takes none.
+    A copy of one entry of a state would copy all others; a subclass is not compiled.
 
     Example:
         >>> import copy
@@ -146,7 +145,7 @@ def is_alone(tensor: Tensor) -> bool:
 
 
 class ScratchMemory:
-    """Memory for gathered tensors: own buffers up to a budget, one for the rest."""
+    """Memory for gathered tensors: exclusive up to a budget, then shared."""
 
     def __init__(self, budget: int) -> None:
         self._left = budget
@@ -155,7 +154,7 @@ class ScratchMemory:
     def take(
         self, numel: int, like: Tensor, dtype: torch.dtype, use: str
     ) -> tuple[Tensor, bool]:
-        """Return one-dimensional memory, and whether it belongs to the caller alone."""
+        """Return one-dimensional memory, and whether it is exclusive to the caller."""
         size = numel * dtype.itemsize
         if size <= self._left:
             self._left -= size
@@ -178,44 +177,40 @@ class GatherBuffer:
         self._shapes = [tensor.shape for tensor in self._tensors]
         self._numel = sum(map(Tensor.numel, self._tensors))
         self._scratch = scratch
-        self.is_own = True
-        """Whether nobody else gathers here during a step."""
+        self.is_exclusive = True
+        """Whether no other buffer uses this memory."""
         dtype = self._tensors[0].dtype
         self.params, self._param_views = self._take(dtype, "params")
         self.grads, self._grad_views = self._take(dtype, "grads")
         self._compiles = compiles and self.params.is_cpu and are_plain(self._tensors)
-        self._with_grads = self._tensors
+        self._leaves = self._tensors  # Those with `.grad`, once they are known.
 
     def _take(self, dtype: torch.dtype, use: str) -> tuple[Tensor, list[Tensor]]:
         first = self._tensors[0]
-        memory, is_own = self._scratch.take(self._numel, first, dtype, use)
-        self.is_own = self.is_own and is_own
+        memory, is_exclusive = self._scratch.take(self._numel, first, dtype, use)
+        self.is_exclusive = self.is_exclusive and is_exclusive
         return memory, split_views(memory, self._shapes)
 
     def gather(self, grads: Mapping[str, Tensor]) -> None:
-        """Copy the parameters, and their gradients: all have one, or none."""
-        has_grads = self._names[0] in grads
-        if has_grads:
-            dtype = dtype_of(grads, self._names[0])
-            if dtype != self.grads.dtype:
-                self.grads, self._grad_views = self._take(dtype, "grads")
-            if isinstance(grads, ParameterGradients) and self._gather_at_once(grads):
-                return
+        """Copy the parameters and their gradients."""
+        dtype = dtype_of(grads, self._names[0])
+        if dtype != self.grads.dtype:
+            self.grads, self._grad_views = self._take(dtype, "grads")
+        if isinstance(grads, ParameterGradients) and self._gather_natively(grads):
+            return
         torch._foreach_copy_(self._param_views, self._tensors)
-        if has_grads:
-            found = [grads[name] for name in self._names]
-            torch._foreach_copy_(self._grad_views, found)
+        torch._foreach_copy_(self._grad_views, [grads[name] for name in self._names])
 
-    def _gather_at_once(self, grads: ParameterGradients) -> bool:
-        found = operators() if self._compiles else None
-        if found is None:
+    def _gather_natively(self, grads: ParameterGradients) -> bool:
+        native = operators() if self._compiles else None
+        if native is None:
             return False
-        if self._with_grads is self._tensors:
-            self._with_grads = [grads.params[name] for name in self._names]
-        return found.gather(self._with_grads, self.params, self.grads)
+        if self._leaves is self._tensors:
+            self._leaves = [grads.params[name] for name in self._names]
+        return native.gather(self._leaves, self.params, self.grads)
 
     def scatter(self) -> None:
-        """Copy what is here to the parameters."""
-        found = operators() if self._compiles else None
-        if found is None or not found.scatter(self._with_grads, self.params):
+        """Copy the gathered parameters back, and count the write."""
+        native = operators() if self._compiles else None
+        if native is None or not native.scatter(self._leaves, self.params):
             torch._foreach_copy_(self._tensors, self._param_views)

@@ -286,7 +286,7 @@ class PackedTensors(Unit):
 
     def updates(self, grads: Mapping[str, Tensor], *, again: bool = False) -> TensorMap:
         """Gather the parameters and their gradients."""
-        if again and self._buffer.is_own and self._last is not None:
+        if again and self._buffer.is_exclusive and self._last is not None:
             return self._last
         self._buffer.gather(grads)
         self._last = {self._key: self._buffer.grads}

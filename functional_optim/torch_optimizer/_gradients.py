@@ -14,7 +14,7 @@ from torch import Tensor
 from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._validation import check_updates
 from functional_optim.execution._grad_scaling import Scaling
-from functional_optim.execution._native import GradientScan, loaded_operators, operators
+from functional_optim.execution._native import GradientScan, loaded_operators
 from functional_optim.execution._tensor_memory import storage_ptr
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def gradients_of(names: Mapping[Tensor, str]) -> TensorMap:
-    """Return the gradients that there are, by name."""
+    """Return the gradients that are not None, by name."""
     found: list[Any] = [param.grad for param in names]
     given: Iterable[Tensor] = names
     grads: TensorMap = dict(zip(names.values(), found, strict=True))
@@ -43,7 +43,7 @@ _dtype, _layout = operator.attrgetter("dtype"), operator.attrgetter("layout")
 
 
 def warn_of_no_gradient() -> None:
-    """Warn that a step did nothing."""
+    """Warn that a step had no gradient."""
     warnings.warn(
         "no parameter of this optimizer has a gradient, so step() did nothing; if the "
         "model's parameters were replaced after it was built, by "
@@ -64,25 +64,26 @@ def scaling_of(optimizer: object) -> Scaling | None:
 
 
 class GradientCollector:
-    """Reads the gradients of parameters, and whether the parameters have moved.
+    """The gradients of parameters, and whether the parameters have moved.
 
-    With few calls of functions in C: in Python each question costs a microsecond a
-    tensor after a backward, more than the arithmetic on a small one.
+    Read by few calls of functions in C: each from Python costs more than the
+    arithmetic on a small tensor.
     """
 
     def __init__(self, names: Mapping[Tensor, str], *, compiles: bool = False) -> None:
         self._names = names
         self._strided = [param for param in names if not param.is_contiguous()]
         self._geometry = self._current_geometry()
-        self._native: GradientScan | None = None
+        self._native_scan: GradientScan | None = None
         self.failure = ""
-        """Why nothing is compiled although it should be."""
+        """Why no operators are used with `compile=True`."""
         if compiles and are_plain(names):
-            found = loaded_operators()
-            if isinstance(found, str):
-                self.failure = found
+            loaded = loaded_operators()
+            if isinstance(loaded, str):
+                self.failure = loaded
             else:
-                self._native = GradientScan({name: p for p, name in names.items()})
+                params = {name: param for param, name in names.items()}
+                self._native_scan = GradientScan(params)
         self._grads: ParameterGradients | None = None
         self._moved = False
         self.scan()  # The first one to compare with.
@@ -99,16 +100,16 @@ class GradientCollector:
 
     def scan(self) -> bool:
         """Read gradients; return whether a parameter has other memory than at first."""
-        found = None if self._native is None else operators()
-        if self._native is None or found is None:
+        found = self._native_scan.scan() if self._native_scan else None
+        if found is None:
             self._grads = None
             return self._moved or self._current_geometry() != self._geometry
-        moved, self._grads = self._native.scan(found)
+        moved, self._grads = found
         self._moved = self._moved or moved  # The next scan compares with this one.
         return self._moved
 
     def gradients(self) -> Mapping[str, Tensor]:
-        """Return the gradients that there are, by name, as of the last scan."""
+        """Return the gradients that are not None, by name, as of the last scan."""
         return gradients_of(self._names) if self._grads is None else self._grads
 
 
@@ -116,7 +117,7 @@ class StateSnapshot:
     """The entries of an optimizer's state, and where their memory is."""
 
     def __init__(self, state: Mapping[Tensor, Any], entries: list[Tensor]) -> None:
-        self._all = list(_entries_in(_dicts_in(state)))
+        self._all = list(_entries_in(state))
         self._entries = entries if are_plain(entries) else []
         self._layouts = list(map(_layout_of, self._entries))
         # To check each costs as much as the arithmetic on a small one: one entry of
@@ -135,10 +136,7 @@ class StateSnapshot:
 
     def is_in(self, state: Mapping[Tensor, Any]) -> bool:
         """Whether a state has these entries and no others, in this order."""
-        dicts = _dicts_in(state)
-        return sum(map(len, dicts)) == len(self._all) and all(
-            map(operator.is_, _entries_in(dicts), self._all)
-        )
+        return all(map(operator.is_, _entries_in(state), self._all))
 
     def has_moved(self, *, each: bool) -> bool:
         """Whether `.data = ...` gave an entry other memory; `each` finds swaps, too."""
@@ -156,9 +154,12 @@ def _layout_of(tensor: Tensor) -> tuple[Any, ...]:
     return memory, tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
-def _dicts_in(state: Mapping[Tensor, Any]) -> list[Mapping[str, Any]]:
-    return [own for own in state.values() if isinstance(own, (dict, Mapping))]
+_END = object()
 
 
-def _entries_in(dicts: list[Mapping[str, Any]]) -> Iterator[Any]:
-    return itertools.chain.from_iterable(own.values() for own in dicts)
+def _entries_in(state: Mapping[Tensor, Any]) -> Iterator[Any]:
+    """Return the entries of a state by parameter, in order, and a mark of the end."""
+    views: Iterable[Iterable[Any]] = map(dict.values, state.values())
+    if not set(map(type, state.values())) <= {dict}:
+        views = (own.values() for own in state.values() if isinstance(own, Mapping))
+    return itertools.chain(itertools.chain.from_iterable(views), [_END])
