@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 import functional_optim as fo
 from functional_optim.core._context import reduce_locally
-from functional_optim.execution import _plan
+from functional_optim.execution import _units
 from functional_optim.execution._executor import Executor
-from functional_optim.execution._plan import ExecutionOptions
+from functional_optim.execution._units import ExecutionOptions
 from functional_optim.testing import Example, strategies
 from functional_optim.testing._compare import largest_gap, same_bits
 from functional_optim.testing._examples import SHAPES, fixed_examples
@@ -62,7 +62,7 @@ def test_one_step_from_the_same_state(
         grads = {name: u.to(kinds[name]) for name, u in updates.items()}
         own = {name: p.clone() for name, p in params.items()}
         # Units that gather share one piece of memory when this is used up.
-        with mock.patch.object(_plan, "SCRATCH_BYTES", scratch):
+        with mock.patch.object(_units, "SCRATCH_BYTES", scratch):
             executor = _executor(transform, own, _copied(state), elements)
         executor.step({n: g.clone() for n, g in grads.items()}, context=context)
         totals = []

@@ -22,11 +22,12 @@ from functional_optim.execution._accumulation import (
     check_accumulation,
 )
 from functional_optim.execution._grad_scaling import Scaling, with_grad_scaling
-from functional_optim.execution._plan import ExecutionOptions, Plan
+from functional_optim.execution._plan import Plan
 from functional_optim.execution._reductions import totals_of
 from functional_optim.execution._state_tree import ExecutorState, LeafKind, clone_if_in
 from functional_optim.execution._tensor_memory import storage_ptr
 from functional_optim.execution._unit_update import EagerUpdate, StepInputs
+from functional_optim.execution._units import ExecutionOptions
 from functional_optim.execution.compiled._compiled_update import compile_update
 
 if TYPE_CHECKING:

@@ -1,8 +1,7 @@
-"""Plan which parameters are updated together, in units of which size.
+"""Plan which parameters are updated together.
 
 Parameters share a bucket if one call of `update` may serve them all: the same resolved
-transform, dtype and device, and equal numbers in their state. A bucket is cut into
-units: small tensors are packed, large ones sliced where the scope allows it.
+transform, dtype and device, and equal numbers in their state.
 """
 
 from __future__ import annotations
@@ -22,53 +21,20 @@ from functional_optim.core._value_class import same_value
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._native import ParameterGradients
 from functional_optim.execution._state_tree import LeafKind
-from functional_optim.execution._tensor_memory import (
-    ScratchMemory,
-    copied_alone,
-    is_dense,
-    relayout_like,
-)
+from functional_optim.execution._tensor_memory import copied_alone
 from functional_optim.execution._units import (
     BucketState,
-    PackedTensors,
-    Slice,
+    ExecutionOptions,
     Unit,
-    WholeTensors,
+    UnitCutter,
 )
-from functional_optim.execution.compiled._kernels import BucketKernels, KernelCache
+from functional_optim.execution.compiled._kernels import BucketKernels
 
 if TYPE_CHECKING:
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Transform
     from functional_optim.execution._reductions import ReduceCall
     from functional_optim.execution._state_tree import ExecutorState, Leaf
-
-UNIT_BYTES = {"cpu": 4 * 2**20}
-"""Size of a unit by type of device: small enough for the last cache together with its
-temporaries, large enough that a call of `update` costs little beside its arithmetic."""
-
-_UNIT_BYTES_ELSEWHERE = 8 * 2**20
-"""On an accelerator a kernel costs more to start, and memory is fast."""
-
-_PACKED_BELOW = 4
-"""Tensors smaller than this part of a unit are packed."""
-
-_COMPILED_ALONE = 32_768
-"""Elements from which a call of compiled code costs less than packing."""
-
-_LONGEST = 2**30
-"""Elements that compiled code takes at once: it counts them in 32 bits."""
-
-SCRATCH_BYTES = 16 * 2**20
-"""Memory that packing may keep for good."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ExecutionOptions:
-    """The size of units, None for that of the device, and what compiles updates."""
-
-    unit_bytes: int | None = None
-    kernels: KernelCache | None = None
 
 
 @dataclasses.dataclass
@@ -123,7 +89,7 @@ class BucketBuilder:
         self._params, self._transforms, self._group_of = params, transforms, group_of
         self._divergence, self._options = divergence, options
         self._tree, self._leaves, self._infos = state.tree, state.leaves, state.infos
-        self._scratch = ScratchMemory(SCRATCH_BYTES)
+        self._cutter = UnitCutter(state, options)
 
     def buckets(self) -> list[Bucket]:
         """Return the buckets with their units, in the order of the parameters."""
@@ -131,7 +97,7 @@ class BucketBuilder:
         if scope is Scope.GLOBAL:
             everything = joined(self._transforms, self._group_of, self._params)
             bucket = Bucket(everything, self._params, {}, whole=True)
-            bucket.units.append(self._whole_tensors(self._params))
+            bucket.units.append(self._cutter.whole(self._params))
             return [bucket]
         elementwise = scope is Scope.ELEMENTWISE
         kernels = self._options.kernels
@@ -146,7 +112,7 @@ class BucketBuilder:
                 bucket.columns = state.columns
                 if kernels and are_plain(params.values()):
                     bucket.kernels = BucketKernels(kernels)
-            bucket.units = self._units(params, state)
+            bucket.units = self._cutter.cut(params, state)
             buckets.append(bucket)
         return buckets
 
@@ -222,60 +188,6 @@ class BucketBuilder:
                 columns[id(entries[0])] = column
                 leaves[-1] = dict.fromkeys(members, entries[0])
         return BucketState(self._tree, leaves, self._infos, columns)
-
-    def _units(self, params: TensorMap, state: BucketState | None) -> list[Unit]:
-        """Cut a bucket into units; without a shared state into whole tensors."""
-        first = next(iter(params.values()))
-        num_bytes = self._options.unit_bytes
-        if num_bytes is None:
-            num_bytes = UNIT_BYTES.get(first.device.type, _UNIT_BYTES_ELSEWHERE)
-        longest = size = max(1, num_bytes // first.dtype.itemsize)
-        sliced_from = -(-size // _PACKED_BELOW)
-        if self._options.kernels:
-            longest, sliced_from = _LONGEST, min(sliced_from, _COMPILED_ALONE)
-        units: list[Unit] = []
-        pack: TensorMap = {}
-        count = 0
-        for name, param in params.items():
-            if state and param.numel() >= sliced_from and is_dense(param):
-                units.extend(self._slices(name, longest, state))
-                continue
-            if pack and count + param.numel() > size:
-                units.append(self._packed(pack, state))
-                pack, count = {}, 0
-            pack[name] = param
-            count += param.numel()
-        return [*units, self._packed(pack, state)] if pack else units
-
-    def _packed(self, params: TensorMap, state: BucketState | None) -> Unit:
-        """Return one unit for several tensors."""
-        if state is None:
-            return self._whole_tensors(params)
-        name, param = next(iter(params.items()))
-        if len(params) == 1 and is_dense(param):
-            return self._slices(name, max(1, param.numel()), state)[0]
-        compiles = self._options.kernels is not None
-        return PackedTensors(params, state, self._scratch, compiles=compiles)
-
-    def _whole_tensors(self, params: TensorMap) -> Unit:
-        for leaf, info in zip(self._leaves, self._infos, strict=True):
-            if isinstance(leaf, dict) and info.kind is LeafKind.PER_PARAMETER:
-                # Names that shared a number before have their own again.
-                leaf.update({n: leaf[n].clone() for n in params if n in leaf})
-        state = BucketState(self._tree, self._leaves, self._infos, {})
-        return WholeTensors(params, state)
-
-    def _slices(self, name: str, size: int, state: BucketState) -> list[Unit]:
-        param = self._params[name]
-        for leaf, info in zip(self._leaves, self._infos, strict=True):
-            if info.kind is not LeafKind.ELEMENTWISE or not isinstance(leaf, dict):
-                continue
-            if name in leaf:
-                leaf[name] = relayout_like(leaf[name], param)
-        return [
-            Slice(name, param, slice(start, start + size), state)
-            for start in range(0, max(1, param.numel()), size)
-        ]
 
 
 def _hash(value: object) -> int:

@@ -1,4 +1,4 @@
-"""Units: parts of a bucket that are updated in one call.
+"""Cut buckets into units, which are updated in one call.
 
 A unit gives a transform one tensor map, whether it is a slice of a large tensor, whole
 tensors, or small ones packed into one. It writes results back to parameters and states;
@@ -7,6 +7,7 @@ tensors that units share are written when all have run.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -23,23 +24,53 @@ from functional_optim.execution._state_tree import (
 )
 from functional_optim.execution._tensor_memory import (
     GatherBuffer,
+    ScratchMemory,
     copied_alone,
     flat,
     flat_like,
+    is_dense,
+    relayout_like,
     split_views,
     storage_ptr,
 )
+from functional_optim.execution.compiled._kernels import KernelCache
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from functional_optim.algebra._tensor_map import TensorMap
     from functional_optim.core._transform import Static
-    from functional_optim.execution._state_tree import Leaf, LeafInfo
-    from functional_optim.execution._tensor_memory import ScratchMemory
+    from functional_optim.execution._state_tree import ExecutorState, Leaf, LeafInfo
+
+UNIT_BYTES = {"cpu": 4 * 2**20}
+"""Size of a unit by type of device: small enough for the last cache together with its
+temporaries, large enough that a call of `update` costs little beside its arithmetic."""
+
+_UNIT_BYTES_ELSEWHERE = 8 * 2**20
+"""On an accelerator a kernel costs more to start, and memory is fast."""
+
+_PACKED_BELOW = 4
+"""Tensors smaller than this part of a unit are packed."""
+
+_COMPILED_ALONE = 32_768
+"""Elements from which a call of compiled code costs less than packing."""
+
+_LONGEST = 2**30
+"""Elements that compiled code takes at once: it counts them in 32 bits."""
+
+SCRATCH_BYTES = 16 * 2**20
+"""Memory that packing may keep for good."""
 
 DeferredWrites: TypeAlias = "dict[int, tuple[Tensor, Tensor]]"
 """Tensors to write when all units have run: by `id`, the old one and the new."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionOptions:
+    """The size of units, None for that of the device, and what compiles updates."""
+
+    unit_bytes: int | None = None
+    kernels: KernelCache | None = None
 
 
 class BucketState(NamedTuple):
@@ -300,3 +331,67 @@ class PackedTensors(Unit):
         """Write the packed parameters to their own memory, too."""
         self._buffer.scatter()
         super().after_write()
+
+
+class UnitCutter:
+    """Cuts the parameters of a bucket into units: slices, packs, whole tensors."""
+
+    def __init__(self, state: ExecutorState, options: ExecutionOptions) -> None:
+        self._state, self._options = state, options
+        self._scratch = ScratchMemory(SCRATCH_BYTES)
+
+    def cut(self, params: TensorMap, shared: BucketState | None) -> list[Unit]:
+        """Return the units of a bucket; without a shared state of whole tensors."""
+        first = next(iter(params.values()))
+        num_bytes = self._options.unit_bytes
+        if num_bytes is None:
+            num_bytes = UNIT_BYTES.get(first.device.type, _UNIT_BYTES_ELSEWHERE)
+        longest = size = max(1, num_bytes // first.dtype.itemsize)
+        sliced_from = -(-size // _PACKED_BELOW)
+        if self._options.kernels:
+            longest, sliced_from = _LONGEST, min(sliced_from, _COMPILED_ALONE)
+        units: list[Unit] = []
+        pack: TensorMap = {}
+        count = 0
+        for name, param in params.items():
+            if shared and param.numel() >= sliced_from and is_dense(param):
+                units.extend(self._slices(name, param, longest, shared))
+                continue
+            if pack and count + param.numel() > size:
+                units.append(self._packed(pack, shared))
+                pack, count = {}, 0
+            pack[name] = param
+            count += param.numel()
+        return [*units, self._packed(pack, shared)] if pack else units
+
+    def whole(self, params: TensorMap) -> Unit:
+        """Return one unit of whole tensors."""
+        state = self._state
+        for leaf, info in zip(state.leaves, state.infos, strict=True):
+            if isinstance(leaf, dict) and info.kind is LeafKind.PER_PARAMETER:
+                # Names that shared a number before have their own again.
+                leaf.update({n: leaf[n].clone() for n in params if n in leaf})
+        own = BucketState(state.tree, state.leaves, state.infos, {})
+        return WholeTensors(params, own)
+
+    def _packed(self, params: TensorMap, shared: BucketState | None) -> Unit:
+        """Return one unit for several tensors."""
+        if shared is None:
+            return self.whole(params)
+        name, param = next(iter(params.items()))
+        if len(params) == 1 and is_dense(param):
+            return self._slices(name, param, max(1, param.numel()), shared)[0]
+        compiles = self._options.kernels is not None
+        return PackedTensors(params, shared, self._scratch, compiles=compiles)
+
+    def _slices(
+        self, name: str, param: Tensor, size: int, shared: BucketState
+    ) -> list[Unit]:
+        for leaf, info in zip(self._state.leaves, self._state.infos, strict=True):
+            is_cut = info.kind is LeafKind.ELEMENTWISE and isinstance(leaf, dict)
+            if is_cut and name in leaf:
+                leaf[name] = relayout_like(leaf[name], param)
+        return [
+            Slice(name, param, slice(start, start + size), shared)
+            for start in range(0, max(1, param.numel()), size)
+        ]

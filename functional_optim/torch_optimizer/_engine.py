@@ -14,8 +14,8 @@ from functional_optim.core._transform import Transform
 from functional_optim.execution._executor import Executor
 from functional_optim.execution._grad_scaling import Scaling
 from functional_optim.execution._group_transforms import joined
-from functional_optim.execution._plan import ExecutionOptions
 from functional_optim.execution._state_tree import flatten
+from functional_optim.execution._units import ExecutionOptions
 from functional_optim.execution.compiled._kernels import KernelCache
 from functional_optim.torch_optimizer._gradients import GradientCollector, StateSnapshot
 from functional_optim.torch_optimizer._param_groups import ParamGroups

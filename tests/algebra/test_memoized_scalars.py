@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import functional_optim as fo
 from functional_optim import schedules
 from functional_optim.algebra._scalars import memoize_scalars, memoized
-from functional_optim.execution import _plan
+from functional_optim.execution import _units
 
 
 class CountNumbers(TorchDispatchMode):
@@ -54,7 +54,7 @@ def _stepped(num_units: int, transform: fo.Transform) -> fo.TransformOptimizer:
 def test_numbers_are_computed_once_for_all_units(
     transform: fo.Transform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(_plan.UNIT_BYTES, "cpu", 400)
+    monkeypatch.setitem(_units.UNIT_BYTES, "cpu", 400)
     counts = []
     for num_units in (2, 8):
         optimizer = _stepped(num_units, transform)
@@ -65,7 +65,7 @@ def test_numbers_are_computed_once_for_all_units(
 
 
 def test_a_schedule_is_asked_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_plan.UNIT_BYTES, "cpu", 400)
+    monkeypatch.setitem(_units.UNIT_BYTES, "cpu", 400)
     asked: list[float] = []
 
     def schedule(step: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def test_inputs_are_kept_so_that_no_other_takes_their_address() -> None:
 def test_large_parameters_count_their_own_steps(
     pushed: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(_plan.UNIT_BYTES, "cpu", 400)
+    monkeypatch.setitem(_units.UNIT_BYTES, "cpu", 400)
     optimizer = _stepped(3, fo.adam(0.1))
     params = optimizer.param_groups[0]["params"]
     for index, param in enumerate(params):

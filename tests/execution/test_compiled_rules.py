@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 import functional_optim as fo
 from functional_optim.execution._executor import Executor
-from functional_optim.execution._plan import ExecutionOptions
+from functional_optim.execution._units import ExecutionOptions
 from functional_optim.execution.compiled import _kernels as _codes
 
 

@@ -9,7 +9,7 @@ import torch
 from torch.nn import Parameter
 
 import functional_optim as fo
-from functional_optim.execution import _plan
+from functional_optim.execution import _plan, _units
 
 SIZES = [10, 100]
 
@@ -17,7 +17,7 @@ SIZES = [10, 100]
 @pytest.fixture(autouse=True)
 def _small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """10 elements are pooled, 100 are cut into slices."""
-    monkeypatch.setitem(_plan.UNIT_BYTES, "cpu", 200)
+    monkeypatch.setitem(_units.UNIT_BYTES, "cpu", 200)
 
 
 def _two(size: int) -> tuple[Parameter, Parameter]:
@@ -111,7 +111,7 @@ def test_a_state_may_be_loaded_in_inference_mode(size: int) -> None:
 
 def test_pools_that_share_memory_gather_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the pass for a norm and the update others have gathered there."""
-    monkeypatch.setattr(_plan, "SCRATCH_BYTES", 0)
+    monkeypatch.setattr(_units, "SCRATCH_BYTES", 0)
     params = [Parameter(torch.full((4,), float(i + 1))) for i in range(30)]
     twins = [Parameter(p.detach().clone()) for p in params]
     for index, (a, b) in enumerate(zip(params, twins, strict=True)):

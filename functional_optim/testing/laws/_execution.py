@@ -11,7 +11,7 @@ from functional_optim.core._chain import chain
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.execution._accumulation import check_accumulation
 from functional_optim.execution._executor import Executor
-from functional_optim.execution._plan import ExecutionOptions
+from functional_optim.execution._units import ExecutionOptions
 from functional_optim.testing._examples import Example
 from functional_optim.testing._law import ROUNDING, law, require_equal
 from functional_optim.transforms import Scale
