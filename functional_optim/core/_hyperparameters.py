@@ -281,7 +281,9 @@ def resolve(transform: T, name: str, param: Tensor) -> T:
         for field in dataclasses.fields(transform)
         if "resolve" in field.metadata
     }
-    return dataclasses.replace(transform, **changes) if changes else transform
+    # The same one if nothing differs, so that parameters can share a bucket.
+    differs = any(new is not getattr(transform, name) for name, new in changes.items())
+    return dataclasses.replace(transform, **changes) if differs else transform
 
 
 def _resolved_children(transform: T, name: str, param: Tensor) -> T:

@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
+from torch import Tensor
+
 from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._transform import Transform
 
@@ -95,3 +97,18 @@ def _below(node: Node) -> Iterator[Node]:
     for label, child in children.items():
         path = (*node.path, label)
         yield from _below(Node(path, child, states.get(label), served[label]))
+
+
+def routes_of(
+    transform: object, name: str, param: Tensor, path: Path = ()
+) -> Iterator[tuple[Path, Label | None]]:
+    """Yield the label that each router gives to a parameter, with the router's path."""
+    children = children_of(transform)
+    served = list(children)
+    if routes(transform):
+        router: Any = transform
+        label = router.route(name, param)
+        yield path, label
+        served = [] if label is None else [label]
+    for label in served:
+        yield from routes_of(children[label], name, param, (*path, label))

@@ -17,6 +17,7 @@ from torch import Tensor
 from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._hyperparameters import resolve
 from functional_optim.core._transform import Scope, Static
+from functional_optim.core._traversal import routes_of
 from functional_optim.core._value_class import same_value
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._native import ParameterGradients
@@ -124,6 +125,7 @@ class BucketBuilder:
             transform = resolve(self._transforms[self._group_of[name]], name, param)
             key: Hashable = (
                 _hash(transform),
+                tuple(routes_of(transform, name, param)),
                 param.dtype,
                 param.device,
                 self._divergence.set_of(name),

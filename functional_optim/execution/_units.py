@@ -388,8 +388,9 @@ class UnitCutter:
         self, name: str, param: Tensor, size: int, shared: BucketState
     ) -> list[Unit]:
         for leaf, info in zip(self._state.leaves, self._state.infos, strict=True):
-            is_cut = info.kind is LeafKind.ELEMENTWISE and isinstance(leaf, dict)
-            if is_cut and name in leaf:
+            if info.kind is not LeafKind.ELEMENTWISE or not isinstance(leaf, dict):
+                continue
+            if name in leaf:
                 leaf[name] = relayout_like(leaf[name], param)
         return [
             Slice(name, param, slice(start, start + size), shared)

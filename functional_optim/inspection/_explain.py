@@ -26,7 +26,7 @@ from functional_optim.execution._plan import Bucket
 from functional_optim.execution._state_tree import tensors_of
 from functional_optim.optim_wrapper._wrapper import OptimWrapper
 from functional_optim.torch_optimizer._engine import Engine
-from functional_optim.torch_optimizer._group_hyperparameters import parts_of
+from functional_optim.torch_optimizer._group_keys import parts_of
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 
 _LINE_WIDTH = 100

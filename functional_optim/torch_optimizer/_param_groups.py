@@ -18,23 +18,21 @@ from functional_optim.core._hyperparameters import ScheduleState, is_zero
 from functional_optim.core._transform import Transform
 from functional_optim.core._traversal import Path, walk
 from functional_optim.core._value_class import same_value
-from functional_optim.torch_optimizer._group_hyperparameters import (
-    GroupKey,
-    Labels,
-    group_value,
-    options_of,
-    parts_of,
-    structure_of,
-    with_values,
-)
 from functional_optim.torch_optimizer._group_keys import (
     OPTIONS,
     OWN_KEYS,
     ZERO_UNLESS_OWN,
+    GroupKey,
+    Labels,
     check_keys,
     check_written,
     fixed_key,
+    group_value,
+    options_of,
+    parts_of,
+    structure_of,
     two_owners,
+    with_values,
     without_effect,
 )
 from functional_optim.torch_optimizer._params import (

@@ -16,7 +16,7 @@ from functional_optim.core._context import Context
 from functional_optim.core._transform import Scope, Transform
 from functional_optim.core._validation import check_parameters
 from functional_optim.execution._tensor_memory import is_dense
-from functional_optim.torch_optimizer._group_hyperparameters import Labels, labels_of
+from functional_optim.torch_optimizer._group_keys import Labels, labels_of
 
 NamedParams: TypeAlias = list[tuple[str, Tensor]]
 

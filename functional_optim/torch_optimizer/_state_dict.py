@@ -11,8 +11,7 @@ from torch import Tensor
 
 from functional_optim.core._transform import Transform
 from functional_optim.torch_optimizer._engine import Engine
-from functional_optim.torch_optimizer._group_hyperparameters import group_value
-from functional_optim.torch_optimizer._group_keys import TRANSFORM_STATE
+from functional_optim.torch_optimizer._group_keys import TRANSFORM_STATE, group_value
 from functional_optim.torch_optimizer._param_groups import ParamGroups
 from functional_optim.torch_optimizer._param_state import entries_at
 from functional_optim.torch_optimizer._params import strip_wrapper_prefix

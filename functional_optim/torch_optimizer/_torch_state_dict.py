@@ -15,12 +15,12 @@ from functional_optim.core._hyperparameters import is_zero
 from functional_optim.core._transform import Role, Transform
 from functional_optim.core._traversal import children_of, routes
 from functional_optim.torch_optimizer._engine import Engine
-from functional_optim.torch_optimizer._group_hyperparameters import (
+from functional_optim.torch_optimizer._group_keys import (
+    OWN_KEYS,
     group_value,
     parts_of,
     stages_of,
 )
-from functional_optim.torch_optimizer._group_keys import OWN_KEYS
 from functional_optim.torch_optimizer._optimizer import TransformOptimizer
 from functional_optim.torch_optimizer._param_groups import GroupRecord
 from functional_optim.torch_optimizer._state_dict import pack_groups, saved_groups

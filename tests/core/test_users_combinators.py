@@ -29,7 +29,7 @@ class ByLayer:
 
     def with_children(self, children: dict[str, fo.Transform]) -> ByLayer:
         """Return the same layers with other transforms."""
-        return ByLayer(children)
+        return type(self)(children)
 
     def route(self, name: str, param: torch.Tensor) -> str | None:
         """Return the layer of a parameter, None for another."""
@@ -73,6 +73,14 @@ class ByLayer:
                 )
                 moved |= out
         return {n: moved[n] for n in params if n in moved}, tuple(states.values())
+
+
+class ByNumber(ByLayer):
+    """The same with positions as labels, which make no groups."""
+
+    def route(self, name: str, param: torch.Tensor) -> Any:
+        """Return the number of the layer."""
+        return int(name.partition(".")[0])
 
 
 NAMES = ["0.weight", "0.bias", "1.weight", "1.bias"]
@@ -139,6 +147,22 @@ def test_in_place_is_the_pure_way(compiles: bool) -> None:
     _step(optimizer, params)
     for name, param in params.items():
         torch.testing.assert_close(param.detach(), pure[name], rtol=1e-12, atol=1e-14)
+
+
+def test_routes_decide_who_shares_a_unit() -> None:
+    """Small tensors of one layer do, those of two do not: one has its name there."""
+    params = _parameters()
+    layers: Any = ByNumber({0: fo.Scale(-0.25), 1: fo.Identity()})
+    before = {name: param.detach().clone() for name, param in params.items()}
+    optimizer = fo.TransformOptimizer(params.items(), layers)
+    assert len(optimizer.param_groups) == 1
+    assert fo.explain(optimizer).count("2 tensors, 12 numbers") == 2
+    for name, param in params.items():
+        param.grad = _gradients(0)[name]
+    optimizer.step()
+    for name, param in params.items():
+        factor = -0.25 if name.startswith("0") else 1.0
+        assert torch.equal(param, before[name] + factor * _gradients(0)[name])
 
 
 def test_saved_state_goes_on() -> None:
