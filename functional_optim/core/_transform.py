@@ -75,6 +75,7 @@ class Transform(Protocol):
       transform}`, `with_children(children)`, which returns it with others inside, and
       `split_state(state) -> {label: state}`; `route(name, param) -> label or None` if
       one child at most serves a parameter. It gives `context.child(label)` to a child.
+      A router runs in place on packed memory only if it has `resolved`, too.
       A label is a position (int) or a name (string).
     - `consumes_updates` and `consumes_state` allow to overwrite, where an executor
       lends memory: `update` reads each entry of its updates, or of its state, memoized,

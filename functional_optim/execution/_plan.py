@@ -17,7 +17,7 @@ from torch import Tensor
 from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._hyperparameters import resolve
 from functional_optim.core._transform import Scope, Static
-from functional_optim.core._traversal import routes_of
+from functional_optim.core._traversal import routes, walk
 from functional_optim.core._value_class import same_value
 from functional_optim.execution._group_transforms import joined
 from functional_optim.execution._native import ParameterGradients
@@ -100,7 +100,9 @@ class BucketBuilder:
             bucket = Bucket(everything, self._params, {}, whole=True)
             bucket.units.append(self._cutter.whole(self._params))
             return [bucket]
-        elementwise = scope is Scope.ELEMENTWISE
+        elementwise = scope is Scope.ELEMENTWISE and not any(
+            map(_routes_in_update, self._transforms)
+        )
         kernels = self._options.kernels
         buckets = []
         for transform, names in self._alike(elementwise=elementwise):
@@ -125,7 +127,6 @@ class BucketBuilder:
             transform = resolve(self._transforms[self._group_of[name]], name, param)
             key: Hashable = (
                 _hash(transform),
-                tuple(routes_of(transform, name, param)),
                 param.dtype,
                 param.device,
                 self._divergence.set_of(name),
@@ -190,6 +191,12 @@ class BucketBuilder:
                 columns[id(entries[0])] = column
                 leaves[-1] = dict.fromkeys(members, entries[0])
         return BucketState(self._tree, leaves, self._infos, columns)
+
+
+def _routes_in_update(transform: Transform) -> bool:
+    """Whether a router decides in `update`: it has no constant for a parameter."""
+    inside = [node.transform for node in walk(transform)]
+    return any(routes(one) and not hasattr(one, "resolved") for one in inside)
 
 
 def _hash(value: object) -> int:

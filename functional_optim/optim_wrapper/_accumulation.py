@@ -104,5 +104,8 @@ def window_property(name: str) -> Any:
     """Return a property for an attribute of the window of a wrapper."""
     return property(
         operator.attrgetter(f"_window.{name}"),
-        lambda wrapper, value: setattr(wrapper._window, name, value),
+        # A subclass may set it before `__init__` makes the window.
+        lambda wrapper, value: setattr(
+            wrapper.__dict__.setdefault("_window", AccumulationWindow(1)), name, value
+        ),
     )

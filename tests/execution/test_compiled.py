@@ -416,3 +416,24 @@ def test_explain_says_what_is_compiled() -> None:
     whole = fo.TransformOptimizer(params, fo.chain(fo.Centralize()), compile=True)
     assert "1 group, not compiled (Centralize() looks at whole" in fo.explain(whole)
     assert fo.explain(fo.OptimWrapper(optimizer)) == fo.explain(optimizer)
+
+
+def test_a_total_may_have_another_dtype_at_another_step() -> None:
+    """The widest of the partials that there are: code for float64 reads no float32."""
+    dtypes = [torch.float32, torch.float64, torch.float32]
+    ours, theirs = (
+        [Parameter(torch.ones(3, dtype=dtype)) for dtype in dtypes] for _ in range(2)
+    )
+    tx = fo.chain(fo.ClipByGlobalNorm(1.0), fo.sgd(0.01))
+    compiled = fo.TransformOptimizer(ours, tx, compile=True)
+    eager = fo.TransformOptimizer(theirs, tx)
+    for given in [(0, 1), (1, 2), (0, 2)]:
+        for params in (ours, theirs):
+            for index, param in enumerate(params):
+                grad = torch.full_like(param, 5.0 + index)
+                param.grad = grad if index in given else None
+        compiled.step()
+        eager.step()
+    for one, other in zip(ours, theirs, strict=True):
+        # Three steps of at most 0.01: some roundings of float32 each.
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)

@@ -549,3 +549,15 @@ def test_a_dict_may_have_any_names() -> None:
         fo.OptimWrapperDict(inner=wrappers)
     with pytest.raises(AttributeError, match=r"wrappers\[name\]\.optimizer"):
         _ = wrappers.optimizer
+
+
+def test_a_subclass_may_count_before_it_is_made() -> None:
+    """MMEngine's wrappers are plain objects: a subclass writes what it likes first."""
+
+    class Early(fo.OptimWrapper):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self._inner_count = 7
+            super().__init__(optimizer)
+
+    wrapper = Early(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+    assert wrapper._inner_count == 0

@@ -78,7 +78,7 @@ class CompiledStep:
             for i, kind in enumerate(kinds)
             if kind in {LeafKind.PER_PARAMETER, LeafKind.GLOBAL}
         ]
-        self._compiled: dict[tuple[ReduceCall, ...], tuple[CompiledPass, ReduceOp]] = {}
+        self._compiled: dict[Hashable, tuple[CompiledPass, ReduceOp]] = {}
         self._start(inputs)
 
     def _start(self, inputs: StepInputs) -> None:
@@ -135,9 +135,11 @@ class CompiledStep:
         calls = self._calls[self._step_kind]
         own = {call: totals[call] for call in calls if call in totals}
         short, known = self._short(own), tuple(own)
-        if known not in self._compiled:
-            self._compiled[known] = self._compile(known, short)
-        code, op = self._compiled[known]
+        # A total has the widest dtype of its partials, and not all have one each step.
+        key = known, tuple((x.dtype, x.shape) for x in short)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(known, short)
+        code, op = self._compiled[key]
         call = next((call for call in calls if call not in own), None)
         return StepPass(call, code, op, *code.run_prologue(short))
 
