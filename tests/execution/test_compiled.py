@@ -139,7 +139,7 @@ def test_other_lengths_run_the_same_code() -> None:
 
 
 def test_autograd_sees_that_parameters_were_written() -> None:
-    """Small ones, written by address, and large ones, written by code."""
+    """Small ones, written by an operator, and large ones, written by code."""
     params = [p for _, p in _params() if p.numel()]
     optimizer = fo.TransformOptimizer(params, fo.sgd(0.1), compile=True)
     saved = [(p * p).sum() for p in params]
