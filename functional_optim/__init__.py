@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from functional_optim import schedules, transforms
 from functional_optim._messages import no_attribute
 from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.config._constructor import (

@@ -14,6 +14,7 @@ if find_spec("hypothesis") is None:
     )
 
 from functional_optim._messages import no_attribute
+from functional_optim.testing import laws, strategies
 from functional_optim.testing._check import check_transform
 from functional_optim.testing._equivalent import (
     NotEquivalentError,
