@@ -174,7 +174,7 @@ def differences(  # noqa: PLR0912 - a branch for each kind
         else:
             for name, a, b in zip(names[0], some, others, strict=True):
                 yield from differences(a, b, f"{place}.{name}", tally)
-    elif not (some == others or (some != some and others != others)):  # noqa: PLR0124
+    elif not (some == others or (some != some and others != others)):  # noqa: PLR0124 - NaN
         yield f"{place}: {some!r} became {others!r}"
 
 
