@@ -16,6 +16,7 @@ from torch import Tensor
 from functional_optim._messages import format_names
 from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._buffers import Donated
+from functional_optim.core._transform import Static
 from functional_optim.execution._state_tree import (
     LeafKind,
     flatten,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from functional_optim.algebra._tensor_map import TensorMap
-    from functional_optim.core._transform import Static
     from functional_optim.execution._state_tree import ExecutorState, Leaf, LeafInfo
 
 UNIT_BYTES = {"cpu": 4 * 2**20}
@@ -135,6 +135,13 @@ class Unit:
         ]
         self.donated = unflatten(template, donated)
         """The state, for an update that may overwrite it."""
+        self.listed = tuple(
+            self.names[0] in leaf.value
+            for leaf in leaves
+            if isinstance(leaf, Static) and isinstance(leaf.value, tuple)
+        )
+        """Whether each `Static` names its parameters, as that of an open window does:
+        all of a pack, or none."""
 
     def set_statics(self, statics: dict[int, Static[Any]]) -> None:
         """Replace values on the host."""

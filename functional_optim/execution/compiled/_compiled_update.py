@@ -15,7 +15,6 @@ from torch import Tensor
 from functional_optim._messages import first_line, user_stacklevel
 from functional_optim.algebra._arithmetic import over
 from functional_optim.core._context import Context
-from functional_optim.core._transform import Static
 from functional_optim.execution._grad_scaling import wrap_state
 from functional_optim.execution._native import dtype_of
 from functional_optim.execution._reductions import (
@@ -162,12 +161,7 @@ class CompiledStep:
             self._signature,
             len(known),
             tuple(len(leaf) if isinstance(leaf, dict) else -1 for leaf in leaves),
-            # Whether these parameters are among the names of an open window.
-            tuple(
-                self._name in leaf.value
-                for leaf in leaves
-                if isinstance(leaf, Static) and isinstance(leaf.value, tuple)
-            ),
+            self._unit.listed,
             tuple((x.dtype, x.device, x.shape) for x in short),
             tuple((x.dtype, x.device) for x in examples),
         )
@@ -349,7 +343,8 @@ def compile_update(
         return update
     if not any(param.numel() for param in update.unit.params.values()):
         return update  # Code for any length is not code for none.
-    key = update.key, dtype_of(inputs.grads, update.unit.names[0])
+    unit = update.unit
+    key = update.key, dtype_of(inputs.grads, unit.names[0]), unit.listed
     if key not in steps:
         bucket_steps = update.bucket.compiled_steps
         known = bucket_steps.get(key)
