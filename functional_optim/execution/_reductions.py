@@ -69,9 +69,12 @@ class _CallCounter:
         self._counts: dict[tuple[int | str, ...], int] = {}
 
     def next_call(self, path: tuple[int | str, ...]) -> ReduceCall:
-        count = self._counts.get(path, 0)
-        self._counts[path] = count + 1
-        return path, count
+        """Return the next call at a path."""
+        return path, self._counts.get(path, 0)
+
+    def count(self, call: ReduceCall) -> None:
+        """Count a call as made."""
+        self._counts[call[0]] = call[1] + 1
 
 
 class KnownTotals(_CallCounter):
@@ -81,13 +84,23 @@ class KnownTotals(_CallCounter):
         super().__init__()
         self._totals = totals
 
+    def known(self, path: tuple[int | str, ...]) -> Tensor | None:
+        """Return the total of the next call, which counts as made, if it is known.
+
+        `Context.reduce` asks first, and computes no partial then.
+        """
+        call = self.next_call(path)
+        total = self._totals.get(call)
+        if total is not None:
+            self.count(call)
+        return total
+
     def __call__(
         self, path: tuple[int | str, ...], partial: Tensor, op: ReduceOp
     ) -> Tensor:
-        call = self.next_call(path)
-        total = self._totals.get(call)
+        total = self.known(path)
         if total is None:
-            raise TotalNeededError(Partial(call, partial, op))
+            raise TotalNeededError(Partial(self.next_call(path), partial, op))
         return total
 
 
@@ -105,6 +118,7 @@ class CallRecorder(_CallCounter):
         self, path: tuple[int | str, ...], partial: Tensor, op: ReduceOp
     ) -> Tensor:
         self._calls.append(self.next_call(path))
+        self.count(self._calls[-1])
         return torch.ones_like(reduce_locally(partial, op))
 
 

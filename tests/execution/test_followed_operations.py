@@ -98,3 +98,29 @@ def test_a_mode_sees_the_operations_of_a_compiled_optimizer() -> None:
     again = step()
     for counting in (first, again):
         assert counting.seen["sqrt"] + counting.seen["_foreach_sqrt"] >= 2
+
+
+class _NormedElements(TorchDispatchMode):
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if "norm" in func.__name__:
+            tensors = args[0] if isinstance(args[0], list) else [args[0]]
+            self.count += sum(map(Tensor.numel, tensors))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_joint_norm_reads_each_gradient_once() -> None:
+    """The pass that writes knows the total, and computes no norm again."""
+    params, optimizer = _setup("clip", "auto")
+    for _ in range(2):  # The first step records the calls of `reduce`, too.
+        for p, grad in zip(params, _gradients(0), strict=True):
+            p.grad = grad
+        with _NormedElements() as normed:
+            optimizer.step()
+    # The norms of blocks and of tensors are few.
+    assert LARGE + 7 <= normed.count <= LARGE + 100
