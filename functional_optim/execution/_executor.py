@@ -116,7 +116,6 @@ class Executor:
             if missing:  # -0.0 changes no sum.
                 zeros = {n: torch.full_like(self._params[n], -0.0) for n in missing}
                 grads = {**grads, **zeros}
-                dtypes = self._plan.dtypes_of(grads)
         self._plan.follow(dtypes)
         steps: dict[Hashable, CompiledStep] = {}
         updates = self._updates(StepInputs(grads, context, scaling), steps)
