@@ -23,8 +23,8 @@ class Operators(NamedTuple):
     """The operators of `native.cpp`."""
 
     scan: Callable[[list[Tensor], Tensor], int]
-    gather: Callable[[list[Tensor], Tensor, Tensor], bool]
-    scatter: Callable[[list[Tensor], Tensor], bool]
+    gather: Callable[[list[Tensor], Tensor, Tensor, Tensor], bool]
+    scatter: Callable[[list[Tensor], Tensor, Tensor], bool]
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -175,7 +176,8 @@ class GatherBuffer:
     ) -> None:
         self._names, self._tensors = list(params), list(params.values())
         self._shapes = [tensor.shape for tensor in self._tensors]
-        self._numel = sum(map(Tensor.numel, self._tensors))
+        starts = [0, *itertools.accumulate(map(Tensor.numel, self._tensors))]
+        self._numel, self._starts = starts[-1], torch.tensor(starts, device="cpu")
         self._scratch = scratch
         self.is_exclusive = True
         """Whether no other buffer uses this memory."""
@@ -207,10 +209,12 @@ class GatherBuffer:
             return False
         if self._leaves is self._tensors:
             self._leaves = [grads.params[name] for name in self._names]
-        return native.gather(self._leaves, self.params, self.grads)
+        return native.gather(self._leaves, self._starts, self.params, self.grads)
 
     def scatter(self) -> None:
         """Copy the gathered parameters back, and count the write."""
         native = operators() if self._compiles else None
-        if native is None or not native.scatter(self._leaves, self.params):
+        if native is None or not native.scatter(
+            self._leaves, self._starts, self.params
+        ):
             torch._foreach_copy_(self._tensors, self._param_views)

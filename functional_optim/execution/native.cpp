@@ -48,7 +48,7 @@ constexpr int64_t kOdd = 4;      // A gradient is sparse, or of another dtype.
 
 // Compares parameters with the last scan. A row of `seen` has a parameter's address, its
 // geometry, and whether it has a gradient.
-int64_t scan(TensorList params, Tensor& seen) {
+int64_t scan(TensorList params, const Tensor& seen) {
   auto* rows = static_cast<int64_t*>(seen.mutable_data_ptr());
   std::atomic<int64_t> result{0};
   at::parallel_for(0, params.size(), kGrain, [&](int64_t start, int64_t end) {
@@ -73,59 +73,63 @@ int64_t scan(TensorList params, Tensor& seen) {
   return result;
 }
 
-// Calls `copy` with each tensor and its place in `memory`; returns false, and copies
-// nothing, if the tensors are not plain memory of this dtype and of this size together.
+// Calls `copy` with each tensor, and returns whether all calls did.
 template <typename Copy>
-bool copy_each(TensorList tensors, const Tensor& memory, const Copy& copy) {
-  std::vector<size_t> starts;
-  size_t end = 0;
-  for (const Tensor& tensor : tensors) {
-    if (!is_plain(tensor) || tensor.dtype() != memory.dtype()) {
-      return false;
-    }
-    starts.push_back(end);
-    end += tensor.nbytes();
-  }
-  if (end != memory.nbytes()) {
-    return false;
-  }
-  auto* start = static_cast<char*>(memory.mutable_data_ptr());
-  at::parallel_for(0, tensors.size(), kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      if (tensors[i].nbytes() != 0) {  // An empty tensor may have no address.
-        copy(tensors[i], start + starts[i]);
+bool copy_each(TensorList tensors, const Copy& copy) {
+  std::atomic<bool> result{true};
+  at::parallel_for(0, tensors.size(), kGrain, [&](int64_t start, int64_t end) {
+    for (int64_t i = start; i < end; ++i) {
+      if (!copy(tensors[i], i)) {
+        result = false;
       }
     }
   });
-  return true;
+  return result;
 }
 
-bool gather_each(TensorList tensors, const Tensor& memory) {
-  return copy_each(tensors, memory, [](const Tensor& tensor, char* place) {
+// Where the elements of tensor i have their place in `memory`; null if they do not fit.
+char* place_of(const Tensor& tensor, const Tensor& memory, const int64_t* starts, int64_t i) {
+  if (!is_plain(tensor) || tensor.dtype() != memory.dtype() ||
+      tensor.numel() != starts[i + 1] - starts[i]) {
+    return nullptr;
+  }
+  return static_cast<char*>(memory.data_ptr()) + starts[i] * memory.itemsize();
+}
+
+bool gather_one(const Tensor& tensor, const Tensor& memory, const int64_t* starts, int64_t i) {
+  char* place = place_of(tensor, memory, starts, i);
+  if (place != nullptr && tensor.numel() != 0) {  // An empty one may have no address.
     std::memcpy(place, tensor.const_data_ptr(), tensor.nbytes());
+  }
+  return place != nullptr;
+}
+
+// Copies parameters to one piece of memory, and their gradients to another. `starts` has
+// the places of their first elements, and the end. Returns false if one does not fit;
+// what was copied then is of no use.
+bool gather(
+    TensorList params, const Tensor& starts, const Tensor& memory, const Tensor& grad_memory) {
+  const auto* places = starts.const_data_ptr<int64_t>();
+  return copy_each(params, [&](const Tensor& param, int64_t i) {
+    const Tensor grad = grad_of(param);  // Kept, whatever other threads do to parameters.
+    return grad.defined() && grad.sizes() == param.sizes() &&
+        gather_one(grad, grad_memory, places, i) && gather_one(param, memory, places, i);
   });
 }
 
-// Copies parameters to one piece of memory, and their gradients to another.
-bool gather(TensorList params, const Tensor& memory, const Tensor& grad_memory) {
-  std::vector<Tensor> grads;  // Kept, whatever other threads do to parameters.
-  grads.reserve(params.size());
-  for (const Tensor& param : params) {
-    grads.push_back(grad_of(param));
-    if (!grads.back().defined() || grads.back().sizes() != param.sizes()) {
-      return false;
+// Copies memory to parameters, and counts it, so that autograd notices. Returns false if
+// one does not fit: it keeps its elements.
+bool scatter(TensorList params, const Tensor& starts, const Tensor& memory) {
+  const auto* places = starts.const_data_ptr<int64_t>();
+  return copy_each(params, [&](const Tensor& param, int64_t i) {
+    const char* place = place_of(param, memory, places, i);
+    if (place != nullptr && param.numel() != 0) {
+      std::memcpy(param.mutable_data_ptr(), place, param.nbytes());
     }
-  }
-  return gather_each(grads, grad_memory) && gather_each(params, memory);
-}
-
-// Copies memory to parameters, and counts it, so that autograd notices.
-bool scatter(TensorList params, const Tensor& memory) {
-  return copy_each(params, memory, [](const Tensor& param, const char* place) {
-    std::memcpy(param.mutable_data_ptr(), place, param.nbytes());
-    if (!param.is_inference()) {
+    if (place != nullptr && !param.is_inference()) {
       param.unsafeGetTensorImpl()->bump_version();
     }
+    return place != nullptr;
   });
 }
 
@@ -133,8 +137,9 @@ bool scatter(TensorList params, const Tensor& memory) {
 
 TORCH_LIBRARY(NAMESPACE, library) {
   library.def("scan(Tensor[] params, Tensor(a!) seen) -> int");
-  library.def("gather(Tensor[] params, Tensor(a!) to, Tensor(b!) grads_to) -> bool");
-  library.def("scatter(Tensor(a!)[] params, Tensor memory) -> bool");
+  library.def(
+      "gather(Tensor[] params, Tensor starts, Tensor(a!) to, Tensor(b!) grads_to) -> bool");
+  library.def("scatter(Tensor(a!)[] params, Tensor starts, Tensor memory) -> bool");
 }
 
 TORCH_LIBRARY_IMPL(NAMESPACE, CompositeExplicitAutograd, library) {
