@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -139,7 +140,8 @@ def test_gathered_at_once(kinds: list[str]) -> None:
     values = torch.cat([p.detach().reshape(-1) for p in members.values()])
     wanted = torch.cat([g.detach().reshape(-1) for g in grads.values()])
     memory, grad_memory = torch.zeros_like(values), torch.zeros_like(values)
-    if _operators().gather(list(members.values()), memory, grad_memory):
+    starts = _starts(list(members.values()))
+    if _operators().gather(list(members.values()), starts, memory, grad_memory):
         assert torch.equal(memory, values)
         assert torch.equal(grad_memory, wanted)
     else:
@@ -150,6 +152,10 @@ def test_gathered_at_once(kinds: list[str]) -> None:
         gathered.gather(grads)
     assert torch.equal(gathered.params, values)
     assert torch.equal(gathered.grads, wanted)
+
+
+def _starts(tensors: list[Tensor]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(t.numel() for t in tensors)])
 
 
 def _refused() -> dict[str, list[Tensor]]:
@@ -166,7 +172,7 @@ def _refused() -> dict[str, list[Tensor]]:
 def test_memory_of_another_kind_is_left_alone(kind: str) -> None:
     """Nothing is written unless all of the memory fits."""
     tensors = _refused()[kind]
-    assert not _operators().scatter(tensors, torch.ones(4))
+    assert not _operators().scatter(tensors, _starts(tensors), torch.ones(4))
     assert not any(t.count_nonzero() for t in tensors if not t.is_meta)
 
 
@@ -176,7 +182,8 @@ def test_numbers_that_are_read_otherwise_are_not_copied(turned: Any) -> None:
     param = Parameter(torch.ones(4, dtype=torch.complex64))
     param.grad = turned(torch.full((4,), 1.0 + 2.0j))
     memory, grads = torch.zeros_like(param), torch.zeros_like(param)
-    assert not _operators().gather([param], memory.detach(), grads.detach())
+    starts = _starts([param])
+    assert not _operators().gather([param], starts, memory.detach(), grads.detach())
 
 
 @given(st.data())

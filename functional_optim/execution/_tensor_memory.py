@@ -214,7 +214,6 @@ class GatherBuffer:
     def scatter(self) -> None:
         """Copy the gathered parameters back, and count the write."""
         native = operators() if self._compiles else None
-        if native is None or not native.scatter(
-            self._leaves, self._starts, self.params
-        ):
+        given = self._leaves, self._starts, self.params
+        if native is None or not native.scatter(*given):
             torch._foreach_copy_(self._tensors, self._param_views)

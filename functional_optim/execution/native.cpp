@@ -73,64 +73,89 @@ int64_t scan(TensorList params, const Tensor& seen) {
   return result;
 }
 
-// Calls `copy` with each tensor, and returns whether all calls did.
-template <typename Copy>
-bool copy_each(TensorList tensors, const Copy& copy) {
+// Whether a test holds for each index; all threads look.
+template <typename Test>
+bool all_of(int64_t count, const Test& test) {
   std::atomic<bool> result{true};
-  at::parallel_for(0, tensors.size(), kGrain, [&](int64_t start, int64_t end) {
+  at::parallel_for(0, count, kGrain, [&](int64_t start, int64_t end) {
     for (int64_t i = start; i < end; ++i) {
-      if (!copy(tensors[i], i)) {
+      if (!test(i)) {
         result = false;
+        return;
       }
     }
   });
   return result;
 }
 
-// Where the elements of tensor i have their place in `memory`; null if they do not fit.
-char* place_of(const Tensor& tensor, const Tensor& memory, const int64_t* starts, int64_t i) {
-  if (!is_plain(tensor) || tensor.dtype() != memory.dtype() ||
-      tensor.numel() != starts[i + 1] - starts[i]) {
-    return nullptr;
+// Places of tensors in memory: the first elements of each, then the end.
+class Places {
+ public:
+  Places(const Tensor& starts, const Tensor& memory)
+      : starts_(starts.const_data_ptr<int64_t>()),
+        count_(starts.numel() - 1),
+        memory_(memory) {}
+
+  bool hold(size_t count) const {
+    return static_cast<int64_t>(count) == count_ && starts_[count_] == memory_.numel();
   }
-  return static_cast<char*>(memory.data_ptr()) + starts[i] * memory.itemsize();
+
+  bool fit(const Tensor& tensor, int64_t i) const {
+    return is_plain(tensor) && tensor.dtype() == memory_.dtype() &&
+        tensor.numel() == starts_[i + 1] - starts_[i];
+  }
+
+  char* operator[](int64_t i) const {
+    return static_cast<char*>(memory_.data_ptr()) + starts_[i] * memory_.itemsize();
+  }
+
+ private:
+  const int64_t* starts_;
+  int64_t count_;
+  const Tensor& memory_;
+};
+
+// Copies plain memory; an empty tensor may have no address.
+void copy(void* to, const void* from, size_t size) {
+  if (size != 0) {
+    std::memcpy(to, from, size);
+  }
 }
 
-bool gather_one(const Tensor& tensor, const Tensor& memory, const int64_t* starts, int64_t i) {
-  char* place = place_of(tensor, memory, starts, i);
-  if (place != nullptr && tensor.numel() != 0) {  // An empty one may have no address.
-    std::memcpy(place, tensor.const_data_ptr(), tensor.nbytes());
-  }
-  return place != nullptr;
-}
-
-// Copies parameters to one piece of memory, and their gradients to another. `starts` has
-// the places of their first elements, and the end. Returns false if one does not fit;
-// what was copied then is of no use.
+// Copies parameters to one piece of memory, and their gradients to another; returns
+// false, and copies nothing, if one does not fit.
 bool gather(
     TensorList params, const Tensor& starts, const Tensor& memory, const Tensor& grad_memory) {
-  const auto* places = starts.const_data_ptr<int64_t>();
-  return copy_each(params, [&](const Tensor& param, int64_t i) {
-    const Tensor grad = grad_of(param);  // Kept, whatever other threads do to parameters.
-    return grad.defined() && grad.sizes() == param.sizes() &&
-        gather_one(grad, grad_memory, places, i) && gather_one(param, memory, places, i);
-  });
+  const Places places(starts, memory), grad_places(starts, grad_memory);
+  std::vector<Tensor> grads(params.size());  // Kept, whatever other threads do.
+  const int64_t count = params.size();
+  return places.hold(count) && grad_places.hold(count) &&
+      all_of(count, [&](int64_t i) {
+        grads[i] = grad_of(params[i]);
+        return grads[i].defined() && grads[i].sizes() == params[i].sizes() &&
+            grad_places.fit(grads[i], i) && places.fit(params[i], i);
+      }) &&
+      all_of(count, [&](int64_t i) {
+        copy(grad_places[i], grads[i].const_data_ptr(), grads[i].nbytes());
+        copy(places[i], params[i].const_data_ptr(), params[i].nbytes());
+        return true;
+      });
 }
 
-// Copies memory to parameters, and counts it, so that autograd notices. Returns false if
-// one does not fit: it keeps its elements.
+// Copies memory to parameters, and counts it, so that autograd notices; returns false,
+// and copies nothing, if one does not fit.
 bool scatter(TensorList params, const Tensor& starts, const Tensor& memory) {
-  const auto* places = starts.const_data_ptr<int64_t>();
-  return copy_each(params, [&](const Tensor& param, int64_t i) {
-    const char* place = place_of(param, memory, places, i);
-    if (place != nullptr && param.numel() != 0) {
-      std::memcpy(param.mutable_data_ptr(), place, param.nbytes());
-    }
-    if (place != nullptr && !param.is_inference()) {
-      param.unsafeGetTensorImpl()->bump_version();
-    }
-    return place != nullptr;
-  });
+  const Places places(starts, memory);
+  const int64_t count = params.size();
+  return places.hold(count) &&
+      all_of(count, [&](int64_t i) { return places.fit(params[i], i); }) &&
+      all_of(count, [&](int64_t i) {
+        copy(params[i].mutable_data_ptr(), places[i], params[i].nbytes());
+        if (!params[i].is_inference()) {
+          params[i].unsafeGetTensorImpl()->bump_version();
+        }
+        return true;
+      });
 }
 
 }  // namespace
