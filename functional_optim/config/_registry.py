@@ -86,7 +86,7 @@ class Registry:
         if found is None:
             imported = _import(key)
             found = self._replacement(imported) if callable(imported) else None
-        if found is None and "." in key:
+        if found is None and "." in key and not key.startswith("fo."):
             # MMEngine's configs may put the name of a package in front.
             found = self._find(key.partition(".")[2])
         return found

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from functional_optim._messages import user_stacklevel
 from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.core._validation import check_updates
 from functional_optim.execution._grad_scaling import Scaling
@@ -48,7 +49,7 @@ def warn_of_no_gradient() -> None:
         "no parameter of this optimizer has a gradient, so step() did nothing; if the "
         "model's parameters were replaced after it was built, by "
         "load_state_dict(assign=True) or a new model, build the optimizer anew",
-        stacklevel=4,
+        stacklevel=user_stacklevel(),
     )
 
 

@@ -296,7 +296,8 @@ def fixed_key(key: str, value: object) -> str:
 _REMOVED = {
     "layout": "small tensors are always gathered, as layout='auto' did; leave it out",
     "differentiable": "an optimizer steps in place; for derivatives through a step "
-    "call transform.update and apply_updates(..., differentiable=True)",
+    "call transform.update(..., context=Context(differentiable=True)) and "
+    "apply_updates(..., differentiable=True)",
 }
 """Arguments of earlier versions, and what to do instead."""
 

@@ -272,8 +272,9 @@ class ParamGroups:
                     raise ValueError(
                         f"{each.option.key} is the schedule {each.option.value!r}, and "
                         "its transform's state has no ScheduleState to count updates; "
-                        "make that the state, or its field `schedule`, or take "
-                        f"{each.option.field!r} out of `hyperparameters`"
+                        "make one of functional_optim.transforms the state, or its "
+                        f"field `schedule`, or take {each.option.field!r} out of "
+                        "`hyperparameters`"
                     )
 
     def write_schedules(self) -> None:

@@ -496,6 +496,7 @@ def test_rules_for_decay_need_a_base_decay(rule) -> None:
             "did you mean 'DefaultOptimWrapper",
         ),
         ({"optimizer": {"type": "SDG"}}, KeyError, "did you mean 'SGD'"),
+        ({"optimizer": {"type": "fo.AdamW"}}, KeyError, "did you mean 'fo.adamw'"),
         ({"optimizer": {"lr": 1.0}}, KeyError, 'must have a "type"'),
         ({"optimizer": "SGD"}, TypeError, "must be a config .* got 'SGD'"),
         ({"optimizer": {**SGD, "momentun": 1}}, TypeError, "did you mean 'momentum'"),

@@ -223,7 +223,7 @@ def test_the_state_that_is_shown_is_the_state(compiles: bool) -> None:
     [
         ("layout", "flat", "small tensors are always gathered.*leave it out"),
         ("layout", "auto", "leave it out"),
-        ("differentiable", True, "transform.update and apply_updates"),
+        ("differentiable", True, r"context=Context\(differentiable=True\)"),
         ("differentiable", False, "an optimizer steps in place"),
     ],
 )
@@ -232,6 +232,18 @@ def test_arguments_of_earlier_versions_say_what_to_do(
 ) -> None:
     with pytest.raises(TypeError, match=f"no argument '{argument}': .*{remedy}"):
         _adamw([Parameter(torch.ones(16))], **{argument: given})
+
+
+def test_a_step_that_is_differentiated_in_the_pure_way() -> None:
+    """What stands in the message for `differentiable` gives derivatives."""
+    rate = torch.tensor(0.1, requires_grad=True)
+    transform, params = fo.adamw(rate), {"w": torch.ones(2)}
+    context = fo.Context(differentiable=True)
+    state = transform.init(params)
+    updates, _ = transform.update(params, state, params, context=context)
+    moved = fo.apply_updates(params, updates, differentiable=True)["w"]
+    (slope,) = torch.autograd.grad(moved.sum(), rate)
+    assert slope < 0
 
 
 def test_compile_is_a_bool() -> None:
