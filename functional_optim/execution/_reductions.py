@@ -62,7 +62,7 @@ class TotalNeededError(BaseException):
         self.partial = partial
 
 
-class _CallCounter:
+class CallCounter:
     """Numbers the calls of `reduce` in one update, path by path."""
 
     def __init__(self) -> None:
@@ -76,8 +76,16 @@ class _CallCounter:
         """Count a call as made."""
         self._counts[call[0]] = call[1] + 1
 
+    def counts(self) -> dict[tuple[int | str, ...], int]:
+        """Return how many calls were made at each path."""
+        return dict(self._counts)
 
-class KnownTotals(_CallCounter):
+    def go_on_from(self, counts: dict[tuple[int | str, ...], int]) -> None:
+        """Count the calls of a result that is memoized as made."""
+        self._counts.update(counts)
+
+
+class KnownTotals(CallCounter):
     """A reducer that returns known totals and stops at the first unknown one."""
 
     def __init__(self, totals: Totals) -> None:
@@ -104,7 +112,7 @@ class KnownTotals(_CallCounter):
         return total
 
 
-class CallRecorder(_CallCounter):
+class CallRecorder(CallCounter):
     """A reducer that records its calls and returns ones.
 
     Zeros, or the total of a part, may be an error to divide by.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from functional_optim.algebra._tensor_map import are_plain
 from functional_optim.execution._native import (
     ParameterGradients,
     dtype_of,
+    operator_slices,
     operators,
 )
 
@@ -176,8 +177,7 @@ class GatherBuffer:
     ) -> None:
         self._names, self._tensors = list(params), list(params.values())
         self._shapes = [tensor.shape for tensor in self._tensors]
-        starts = [0, *itertools.accumulate(map(Tensor.numel, self._tensors))]
-        self._numel, self._starts = starts[-1], torch.tensor(starts, device="cpu")
+        self._numel = sum(map(Tensor.numel, self._tensors))
         self._scratch = scratch
         self.is_exclusive = True
         """Whether no other buffer uses this memory."""
@@ -185,7 +185,7 @@ class GatherBuffer:
         self.params, self._param_views = self._take(dtype, "params")
         self.grads, self._grad_views = self._take(dtype, "grads")
         self._compiles = compiles and self.params.is_cpu and are_plain(self._tensors)
-        self._leaves = self._tensors  # Those with `.grad`, once they are known.
+        self._parts: list[_BufferPart] = []
 
     def _take(self, dtype: torch.dtype, use: str) -> tuple[Tensor, list[Tensor]]:
         first = self._tensors[0]
@@ -198,6 +198,7 @@ class GatherBuffer:
         dtype = dtype_of(grads, self._names[0])
         if dtype != self.grads.dtype:
             self.grads, self._grad_views = self._take(dtype, "grads")
+            self._parts = []
         if isinstance(grads, ParameterGradients) and self._gather_natively(grads):
             return
         torch._foreach_copy_(self._param_views, self._tensors)
@@ -207,13 +208,39 @@ class GatherBuffer:
         native = operators() if self._compiles else None
         if native is None:
             return False
-        if self._leaves is self._tensors:
-            self._leaves = [grads.params[name] for name in self._names]
-        return native.gather(self._leaves, self._starts, self.params, self.grads)
+        if not self._parts:
+            params = [grads.params[name] for name in self._names]
+            self._parts = _buffer_parts(params, self.params, self.grads)
+        return all(native.gather(*part) for part in self._parts)
 
     def scatter(self) -> None:
         """Copy the gathered parameters back, and count the write."""
-        native = operators() if self._compiles else None
-        given = self._leaves, self._starts, self.params
-        if native is None or not native.scatter(*given):
+        native = operators() if self._parts else None
+        parts = (part[:3] for part in self._parts)
+        if native is None or not all(itertools.starmap(native.scatter, parts)):
             torch._foreach_copy_(self._tensors, self._param_views)
+
+
+class _BufferPart(NamedTuple):
+    """Some parameters of a buffer, and their part of its memory."""
+
+    params: list[Tensor]
+    starts: Tensor
+    """The places of their first elements in this part, and its end."""
+    memory: Tensor
+    grad_memory: Tensor
+
+
+def _buffer_parts(
+    params: list[Tensor], memory: Tensor, grad_memory: Tensor
+) -> list[_BufferPart]:
+    """Return the parameters of a buffer in parts that operators take."""
+    parts, start = [], 0
+    for part in operator_slices(len(params)):
+        some = params[part]
+        starts = [0, *itertools.accumulate(map(Tensor.numel, some))]
+        own = slice(start, start + starts[-1])
+        places = torch.tensor(starts, device="cpu")
+        parts.append(_BufferPart(some, places, memory[own], grad_memory[own]))
+        start = own.stop
+    return parts

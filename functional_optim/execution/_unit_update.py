@@ -12,6 +12,7 @@ from functional_optim.core._transform import Scope, Transform
 from functional_optim.core._traversal import children_of, map_children
 from functional_optim.execution._grad_scaling import Scaling, wrap_state
 from functional_optim.execution._reductions import (
+    CallCounter,
     CallRecorder,
     KnownTotals,
     Partial,
@@ -122,7 +123,7 @@ class StepCache:
     """The results of members in a step, in the order of their calls."""
 
     def __init__(self) -> None:
-        self._results: dict[Any, list[tuple[TensorMap, Any]]] = {}
+        self._results: dict[Any, list[tuple[TensorMap, Any, Any]]] = {}
         self._calls: dict[Any, int] = {}
 
     def restart(self) -> None:
@@ -134,15 +135,24 @@ class StepCache:
         self._results = {}
 
     def get(
-        self, key: Any, compute: Callable[[], tuple[TensorMap, Any]]
+        self,
+        key: Any,
+        counter: CallCounter | None,
+        compute: Callable[[], tuple[TensorMap, Any]],
     ) -> tuple[TensorMap, Any]:
-        """Return the result of the same call in an earlier pass, or compute it."""
+        """Return the result of the same call in an earlier pass, or compute it.
+
+        The calls of `reduce` in it are counted either way: the next has their number.
+        """
         number = self._calls.get(key, 0)
         self._calls[key] = number + 1
         known = self._results.setdefault(key, [])
         if number == len(known):
-            known.append(compute())
-        return known[number]
+            known.append((*compute(), counter.counts() if counter else {}))
+        moved, state, counts = known[number]
+        if counter:  # A combinator may run a child without the context.
+            counter.go_on_from(counts)
+        return moved, state
 
 
 @final
@@ -169,8 +179,10 @@ class _Memoized:
         context: Context | None = None,
     ) -> tuple[TensorMap, Any]:
         context = context or Context()
+        counter: Any = context.reducer
         return self.cache.get(
             (context.path, id(self)),
+            counter,
             lambda: self.inner.update(updates, state, params, context=context),
         )
 

@@ -203,3 +203,82 @@ def test_resolve_reaches_the_child_that_serves() -> None:
 
 def test_it_obeys_the_laws() -> None:
     check_transform(ByLayer({"a": fo.Scale(2.0), "b": fo.Trace(0.9)}), max_examples=5)
+
+
+class OfJointNorm:
+    """Divide by the joint norm, and subtract each tensor's mean."""
+
+    scope = fo.Scope.PER_TENSOR
+
+    def init(self, params: fo.TensorMap) -> tuple[()]:
+        """Return the empty state."""
+        return ()
+
+    def update(
+        self,
+        updates: fo.TensorMap,
+        state: tuple[()],
+        params: fo.TensorMap,
+        *,
+        context: fo.Context | None = None,
+    ) -> tuple[fo.TensorMap, tuple[()]]:
+        """Return u / ||updates|| - mean(u)."""
+        norms = torch.stack([u.norm() for u in updates.values()])
+        joint = (context or fo.Context()).reduce(norms, fo.Norm(2.0))
+        return {n: u / joint - u.mean() for n, u in updates.items()}, state
+
+
+class Twice:
+    """Run a transform on its own results."""
+
+    scope = fo.Scope.PER_TENSOR
+
+    def __init__(self, inner: fo.Transform) -> None:
+        self.inner = inner
+
+    def children(self) -> dict[int, fo.Transform]:
+        """Return the one transform."""
+        return {0: self.inner}
+
+    def with_children(self, children: dict[int, fo.Transform]) -> Twice:
+        """Return the same of another transform."""
+        return Twice(children[0])
+
+    def split_state(self, state: Any) -> dict[int, Any]:
+        """Return the state of the transform."""
+        return {0: state}
+
+    def init(self, params: fo.TensorMap) -> Any:
+        """Return the state of the transform."""
+        return self.inner.init(params)
+
+    def update(
+        self,
+        updates: fo.TensorMap,
+        state: Any,
+        params: fo.TensorMap,
+        *,
+        context: fo.Context | None = None,
+    ) -> tuple[fo.TensorMap, Any]:
+        """Return the updates of the updates."""
+        child = (context or fo.Context()).child(0)
+        for _ in range(2):
+            updates, state = self.inner.update(updates, state, params, context=child)
+        return updates, state
+
+
+@pytest.mark.parametrize("guards", [False, True])
+def test_a_whole_tensor_child_that_runs_twice_gets_both_totals(guards: bool) -> None:
+    """Its first result is memoized; the call of `reduce` in it counts all the same."""
+    transform: fo.Transform = fo.chain(Twice(OfJointNorm()), fo.sgd(1.0))
+    transform = fo.SkipNonfinite(transform) if guards else transform
+    grads = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([1.0, 2.0])}
+    grads = {name: grad.double() for name, grad in grads.items()}
+    params = {n: Parameter(torch.zeros_like(grad)) for n, grad in grads.items()}
+    optimizer = fo.TransformOptimizer(params.items(), transform)
+    for name, param in params.items():
+        param.grad = grads[name].clone()
+    optimizer.step()
+    zeros = {n: torch.zeros_like(grad) for n, grad in grads.items()}
+    wanted, _ = transform.update(grads, transform.init(zeros), zeros)
+    torch.testing.assert_close(params, wanted, rtol=1e-12, atol=0, check_dtype=True)
