@@ -44,6 +44,8 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict examples/own_rule.py
+	$(BIN)/pyright --pythonpath $(BIN)/python examples/own_rule.py
 
 bench: $(VENV)/bench.installed
 	$(BIN)/python benchmarks/suite.py --out benchmarks/results $(ARGS)

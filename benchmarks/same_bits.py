@@ -92,7 +92,7 @@ LEFT_OUT: dict[str, str] = {
 
 STEPS = 20
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
-SHOWN = 20
+SHOWN = 100
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -144,6 +144,7 @@ def differences(  # noqa: PLR0912 - a branch for each kind
 ) -> Iterator[str]:
     """Yield where two results differ."""
     tally.compared += 1
+    some, others = _with_scheduled(some), _with_scheduled(others)
     if isinstance(some, Tensor) and isinstance(others, Tensor):
         kinds = [(x.dtype, tuple(x.shape)) for x in (some, others)]
         if kinds[0] != kinds[1]:
@@ -176,6 +177,35 @@ def differences(  # noqa: PLR0912 - a branch for each kind
                 yield from differences(a, b, f"{place}.{name}", tally)
     elif not (some == others or (some != some and others != others)):  # noqa: PLR0124 - NaN
         yield f"{place}: {some!r} became {others!r}"
+
+
+class Scheduled(NamedTuple):
+    """As the package's."""
+
+    state: Any
+    num_updates: Any
+
+
+def _with_scheduled(state: Any) -> Any:
+    """Return a state with the count of its schedules around it, not in it."""
+    if isinstance(state, dict) and set(state) == {"type", "fields"}:
+        fields = dict(state["fields"])
+        if state["type"] == "ScheduleState":
+            fields = {"state": [], **fields}
+            return {"type": "Scheduled", "fields": fields}
+        schedule = fields.pop("schedule", [])
+        inner = {"type": state["type"], "fields": fields}
+        if not schedule:
+            return inner
+        return {"type": "Scheduled", "fields": {"state": inner, **schedule["fields"]}}
+    fields = getattr(state, "_fields", ())
+    if type(state).__name__ == "ScheduleState":
+        return Scheduled((), state.num_updates)
+    if "schedule" not in fields:
+        return state
+    parts = {name: getattr(state, name) for name in fields if name != "schedule"}
+    inner = collections.namedtuple(type(state).__name__, parts)(**parts)
+    return Scheduled(inner, state.schedule.num_updates) if state.schedule else inner
 
 
 def guarded(run: Run) -> Run:
@@ -252,8 +282,10 @@ class Comparison:
         for side, box in boxes.items():
 
             def going_on(package: Any, box: Any = box) -> Run:
+                # What is new need not load in what is old.
+                mine = box if package is fo else boxes["before"]
                 # torch's own optimizers go on in the tensors that they load.
-                return load(package, box=copy.deepcopy(box))
+                return load(package, box=copy.deepcopy(mine))
 
             # No tags: what one package saved must load, whatever it was made with.
             self.same(kind, f"{label}, loaded from {side}", going_on)

@@ -77,7 +77,13 @@ def built(package: Any, value: Any) -> Any:
     if isinstance(value, Call):
         made = functools.reduce(getattr, value.path.split("."), package)
         kwargs = {key: built(package, part) for key, part in value.kwargs.items()}
-        return made(*(built(package, part) for part in value.args), **kwargs)
+        args = [built(package, part) for part in value.args]
+        if value.path == "AddDecayedWeights" and hasattr(package, "Rule"):
+            # Its mask became a combinator.
+            mask = kwargs.pop("mask", None)
+            decay = made(*args, **kwargs)
+            return decay if mask is None else package.Masked(decay, mask)
+        return made(*args, **kwargs)
     if isinstance(value, dict):
         return {key: built(package, part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):

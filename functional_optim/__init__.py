@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from functional_optim import schedules, transforms
 from functional_optim._messages import no_attribute
+from functional_optim.algebra._recording import add, addcmul, lerp, total
 from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.config._constructor import (
     DefaultOptimWrapperConstructor,
@@ -23,8 +24,18 @@ from functional_optim.core._apply import (
 )
 from functional_optim.core._chain import Chain, chain
 from functional_optim.core._context import Context, Norm, ReduceOp, Reducer
-from functional_optim.core._hyperparameters import Hyperparameter, Schedule, resolve
+from functional_optim.core._hyperparameters import (
+    Hyperparameter,
+    Pair,
+    Scalar,
+    Schedule,
+    flag,
+    hyperparameter,
+    is_zero,
+    resolve,
+)
 from functional_optim.core._readings import fetch, readings, state_of
+from functional_optim.core._rule import Rule, global_number, number
 from functional_optim.core._selection import Rules, Selection, exclude
 from functional_optim.core._state_dict import load_state_dict, state_dict
 from functional_optim.core._transform import Role, Scope, Static, Transform
@@ -88,11 +99,14 @@ __all__ = [
     "Observe",
     "OptimWrapper",
     "OptimWrapperDict",
+    "Pair",
     "Partition",
     "ReduceOp",
     "Reducer",
     "Role",
+    "Rule",
     "Rules",
+    "Scalar",
     "Scale",
     "ScaleByAdam",
     "ScaleByLearningRate",
@@ -110,16 +124,24 @@ __all__ = [
     "ZeroNans",
     "adam",
     "adamw",
+    "add",
+    "addcmul",
     "apply_updates",
     "build_optim_wrapper",
     "chain",
     "exclude",
     "explain",
     "fetch",
+    "flag",
     "from_torch_state_dict",
+    "global_number",
     "gradients",
+    "hyperparameter",
+    "is_zero",
+    "lerp",
     "load_parameters",
     "load_state_dict",
+    "number",
     "parameters",
     "paramwise_multipliers",
     "readings",
@@ -129,6 +151,7 @@ __all__ = [
     "state_dict",
     "state_of",
     "to_torch_state_dict",
+    "total",
     "transforms",
 ]
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 import functional_optim as fo
-from functional_optim.algebra._arithmetic import over
+from functional_optim.core._apply import added
 
 
 class Buffer(NamedTuple):
@@ -285,25 +285,10 @@ class ReadsWhatItGaveUp:
     def update(self, updates, state, params, *, context=None) -> Any:
         """Return how the buffer moved."""
         before = {name: state.buffer[name] for name in updates}
-        now = over(state.buffer, at=updates).mul(0.5).add(updates).to_map()
+        ours = type(state.buffer)({name: state.buffer[name] for name in updates})
+        now = added(ours, updates)
         moved = {name: now[name] - before[name] for name in updates}
         return moved, Buffer(state.buffer | now)
-
-
-class ReadsUpdatesAgain:
-    """Says that it reads each update once, and reads it twice."""
-
-    scope: ClassVar[fo.Scope] = fo.Scope.ELEMENTWISE
-    consumes_updates: ClassVar[bool] = True
-
-    def init(self, params: fo.TensorMap) -> tuple[()]:
-        """Return the empty state."""
-        return ()
-
-    def update(self, updates, state, params, *, context=None) -> Any:
-        """Return 2 u - u."""
-        doubled = over(updates).mul(2.0).to_map()
-        return {name: doubled[name] - u for name, u in updates.items()}, state
 
 
 # -- torch -------------------------------------------------------------------------
@@ -418,7 +403,6 @@ TWINS: list[tuple[str, Any]] = [
     ("in_place", Twin("knows names", knows_names)),
     ("in_place", Twin("knows shapes", knows_shapes)),
     ("in_place", ReadsWhatItGaveUp()),
-    ("in_place", ReadsUpdatesAgain()),
     ("vmapped", Twin("branches on a value", each(branches), scope=PER_TENSOR)),
     (
         "vmapped",

@@ -181,3 +181,9 @@ def test_optimizer_step_benchmark_compares(benchmark_module: ModuleType) -> None
     assert module.check_agreement(good)[module.BASE] == 0.0
     with pytest.raises(RuntimeError, match="ours is .* away from torch foreach"):
         module.check_agreement({module.BASE: base, "ours": make(forgetful)})
+
+
+def test_own_rule() -> None:
+    """A line without noise is fitted; test_rule.py has the laws."""
+    loss = float(run_example("own_rule.py", "").split()[-1])
+    assert loss < 1e-3

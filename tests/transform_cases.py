@@ -127,9 +127,9 @@ CASES = [
     Case(transform=fo.ScaleByAdam((torch.tensor(0.9), schedules.linear(0.9, 0.99, 5)))),
     Case(transform=fo.ScaleByAdam((dict.fromkeys(NAMES, 0.7), 0.9))),
     Case(transform=fo.AddDecayedWeights(0.1)),
-    Case(transform=fo.AddDecayedWeights(halving, mask=is_matrix)),
+    Case(transform=fo.Masked(fo.AddDecayedWeights(halving), is_matrix)),
     Case(transform=fo.AddDecayedWeights(schedules.polynomial(0.1, 0.0, 5, power=2))),
-    Case(transform=fo.AddDecayedWeights(torch.tensor(0.1), mask="*.weight")),
+    Case(transform=fo.Masked(fo.AddDecayedWeights(torch.tensor(0.1)), "*.weight")),
     Case(transform=fo.MultiplyParamwise({"*.bias": 2.0, "b.*": 0.5})),
     Case(
         transform=fo.MultiplyParamwise(

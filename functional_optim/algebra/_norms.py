@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -13,14 +14,14 @@ _BLOCK = 65_536
 """Elements whose squares float32 adds up with an error of 2e-7 (measured)."""
 
 
-def norms(tensors: TensorMap, p: float, *, wide: bool = False) -> Tensor:
+def norms(tensors: Iterable[Tensor], p: float, *, wide: bool = False) -> Tensor:
     """Return the p-norm of every tensor, stacked. Shape (n,).
 
     Example:
-        >>> norms({"w": torch.tensor([3.0, 4.0]), "b": torch.tensor([])}, 2.0)
+        >>> norms([torch.tensor([3.0, 4.0]), torch.tensor([])], 2.0)
         tensor([5., 0.])
     """
-    values = list(tensors.values())
+    values = list(tensors)
     if not values:
         return torch.zeros(0)
     if p == math.inf and any(v.numel() == 0 for v in values):
@@ -68,4 +69,4 @@ def all_finite(tensors: TensorMap) -> Tensor:
         >>> all_finite({"w": torch.tensor([1.0, math.inf]), "b": torch.ones(2)})
         tensor([False,  True])
     """
-    return norms(tensors, math.inf).isfinite()
+    return norms(tensors.values(), math.inf).isfinite()

@@ -84,7 +84,7 @@ def can_use_foreach(tensors: Sequence[Tensor]) -> bool:
 def lookup(values: Mapping[str, V], names: Iterable[str]) -> list[V]:
     """Return the entries of a map at some names, in the order of the names."""
     try:
-        return [values[name] for name in names]
+        return list(map(values.__getitem__, names))
     except KeyError as error:
         raise ValueError(
             f"no entry for {error.args[0]!r}, only for {format_names(values)}; call "

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from functional_optim._messages import format_names
-from functional_optim.algebra._arithmetic import over
-from functional_optim.algebra._tensor_map import TensorMap
+from functional_optim.algebra._lifting import lifted
+from functional_optim.algebra._tensor_map import TensorMap, subset
 from functional_optim.algebra._torch_modes import is_differentiated
 from functional_optim.core._validation import check_updates
 
@@ -140,5 +141,10 @@ def apply_updates(
     """
     check_updates(updates, params)
     with recording(differentiable=differentiable):
-        new = over(params, at=updates).add(updates).to_map(like=params)
-    return {**params, **new}
+        return {**params, **added(subset(params, updates), updates)}
+
+
+@lifted
+def added(p: Tensor, u: Tensor) -> Tensor:
+    """Return p + u."""
+    return p + u

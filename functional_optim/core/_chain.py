@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, final
 
 from functional_optim._messages import format_names
-from functional_optim.algebra._buffers import Donated, current
+from functional_optim.algebra._buffers import Donated
 from functional_optim.algebra._tensor_map import TensorMap, copied
 from functional_optim.core._apply import recording
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import checked, value_class
+from functional_optim.core._rule import Rule
 from functional_optim.core._transform import Role, Scope, Transform, missing_members
 from functional_optim.core._traversal import Label
 from functional_optim.core._validation import (
@@ -130,8 +131,10 @@ class Chain:
             for index, member in enumerate(self.members):
                 if not updates:
                     break
-                if index and current.memory is not None:
-                    updates = _given_up(updates, self.members[index - 1], member)
+                before = self.members[index - 1] if index else None
+                if isinstance(before, Rule) and isinstance(member, Rule):
+                    # What a rule returns is new, and nobody else has it.
+                    updates = Donated(updates)
                 result = member.update(
                     updates, state[index], params, context=context.child(index)
                 )
@@ -150,21 +153,6 @@ class Chain:
         """Return the states of the members by position."""
         check_states(state, len(self.members), "member")
         return dict(enumerate(state))
-
-
-def _given_up(updates: TensorMap, maker: Transform, taker: Transform) -> TensorMap:
-    """Return updates as donated if the next member may overwrite them.
-
-    Only where an executor lends memory: results live no longer than the update there.
-    """
-    kind = type(maker)
-    new = getattr(kind, "consumes_updates", False) or (
-        # A combinator may hand on what it was given.
-        getattr(kind, "consumes_state", False) and not hasattr(kind, "children")
-    )
-    if new and getattr(type(taker), "consumes_updates", False):
-        return Donated(updates)
-    return updates
 
 
 def chain(*transforms: Transform) -> Chain:

@@ -11,7 +11,7 @@ import functools
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ from functional_optim.algebra._tensor_map import (
 from functional_optim.core._traversal import children_of, map_children, routes
 from functional_optim.core._validation import check_by_name, check_parameters
 from functional_optim.core._value_class import (
-    replace_fields,
     value_equal,
     value_hash,
     value_repr,
@@ -44,6 +43,47 @@ Hyperparameter: TypeAlias = float | Tensor | Schedule | Mapping[str, float | Ten
 """A number, a 0-dim tensor, a schedule, or a map from parameter name to one."""
 
 
+class Scalar:
+    """The type of a field that is a hyperparameter.
+
+    To a type checker it is a `Hyperparameter` where a rule is made, and a number in its
+    formula.
+
+    Example:
+        >>> from functional_optim import Rule, Scope, hyperparameter
+        >>> class Shrink(Rule, scope=Scope.ELEMENTWISE):
+        ...     rate: Scalar = hyperparameter(ge=0.0)
+        ...     def update_param(self, u, s, p):
+        ...         return u * (1 - self.rate), s
+        >>> Shrink(0.5)
+        Shrink(0.5)
+    """
+
+    if TYPE_CHECKING:
+
+        def __get__(self, rule: object, owner: Any = None) -> Tensor: ...
+
+        def __set__(self, rule: object, value: Hyperparameter) -> None: ...
+
+
+class Pair:
+    """The type of a field that is a pair of hyperparameters; see `Scalar`.
+
+    Example:
+        >>> from functional_optim import ScaleByAdam
+        >>> ScaleByAdam.__annotations__["betas"]
+        'Pair'
+    """
+
+    if TYPE_CHECKING:
+
+        def __get__(self, rule: object, owner: Any = None) -> tuple[Tensor, Tensor]: ...
+
+        def __set__(
+            self, rule: object, value: tuple[Hyperparameter, Hyperparameter]
+        ) -> None: ...
+
+
 def hyperparameter(
     *,
     default: Any = dataclasses.MISSING,
@@ -51,16 +91,38 @@ def hyperparameter(
     gt: float | None = None,
     lt: float | None = None,
     per_parameter: bool = True,
-    pair: bool = False,
     zero_differs: bool = False,
 ) -> Any:
-    """Declare a field of a transform as a hyperparameter."""
+    """Declare a field of a transform as a hyperparameter.
+
+    In the formula it is a number: that of this step and this parameter.
+
+    Args:
+        default: Its default; a tuple of two makes it a pair.
+        ge: Least value.
+        gt: What it must be greater than.
+        lt: What it must be less than.
+        per_parameter: Whether it may be a map from parameter name to value.
+        zero_differs: Whether a plain 0 is another rule, which the formula asks for with
+            `is_zero`.
+
+    Example:
+        >>> from functional_optim import Rule, Scalar, Scope
+        >>> class Shrink(Rule, scope=Scope.ELEMENTWISE):
+        ...     rate: Scalar = hyperparameter(default=0.5, ge=0.0)
+        ...     def update_param(self, u, s, p):
+        ...         return u * (1 - self.rate), s
+        >>> Shrink(lambda step: 0.1 * step)
+        Shrink(<lambda>)
+    """
+    pair = isinstance(default, tuple)
     kind = _Kind(ge=ge, gt=gt, lt=lt, per_parameter=per_parameter, pair=pair)
     return dataclasses.field(
         default=default,
         metadata={
             "hyperparameter": True,
             "per_parameter": per_parameter,
+            "pair": pair,
             "zero_differs": zero_differs,
             "check": functools.partial(_normalized, kind=kind),
             "resolve": resolve_nonzero if zero_differs else resolve_number,
@@ -69,7 +131,20 @@ def hyperparameter(
 
 
 def flag(*, default: bool) -> Any:
-    """Declare a field of a transform as a flag: True or False."""
+    """Declare a field of a transform as a flag: True or False.
+
+    Args:
+        default: Its default.
+
+    Example:
+        >>> from functional_optim import Rule, Scope
+        >>> class Sign(Rule, scope=Scope.ELEMENTWISE):
+        ...     negate: bool = flag(default=False)
+        ...     def update_param(self, u, s, p):
+        ...         return -u.sign() if self.negate else u.sign(), s
+        >>> Sign(negate=True)
+        Sign(True)
+    """
     metadata = {"check": _checked_flag, "flag": True}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -324,23 +399,34 @@ def _zero(device: torch.device) -> Tensor:
 def is_zero(value: Any) -> bool:
     """Whether a hyperparameter is a plain 0, so that its term can be left out.
 
-    A tensor, a schedule or a map is never a plain 0: its value is not looked at.
+    A tensor, a schedule or a map is never a plain 0: its value is not looked at. In a
+    formula it may be asked of hyperparameters with `zero_differs=True`.
+
+    Args:
+        value: The hyperparameter.
+
+    Example:
+        >>> is_zero(0.0), is_zero(torch.zeros(()))
+        (True, False)
     """
     return isinstance(value, (int, float)) and value == 0
 
 
-class ScheduleState(NamedTuple):
-    """The count of emitted updates, at which schedules are evaluated.
+class Scheduled(NamedTuple):
+    """The state of a rule with a schedule among its hyperparameters.
 
     Attributes:
-        num_updates: Updates emitted so far. Tensor, shape (), float64.
+        state: State of the same rule without schedules.
+        num_updates: Updates emitted so far, at which schedules are evaluated. Tensor,
+            shape (), float64.
 
     Example:
         >>> from functional_optim import Scale
         >>> Scale(lambda step: 0.5**step).init({"w": torch.ones(2)})
-        ScheduleState(num_updates=tensor(0., dtype=torch.float64))
+        Scheduled(state=(), num_updates=tensor(0., dtype=torch.float64))
     """
 
+    state: Any
     num_updates: Tensor
 
 
@@ -360,10 +446,8 @@ def scheduled(transform: Any) -> bool:
     return False
 
 
-def init_hyperparameters(
-    transform: Any, params: TensorMap
-) -> ScheduleState | tuple[()]:
-    """Validate maps by name, and return the state of the schedules."""
+def init_hyperparameters(transform: Any, params: TensorMap) -> Tensor | None:
+    """Validate maps by name; return the count of updates for schedules, if any."""
     check_parameters(params)
     for name in transform._hyperparameters:
         value = getattr(transform, name)
@@ -371,31 +455,8 @@ def init_hyperparameters(
             if isinstance(part, dict):
                 check_by_name(name, part, params)
     if not scheduled(transform):
-        return ()
-    zero = torch.zeros((), dtype=torch.float64, device=device_of(params))
-    return ScheduleState(zero)
-
-
-def evaluate(
-    transform: Any, state: ScheduleState | tuple[()], updates: TensorMap
-) -> tuple[Any, ScheduleState | tuple[()]]:
-    """Return the transform with its schedules replaced by their values now."""
-    if not scheduled(transform):
-        return transform, state
-    if not isinstance(state, ScheduleState):
-        raise ValueError(
-            f"{transform!r} holds a schedule, but its state was made without; call "
-            "init again after replacing a number by a schedule"
-        )
-    now: dict[str, Any] = {}
-    for name in transform._hyperparameters:
-        value = getattr(transform, name)
-        if isinstance(value, tuple):
-            now[name] = tuple(value_at(part, state.num_updates) for part in value)
-        elif is_schedule(value):
-            now[name] = value_at(value, state.num_updates)
-    count = memoized(torch.add, state.num_updates, 1) if updates else state.num_updates
-    return replace_fields(transform, **now), ScheduleState(count)
+        return None
+    return torch.zeros((), dtype=torch.float64, device=device_of(params))
 
 
 def value_at(value: Any, count: Tensor) -> Any:

@@ -139,7 +139,7 @@ def exclude(*selections: Selection) -> Exclude:
     Example:
         >>> import functional_optim as fo
         >>> fo.adamw(1e-3, mask=fo.exclude("*.bias", "*norm*"))[1]
-        AddDecayedWeights(0.01, mask=exclude('*.bias', '*norm*'))
+        Masked(AddDecayedWeights(0.01), exclude('*.bias', '*norm*'))
     """
     return Exclude(selections)
 

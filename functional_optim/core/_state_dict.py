@@ -134,6 +134,7 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
         return Static(value)
     if isinstance(template, tuple) and hasattr(template, "_fields"):
         kind = type(template)
+        data = _with_scheduled(template, data)
         _check_type(data, kind.__name__, place)
         data = data.get("fields")
         if not isinstance(data, Mapping):
@@ -166,6 +167,22 @@ def _loaded(template: Any, data: Any, place: str) -> Any:
             for name, part in template.items()
         }
     )
+
+
+def _with_scheduled(template: Any, data: Any) -> Any:
+    """Return data with the count of schedules around a state; once it was in it."""
+    if not isinstance(data, Mapping) or not isinstance(data.get("fields"), Mapping):
+        return data
+    inner: Any = ()
+    fields, schedule = dict(data["fields"]), data
+    if data.get("type") != "ScheduleState":
+        if "schedule" not in fields or "schedule" in template._fields:
+            return data
+        schedule = fields.pop("schedule")
+        inner = {**data, "fields": fields}
+    if not schedule:
+        return inner
+    return {"type": "Scheduled", "fields": {"state": inner, **schedule["fields"]}}
 
 
 def _shared(column: TensorMap) -> TensorMap:

@@ -77,9 +77,8 @@ class Transform(Protocol):
       one child at most serves a parameter. It gives `context.child(label)` to a child.
       A router runs in place on packed memory only if it has `resolved`, too.
       A label is a position (int) or a name (string).
-    - `consumes_updates` and `consumes_state` allow to overwrite, where an executor
-      lends memory: `update` reads each entry of its updates, or of its state, memoized,
-      and returns new updates.
+    - `consumes_state` allows an executor to let it overwrite its state: `update` reads
+      each entry of it once.
 
     Example:
         >>> class Double:

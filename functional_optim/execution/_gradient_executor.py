@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from functional_optim._messages import format_names
-from functional_optim.algebra._buffers import Donated, Workspace
+from functional_optim.algebra._buffers import Donated
 from functional_optim.algebra._tensor_map import can_use_foreach
+from functional_optim.core._rule import Rule
 from functional_optim.execution._grad_scaling import with_grad_scaling, wrap_state
 from functional_optim.execution._state_tree import tensors_of, tree_map
 from functional_optim.execution._tensor_memory import storage_ptr
@@ -30,8 +31,6 @@ class GradientExecutor:
     def __init__(self, transform: Transform, params: TensorMap) -> None:
         self._transform = transform
         self._consumes = _consumes(transform)
-        # Members may take over results of those before them; nothing is used again.
-        self._workspace = Workspace(most=-1)
         self.state: Any = _unaliased(transform.init(params), params)
 
     def run(
@@ -48,13 +47,12 @@ class GradientExecutor:
         if found_inf is not None:
             transform = with_grad_scaling(transform, None, found_inf)
             state = wrap_state(state, None)
-        with self._workspace:
-            moved, new = transform.update(given, state, params, context=context)
-            _check_updates(self._transform, moved, grads)
-            if found_inf is not None:
-                new = new[-1]
-            self.state = _unaliased(new, grads, params)
-            _write_grads(moved, grads)
+        moved, new = transform.update(given, state, params, context=context)
+        _check_updates(self._transform, moved, grads)
+        if found_inf is not None:
+            new = new[-1]
+        self.state = _unaliased(new, grads, params)
+        _write_grads(moved, grads)
 
 
 def _consumes(transform: Transform) -> bool:
@@ -63,7 +61,7 @@ def _consumes(transform: Transform) -> bool:
         if not transform.stands_for:
             return False
         transform = transform.stands_for[0]
-    return getattr(type(transform), "consumes_updates", False) is True
+    return isinstance(transform, Rule)
 
 
 def _check_updates(transform: Transform, moved: TensorMap, grads: TensorMap) -> None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from functional_optim._messages import format_names
-from functional_optim.algebra._arithmetic import over
 from functional_optim.algebra._buffers import Donated
+from functional_optim.algebra._tensor_map import subset
+from functional_optim.core._apply import added
 from functional_optim.core._transform import Static
 from functional_optim.execution._state_tree import (
     LeafKind,
@@ -236,7 +237,7 @@ class Unit:
             )
 
     def _apply(self, moved: TensorMap) -> None:
-        new = over(Donated(self.params), at=moved).add(moved).to_map(like=self.params)
+        new = added(Donated(subset(self.params, moved)), moved)
         for key, param in new.items():
             if param is not self.params[key]:
                 self.params[key].copy_(param)

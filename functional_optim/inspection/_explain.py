@@ -74,15 +74,16 @@ def explain(
         >>> import functional_optim as fo
         >>> params = {"weight": torch.zeros(256, 256), "bias": torch.zeros(256)}
         >>> print(explain(fo.adamw(mask=fo.exclude("bias")), params))
-        stage                                          scope            state
-        ScaleByAdam()                                  elementwise  514.0 KiB
-        AddDecayedWeights(0.01, mask=exclude('bias'))  elementwise          -
-        ScaleByLearningRate(0.001)                     elementwise          -
+        stage                         scope            state
+        ScaleByAdam()                 elementwise  514.0 KiB
+        Masked(..., exclude('bias'))  elementwise          -
+          AddDecayedWeights(0.01)     elementwise          -
+        ScaleByLearningRate(0.001)    elementwise          -
         <BLANKLINE>
         parameters  2 tensors, 65,792 numbers, 257.0 KiB
         state       514.0 KiB, 2.00 x the parameters
         <BLANKLINE>
-        AddDecayedWeights(0.01, mask=exclude('bias'))
+        Masked(..., exclude('bias'))
           exclude('bias') -> 1 of 2 tensors, 65,536 numbers: weight
           the rest        -> 1 of 2 tensors,    256 numbers: bias
     """

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 
-class Scalar:
+class ScalarHistory:
     """The latest of a series of numbers."""
 
     def __init__(self, value: float | Tensor) -> None:
@@ -25,7 +25,7 @@ class MessageHub:
     """What logs in the place of all hubs: that of MMEngine, once it is registered."""
 
     def __init__(self) -> None:
-        self._scalars: dict[str, Scalar] = {}
+        self._scalars: dict[str, ScalarHistory] = {}
 
     @property
     def current(self) -> Any:
@@ -37,11 +37,11 @@ class MessageHub:
     ) -> None:
         """Log a number under a name."""
         if self.host is None:
-            self._scalars[key] = Scalar(value)
+            self._scalars[key] = ScalarHistory(value)
         else:
             self.host.update_scalar(key, value, *args, **kwargs)
 
-    def get_scalar(self, key: str) -> Scalar:
+    def get_scalar(self, key: str) -> ScalarHistory:
         """Return the latest number under a name."""
         if key not in self._scalars:
             raise KeyError(

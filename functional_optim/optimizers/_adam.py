@@ -8,6 +8,7 @@ from functional_optim.core._chain import Chain, chain
 from functional_optim.core._hyperparameters import Hyperparameter, is_zero
 from functional_optim.transforms import (
     AddDecayedWeights,
+    Masked,
     Scale,
     ScaleByAdam,
     ScaleByLearningRate,
@@ -68,7 +69,8 @@ def adam(
     """
     decay: list[Transform] = []
     if not is_zero(weight_decay):
-        decay.append(AddDecayedWeights(weight_decay, mask=mask))
+        added = AddDecayedWeights(weight_decay)
+        decay.append(added if mask is None else Masked(added, mask))
     return chain(
         *([Scale(-1.0)] if maximize else []),
         *([] if decoupled_weight_decay else decay),

@@ -8,6 +8,7 @@ from functional_optim.core._chain import Chain, chain
 from functional_optim.core._hyperparameters import Hyperparameter, is_zero
 from functional_optim.transforms import (
     AddDecayedWeights,
+    Masked,
     Scale,
     ScaleByLearningRate,
     Trace,
@@ -66,7 +67,8 @@ def sgd(
     if maximize:
         stages.append(Scale(-1.0))
     if not is_zero(weight_decay):
-        stages.append(AddDecayedWeights(weight_decay, mask=mask))
+        decay = AddDecayedWeights(weight_decay)
+        stages.append(decay if mask is None else Masked(decay, mask))
     if nesterov or not is_zero(momentum):
         stages.append(Trace(momentum, dampening=dampening, nesterov=nesterov))
     return chain(*stages, ScaleByLearningRate(lr))

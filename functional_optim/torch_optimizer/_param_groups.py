@@ -14,7 +14,7 @@ from torch import Tensor
 
 from functional_optim._messages import format_names
 from functional_optim.algebra._tensor_map import TensorMap
-from functional_optim.core._hyperparameters import ScheduleState, is_zero
+from functional_optim.core._hyperparameters import Scheduled, is_zero
 from functional_optim.core._transform import Transform
 from functional_optim.core._traversal import Path, walk
 from functional_optim.core._value_class import same_value
@@ -263,17 +263,15 @@ class ParamGroups:
         """Find the counts in a state at which schedules are evaluated."""
         self._counts = {}
         for stage in walk(self._transform, state, params):
-            own = getattr(stage.state, "schedule", stage.state)
-            if isinstance(own, ScheduleState):
-                self._counts[stage.path] = own.num_updates
+            if isinstance(stage.state, Scheduled):
+                self._counts[stage.path] = stage.state.num_updates
         for record in self.records:
             for each in record.scheduled:
                 if each.option.paths[0] not in self._counts:
                     raise ValueError(
                         f"{each.option.key} is the schedule {each.option.value!r}, and "
-                        "its transform's state has no ScheduleState to count updates; "
-                        "make one of functional_optim.transforms the state, or its "
-                        f"field `schedule`, or take {each.option.field!r} out of "
+                        "its transform's state counts no updates; make a Scheduled "
+                        f"the state, or take {each.option.field!r} out of "
                         "`hyperparameters`"
                     )
 

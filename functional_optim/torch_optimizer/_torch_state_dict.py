@@ -324,7 +324,11 @@ def _counterpart(transform: Transform, record: GroupRecord) -> Counterpart:
     leaves = [one for one in stages if not children_of(one)]
     for one in stages:
         if children_of(one) and not _is_transparent(one):
-            raise _without(place, f"{one!r} acts on some of its parameters only")
+            raise _without(
+                place,
+                f"{one!r} acts on some of its parameters only; use two groups, or a "
+                "Partition with a preset for each",
+            )
     kinds = list(map(type, leaves))
     start = next((i for i, kind in enumerate(kinds) if kind in _RULES), len(kinds))
     optimizer = _OPTIMIZERS.get(tuple(kinds[start:]))
@@ -336,12 +340,6 @@ def _counterpart(transform: Transform, record: GroupRecord) -> Counterpart:
         if not isinstance(leaf, _BEFORE) and leaf != Scale(-1.0):
             raise _without(place, f"torch has no {leaf!r} before its rule")
     for leaf in leaves[start:]:
-        if isinstance(leaf, AddDecayedWeights) and leaf.mask is not None:
-            raise _without(
-                place,
-                f"{leaf!r} decays some of its parameters; use two groups, or a "
-                "Partition with a preset for each",
-            )
         for name, value in vars(leaf).items():
             if any(isinstance(part, Mapping) for part in parts_of(value)):
                 reason = f"{name} differs by parameter; use a group for each value"

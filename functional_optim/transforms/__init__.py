@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from functional_optim._messages import no_attribute
-from functional_optim.core._hyperparameters import ScheduleState
+from functional_optim.core._hyperparameters import Scheduled
 from functional_optim.transforms._accumulation import Accumulate, AccumulateState
 from functional_optim.transforms._adam import ScaleByAdam, ScaleByAdamState
 from functional_optim.transforms._centralization import Centralize
@@ -52,7 +52,7 @@ __all__ = [
     "ScaleByAdam",
     "ScaleByAdamState",
     "ScaleByLearningRate",
-    "ScheduleState",
+    "Scheduled",
     "SetToZero",
     "SkipNonfinite",
     "SkipNonfiniteState",

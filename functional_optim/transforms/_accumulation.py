@@ -8,14 +8,17 @@ from typing import ClassVar, NamedTuple, final
 import torch
 from torch import Tensor
 
-from functional_optim.algebra._arithmetic import over
+from functional_optim.algebra._lifting import lifted
 from functional_optim.algebra._scalars import memoized
 from functional_optim.algebra._tensor_map import (
     TensorMap,
+    copied,
     device_of,
     is_16_bit,
+    lookup,
     subset,
 )
+from functional_optim.core._apply import added
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import flag, value_class
 from functional_optim.core._transform import Role, Scope, Static
@@ -147,8 +150,8 @@ class Accumulate:
         if position + 1 < self.every and not context.last:
             open_now = Static(position + 1), Static(tuple(seen))
             return {}, AccumulateState(sums, weight, *open_now)
-        whole = over(subset(sums, seen))
-        total = (whole.div(weight) if self.mean else whole).to_map()
+        whole = subset(sums, seen)
+        total = _divided(whole, weight=weight) if self.mean else copied(whole)
         return total, AccumulateState(sums, weight, Static(0), Static(()))
 
     def _position(self, state: AccumulateState) -> int:
@@ -179,26 +182,44 @@ class Accumulate:
         and what was left of the last window does not matter.
         """
         if weight is not None:
-            device = device_of(updates)
-            factor = weight.to(device, torch.float64)
-            counted = _zero_uncounted(updates, factor != 0)
-            updates = over(counted, at=subset(sums, updates)).mul(factor).to_map()
+            factor = weight.to(device_of(updates), torch.float64)
+            updates = _weighted(_counted(updates, sums, factor != 0), weight=factor)
         first = {name: u for name, u in updates.items() if name not in before}
         later = {name: u for name, u in updates.items() if name in before}
-        new = over(first).to_map(like=sums)
-        return sums | new | over(sums, at=later).add(later).to_map(like=sums)
+
+        def sums_of(names: TensorMap) -> TensorMap:
+            return type(sums)(zip(names, lookup(sums, names), strict=True))
+
+        return sums | _replaced(sums_of(first), first) | added(sums_of(later), later)
 
 
-def _zero_uncounted(updates: TensorMap, counts: Tensor) -> TensorMap:
-    """Return updates, with 0 for what is not finite where the weight is 0.
+def _counted(updates: TensorMap, sums: TensorMap, counts: Tensor) -> TensorMap:
+    """Return updates as wide as sums, 0 for what is not finite if they do not count.
 
     A micro-batch without tokens has the mean 0 / 0, and 0 * NaN is NaN. Its finite
     numbers stay: the derivative with respect to a weight of 0 is made of them.
     """
     return {
-        name: torch.where(counts, u, u.nan_to_num(0.0, 0.0, 0.0))
+        name: torch.where(counts, u, u.nan_to_num(0.0, 0.0, 0.0)).to(
+            torch.promote_types(u.dtype, sums[name].dtype)
+        )
         for name, u in updates.items()
     }
+
+
+@lifted
+def _weighted(u: Tensor, *, weight: Tensor) -> Tensor:
+    return u * weight
+
+
+@lifted
+def _divided(total: Tensor, *, weight: Tensor) -> Tensor:
+    return total / weight
+
+
+@lifted
+def _replaced(total: Tensor, u: Tensor) -> Tensor:
+    return u
 
 
 def _weight_sum(total: Tensor, weight: Tensor | None, position: int) -> Tensor:

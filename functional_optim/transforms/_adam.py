@@ -3,45 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY
-from typing import ClassVar, NamedTuple, final
+from typing import Any, NamedTuple, final
 
-from torch import Tensor
+from torch import Tensor, maximum, zeros_like
 
-from functional_optim.algebra._arithmetic import over
-from functional_optim.algebra._scalars import (
-    Column,
-    has_maps,
-    increment,
-    init_counts,
-    memoized,
-    one_minus,
-)
-from functional_optim.algebra._tensor_map import TensorMap, zeros_like
-from functional_optim.core._context import Context
+from functional_optim.algebra._recording import addcmul, lerp
 from functional_optim.core._hyperparameters import (
-    Hyperparameter,
-    ScheduleState,
-    evaluate,
+    Pair,
+    Scalar,
     flag,
     hyperparameter,
-    init_hyperparameters,
     is_zero,
-    value_class,
 )
+from functional_optim.core._rule import Rule, number
 from functional_optim.core._transform import Role, Scope
-from functional_optim.core._validation import check_made_for, check_state
 
 
 class ScaleByAdamState(NamedTuple):
-    """The state of `ScaleByAdam`: counts and moments.
+    """The state of `ScaleByAdam` for one parameter; a map by name for all.
 
     Attributes:
-        step: Number of updates of each parameter. 0-dim float64 tensors by name.
-        exp_avg: Running means of the updates, like the parameters.
-        exp_avg_sq: Running means of their squares, like the parameters.
-        max_exp_avg_sq: Largest of those so far, like the parameters; `()` without
-            amsgrad.
-        schedule: State of the schedules.
+        step: Number of updates. Shape (), float64.
+        exp_avg: Running mean of the updates, like the parameter.
+        exp_avg_sq: Running mean of their squares, like the parameter.
+        max_exp_avg_sq: Largest of those so far; `()` without amsgrad.
 
     Example:
         >>> import torch
@@ -49,16 +34,14 @@ class ScaleByAdamState(NamedTuple):
         {'w': tensor(0., dtype=torch.float64)}
     """
 
-    step: TensorMap
-    exp_avg: TensorMap
-    exp_avg_sq: TensorMap
-    max_exp_avg_sq: TensorMap | tuple[()]
-    schedule: ScheduleState | tuple[()]
+    step: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | tuple[()] = ()
 
 
 @final
-@value_class
-class ScaleByAdam:
+class ScaleByAdam(Rule, scope=Scope.ELEMENTWISE, role=Role.MOMENT):
     """Divide the running mean of the updates by the root of that of their squares.
 
     With t the number of updates of a parameter, this one included:
@@ -81,7 +64,6 @@ class ScaleByAdam:
         step: Number of updates. 0-dim float64 tensors by name.
         exp_avg, exp_avg_sq: Tensors like the parameters.
         max_exp_avg_sq: Likewise, or `()` without amsgrad.
-        schedule: `()`, or a `ScheduleState` if a hyperparameter is a schedule.
 
     Shapes:
         Every update keeps its shape, device and name, and takes the wider dtype of
@@ -103,79 +85,25 @@ class ScaleByAdam:
         arXiv:1904.09237 (amsgrad); torch.optim.Adam, whose order of operations this is.
     """
 
-    betas: tuple[Hyperparameter, Hyperparameter] = hyperparameter(
-        default=(0.9, 0.999), ge=0.0, lt=1.0, pair=True
-    )
+    betas: Pair = hyperparameter(default=(0.9, 0.999), ge=0.0, lt=1.0)
     _: KW_ONLY
-    eps: Hyperparameter = hyperparameter(default=1e-8, ge=0.0)
-    eps_root: Hyperparameter = hyperparameter(default=0.0, ge=0.0, zero_differs=True)
+    eps: Scalar = hyperparameter(default=1e-8, ge=0.0)
+    eps_root: Scalar = hyperparameter(default=0.0, ge=0.0, zero_differs=True)
     amsgrad: bool = flag(default=False)
 
-    scope: ClassVar[Scope] = Scope.ELEMENTWISE
-    role: ClassVar[Role] = Role.MOMENT
-    consumes_state: ClassVar[bool] = True
-
-    def init(self, params: TensorMap) -> ScaleByAdamState:
+    def init_param(self, p: Tensor) -> ScaleByAdamState:
         """Return moments of zero."""
-        schedule = init_hyperparameters(self, params)
-        largest = zeros_like(params) if self.amsgrad else ()
-        return ScaleByAdamState(
-            init_counts(params),
-            zeros_like(params),
-            zeros_like(params),
-            largest,
-            schedule,
-        )
+        largest = zeros_like(p) if self.amsgrad else ()
+        return ScaleByAdamState(number(0.0), zeros_like(p), zeros_like(p), largest)
 
-    def update(
-        self,
-        updates: TensorMap,
-        state: ScaleByAdamState,
-        params: TensorMap,
-        *,
-        context: Context | None = None,
-    ) -> tuple[TensorMap, ScaleByAdamState]:
+    def update_param(self, u: Tensor, s: Any, p: Tensor) -> tuple[Tensor, Any]:
         """Return (m / (1 - b1^t)) / (sqrt(v) / sqrt(1 - b2^t) + eps)."""
-        check_state(self, state, ScaleByAdamState)
-        check_made_for(self, "amsgrad", state.max_exp_avg_sq, wanted=self.amsgrad)
-        if not updates:
-            return {}, state
-        now, schedule = evaluate(self, state.schedule, updates)
-        beta1, beta2 = now.betas
-        step = state.step | increment(state.step, updates)
-        apart = has_maps(beta1, beta2, now.eps_root)
-        t = Column(step, updates, apart=apart)
-        correction1 = t.computed(_correction, beta1)
-        correction2 = t.computed(_correction, beta2)
-
-        mean = over(state.exp_avg, at=updates).lerp(updates, one_minus(beta1))
-        exp_avg = mean.to_map(like=state.exp_avg)
-        square = over(state.exp_avg_sq, at=updates).mul(beta2)
-        square = square.addcmul(updates, updates, one_minus(beta2))
-        exp_avg_sq = square.to_map(like=state.exp_avg_sq)
-
-        second, largest = exp_avg_sq, state.max_exp_avg_sq
-        if isinstance(largest, dict):
-            second = (
-                over(largest, at=exp_avg_sq).maximum(exp_avg_sq).to_map(like=largest)
-            )
-            largest = largest | second
-
-        root = over(second, at=updates)
-        if not is_zero(now.eps_root):
-            root = root.add(t.factor(t.along(now.eps_root) * correction2))
-        correction = t.factor(memoized(Tensor.sqrt, correction2))
-        denominator = root.sqrt().div(correction).add(now.eps)
-        direction = over(exp_avg, at=updates).div(t.factor(correction1))
-        return direction.div(denominator).to_map(), ScaleByAdamState(
-            step=step,
-            exp_avg=state.exp_avg | exp_avg,
-            exp_avg_sq=state.exp_avg_sq | exp_avg_sq,
-            max_exp_avg_sq=largest,
-            schedule=schedule,
-        )
-
-
-def _correction(step: Tensor, beta: Tensor) -> Tensor:
-    """Return the bias correction 1 - beta^step."""
-    return 1 - beta**step
+        b1, b2 = self.betas
+        t = s.step + 1
+        m = lerp(s.exp_avg, u, 1 - b1)
+        v = addcmul(s.exp_avg_sq * b2, u, u, 1 - b2)
+        w = maximum(s.max_exp_avg_sq, v) if self.amsgrad else v
+        c1, c2 = 1 - b1**t, 1 - b2**t
+        root = w if is_zero(self.eps_root) else w + self.eps_root * c2
+        direction = m / c1 / (root.sqrt() / c2.sqrt() + self.eps)
+        return direction, ScaleByAdamState(t, m, v, w if self.amsgrad else ())

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import KW_ONLY
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, NamedTuple, final
 
-import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 
-from functional_optim.algebra._arithmetic import over
-from functional_optim.algebra._norms import norms
-from functional_optim.algebra._scalars import Factor, memoized, negated
-from functional_optim.algebra._tensor_map import TensorMap, device_of, is_16_bit
-from functional_optim.core._context import Context, Norm
+from functional_optim.algebra._recording import total
+from functional_optim.core._context import Norm
 from functional_optim.core._hyperparameters import (
-    Hyperparameter,
-    ScheduleState,
+    Scalar,
     checked,
-    evaluate,
     flag,
     hyperparameter,
-    init_hyperparameters,
-    value_class,
 )
+from functional_optim.core._rule import Rule, global_number
 from functional_optim.core._transform import Role, Scope
-from functional_optim.core._validation import check_state
 
 
 class ClipByGlobalNormState(NamedTuple):
@@ -34,15 +26,14 @@ class ClipByGlobalNormState(NamedTuple):
     Attributes:
         norm: Joint norm before clipping in the last update. Tensor, shape (), float64;
             on the device, so that reading it waits only when somebody does.
-        schedule: State of the schedules.
 
     Example:
+        >>> import torch
         >>> ClipByGlobalNorm(1.0).init({"w": torch.ones(2)}).norm
         tensor(0., dtype=torch.float64)
     """
 
     norm: Tensor
-    schedule: ScheduleState | tuple[()]
 
 
 def _checked_norm_type(name: str, value: Any) -> float:
@@ -56,8 +47,7 @@ def _checked_norm_type(name: str, value: Any) -> float:
 
 
 @final
-@value_class
-class ClipByGlobalNorm:
+class ClipByGlobalNorm(Rule, scope=Scope.ELEMENTWISE, role=Role.CLIP):
     """Scale all updates together so that their joint norm is at most `max_norm`.
 
     With ||u|| the norm of all updates concatenated:
@@ -77,7 +67,6 @@ class ClipByGlobalNorm:
 
     State:
         norm: The joint norm before clipping. Tensor, shape (), float64.
-        schedule: `()`, or a `ScheduleState` if `max_norm` is a schedule.
 
     Shapes:
         Every update keeps its shape, dtype, device and name.
@@ -88,6 +77,7 @@ class ClipByGlobalNorm:
         RuntimeError: the norm is not finite and `error_if_nonfinite` is set.
 
     Example:
+        >>> import torch
         >>> updates = {"a": torch.tensor([3.0]), "b": torch.tensor([4.0])}
         >>> clip = ClipByGlobalNorm(1.0)
         >>> clipped, state = clip.update(updates, clip.init(updates), updates)
@@ -99,60 +89,25 @@ class ClipByGlobalNorm:
         torch.nn.utils.clip_grad_norm_ bit for bit (hence the 1e-6).
     """
 
-    max_norm: Hyperparameter = hyperparameter(gt=0.0, per_parameter=False)
+    max_norm: Scalar = hyperparameter(gt=0.0, per_parameter=False)
     _: KW_ONLY
     norm_type: float = checked(check=_checked_norm_type, default=2.0)
     error_if_nonfinite: bool = flag(default=False)
 
-    scope: ClassVar[Scope] = Scope.ELEMENTWISE
-    role: ClassVar[Role] = Role.CLIP
-    consumes_updates: ClassVar[bool] = True
-
-    def init(self, params: TensorMap) -> ClipByGlobalNormState:
+    def init_param(self, p: Tensor) -> ClipByGlobalNormState:
         """Return a norm of zero."""
-        schedule = init_hyperparameters(self, params)
-        norm = torch.zeros((), dtype=torch.float64, device=device_of(params))
-        return ClipByGlobalNormState(norm, schedule)
+        return ClipByGlobalNormState(global_number(0.0))
 
-    def update(
-        self,
-        updates: TensorMap,
-        state: ClipByGlobalNormState,
-        params: TensorMap,
-        *,
-        context: Context | None = None,
-    ) -> tuple[TensorMap, ClipByGlobalNormState]:
+    def update_param(self, u: Tensor, s: Any, p: Tensor) -> tuple[Tensor, Any]:
         """Return u * min(1, max_norm / (||u|| + 1e-6))."""
-        check_state(self, state, ClipByGlobalNormState)
-        if not updates:
-            return {}, state
-        now, schedule = evaluate(self, state.schedule, updates)
-        context = context or Context()
-        order, wide = self.norm_type, context.is_partial
-        norm = context.reduce(lambda: norms(updates, order, wide=wide), Norm(order))
-        if self.error_if_nonfinite and not norm.isfinite():
-            raise RuntimeError(
-                f"the joint norm of order {self.norm_type} of the updates is "
-                f"{norm.item()}; find the source with torch.autograd.detect_anomaly, "
-                "skip such steps with SkipNonfinite, or set error_if_nonfinite=False"
-            )
-        coefficient = memoized(_coefficient, norm, now.max_norm)
-        clipped = over(updates).mul(coefficient).to_map()
-        return clipped, ClipByGlobalNormState(memoized(Tensor.double, norm), schedule)
-
-    def readings(self, state: ClipByGlobalNormState) -> TensorMap:
-        """Return the joint norm before clipping."""
-        check_state(self, state, ClipByGlobalNormState)
-        return {"norm": state.norm}
-
-
-def _coefficient(norm: Tensor, max_norm: float | Tensor) -> Tensor:
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+        op, error = Norm(self.norm_type), self.error_if_nonfinite
+        norm = total(u, op, error_if_nonfinite=error)
+        coefficient = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        return u * coefficient, ClipByGlobalNormState(norm)
 
 
 @final
-@value_class
-class ClipByNorm:
+class ClipByNorm(Rule, scope=Scope.PER_TENSOR, role=Role.CLIP):
     """Scale every update by itself so that its norm is at most `max_norm`.
 
     With ||u|| the norm of one tensor:
@@ -168,9 +123,6 @@ class ClipByNorm:
             in the chain. Finite, > 0.
         norm_type: Order p of the norm. > 0; `math.inf` is the largest magnitude.
 
-    State:
-        `()`, or a `ScheduleState` if `max_norm` is a schedule.
-
     Shapes:
         Every update keeps its shape, dtype, device and name.
 
@@ -179,6 +131,7 @@ class ClipByNorm:
         TypeError: `max_norm` is no hyperparameter.
 
     Example:
+        >>> import torch
         >>> updates = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.5])}
         >>> ClipByNorm(1.0).update(updates, (), updates)[0]
         {'a': tensor([0.6000, 0.8000]), 'b': tensor([0.5000])}
@@ -188,58 +141,20 @@ class ClipByNorm:
         tf.clip_by_norm, up to the 1e-6.
     """
 
-    max_norm: Hyperparameter = hyperparameter(gt=0.0)
+    max_norm: Scalar = hyperparameter(gt=0.0)
     _: KW_ONLY
     norm_type: float = checked(check=_checked_norm_type, default=2.0)
 
-    scope: ClassVar[Scope] = Scope.PER_TENSOR
-    role: ClassVar[Role] = Role.CLIP
-    consumes_updates: ClassVar[bool] = True
-
-    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules; check maps by name."""
-        return init_hyperparameters(self, params)
-
-    def update(
-        self,
-        updates: TensorMap,
-        state: ScheduleState | tuple[()],
-        params: TensorMap,
-        *,
-        context: Context | None = None,
-    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+    def update_param(self, u: Tensor, s: Any, p: Tensor) -> tuple[Tensor, Any]:
         """Return u * min(1, max_norm / (||u|| + 1e-6))."""
-        now, state = evaluate(self, state, updates)
-        factors: dict[str, Tensor] = {}
-        # Stacked by dtype: among float64 ones a float32 norm would be divided in
-        # float64, which torch does not do for a tensor alone.
-        for dtype in dict.fromkeys(u.dtype for u in updates.values()):
-            alike = {name: u for name, u in updates.items() if u.dtype == dtype}
-            found = _clip_factors(norms(alike, now.norm_type), now.max_norm, alike)
-            factors |= zip(alike, found.unbind(), strict=True)
-        return over(updates).mul(factors).to_map(), state
-
-
-def _clip_factors(norm: Tensor, max_norm: Factor, names: TensorMap) -> Tensor:
-    """Return min(1, max_norm / (norm + 1e-6)) by name, rounded as torch does.
-
-    torch divides a number by a tensor as reciprocal times number, in float32 if the
-    tensor has 16 bits; division would round differently for max_norm as a tensor.
-    """
-    wide = torch.float32 if is_16_bit(norm) else norm.dtype
-    if isinstance(max_norm, Mapping):
-        limits = [
-            torch.as_tensor(max_norm[name], dtype=wide, device=norm.device)
-            for name in names
-        ]
-        max_norm = torch.stack(limits)
-    ratio = (norm + 1e-6).reciprocal().to(wide) * max_norm
-    return ratio.to(norm.dtype).clamp(max=1.0)
+        norm = vector_norm(u, self.norm_type)
+        # As torch divides a number by a tensor, also for max_norm as a tensor.
+        ratio = (norm + 1e-6).reciprocal() * self.max_norm
+        return u * ratio.clamp(max=1.0), s
 
 
 @final
-@value_class
-class ClipByValue:
+class ClipByValue(Rule, scope=Scope.ELEMENTWISE, role=Role.CLIP):
     """Limit every number of every update: u <- min(max(u, -clip_value), clip_value).
 
     NaN stays NaN, infinity becomes `clip_value`. This may change the direction.
@@ -247,9 +162,6 @@ class ClipByValue:
     Args:
         clip_value: Largest magnitude, in the units of the updates at this place in the
             chain. Finite, >= 0.
-
-    State:
-        `()`, or a `ScheduleState` if `clip_value` is a schedule.
 
     Shapes:
         Every update keeps its shape, dtype, device and name.
@@ -259,6 +171,7 @@ class ClipByValue:
         TypeError: `clip_value` is no hyperparameter.
 
     Example:
+        >>> import torch
         >>> updates = {"w": torch.tensor([-3.0, 0.5])}
         >>> ClipByValue(1.0).update(updates, (), updates)[0]
         {'w': tensor([-1.0000,  0.5000])}
@@ -267,25 +180,8 @@ class ClipByValue:
         torch.nn.utils.clip_grad_value_; optax.clip.
     """
 
-    clip_value: Hyperparameter = hyperparameter(ge=0.0)
+    clip_value: Scalar = hyperparameter(ge=0.0)
 
-    scope: ClassVar[Scope] = Scope.ELEMENTWISE
-    role: ClassVar[Role] = Role.CLIP
-    consumes_updates: ClassVar[bool] = True
-
-    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules; check maps by name."""
-        return init_hyperparameters(self, params)
-
-    def update(
-        self,
-        updates: TensorMap,
-        state: ScheduleState | tuple[()],
-        params: TensorMap,
-        *,
-        context: Context | None = None,
-    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+    def update_param(self, u: Tensor, s: Any, p: Tensor) -> tuple[Tensor, Any]:
         """Return min(max(u, -clip_value), clip_value)."""
-        now, state = evaluate(self, state, updates)
-        low, high = negated(now.clip_value), now.clip_value
-        return over(updates).clamp(low, high).to_map(), state
+        return u.clamp(-self.clip_value, self.clip_value), s

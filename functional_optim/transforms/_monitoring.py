@@ -176,7 +176,7 @@ def _partial(numbers: TensorMap, op: ReduceOp, *, wide: bool) -> Tensor:
         floats = {
             n: x if x.is_floating_point() else x.double() for n, x in numbers.items()
         }
-        return norms(floats, op.p, wide=wide)
+        return norms(floats.values(), op.p, wide=wide)
     if op == "all":
         return torch.stack([x.all() for x in numbers.values()])
     if op == "sum":  # In float64: float32 cannot count beyond 2**24.

@@ -5,23 +5,19 @@ from __future__ import annotations
 import functools
 from typing import Any, ClassVar, NamedTuple, final
 
-import torch
 from torch import Tensor
 
-from functional_optim.algebra._arithmetic import over
-from functional_optim.algebra._scalars import memoized, negated
-from functional_optim.algebra._tensor_map import TensorMap, device_of
+from functional_optim.algebra._lifting import lifted
+from functional_optim.algebra._tensor_map import TensorMap
 from functional_optim.core._context import Context
 from functional_optim.core._hyperparameters import (
-    Hyperparameter,
-    ScheduleState,
+    Scalar,
     check_factor,
     checked,
-    evaluate,
     hyperparameter,
-    init_hyperparameters,
     value_class,
 )
+from functional_optim.core._rule import Rule
 from functional_optim.core._selection import (
     Rules,
     check_rules_match,
@@ -34,15 +30,11 @@ from functional_optim.core._validation import check_parameters
 
 
 @final
-@value_class
-class Scale:
+class Scale(Rule, scope=Scope.ELEMENTWISE):
     """Multiply updates by a factor: u <- factor * u.
 
     Args:
         factor: Factor, of any sign. Finite.
-
-    State:
-        `()`, or a `ScheduleState` if `factor` is a schedule.
 
     Shapes:
         Every update keeps its shape, dtype, device and name.
@@ -52,6 +44,7 @@ class Scale:
         TypeError: `factor` is no hyperparameter.
 
     Example:
+        >>> import torch
         >>> params = {"w": torch.tensor([1.0, 2.0])}
         >>> Scale(-2.0).update(params, (), params)[0]
         {'w': tensor([-2., -4.])}
@@ -60,38 +53,19 @@ class Scale:
         optax.scale, optax.scale_by_schedule.
     """
 
-    factor: Hyperparameter = hyperparameter()
+    factor: Scalar = hyperparameter()
 
-    scope: ClassVar[Scope] = Scope.ELEMENTWISE
-    consumes_updates: ClassVar[bool] = True
-
-    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules; check maps by name."""
-        return init_hyperparameters(self, params)
-
-    def update(
-        self,
-        updates: TensorMap,
-        state: ScheduleState | tuple[()],
-        params: TensorMap,
-        *,
-        context: Context | None = None,
-    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+    def update_param(self, u: Tensor, s: Any, p: Tensor) -> tuple[Tensor, Any]:
         """Return factor * u."""
-        now, state = evaluate(self, state, updates)
-        return over(updates).mul(now.factor).to_map(), state
+        return u * self.factor, s
 
 
 @final
-@value_class
-class ScaleByLearningRate:
+class ScaleByLearningRate(Rule, scope=Scope.ELEMENTWISE, role=Role.LEARNING_RATE):
     """Multiply updates by the negative learning rate: u <- -lr * u.
 
     Args:
         lr: Learning rate, in parameter units per unit of the direction. Finite, >= 0.
-
-    State:
-        `()`, or a `ScheduleState` if `lr` is a schedule.
 
     Shapes:
         Every update keeps its shape, dtype, device and name.
@@ -101,6 +75,7 @@ class ScaleByLearningRate:
         TypeError: `lr` is no hyperparameter.
 
     Example:
+        >>> import torch
         >>> params = {"w": torch.tensor([1.0, 2.0])}
         >>> ScaleByLearningRate(0.5).update(params, (), params)[0]
         {'w': tensor([-0.5000, -1.0000])}
@@ -109,37 +84,15 @@ class ScaleByLearningRate:
         optax.scale_by_learning_rate.
     """
 
-    lr: Hyperparameter = hyperparameter(ge=0.0)
+    lr: Scalar = hyperparameter(ge=0.0)
 
-    scope: ClassVar[Scope] = Scope.ELEMENTWISE
-    role: ClassVar[Role] = Role.LEARNING_RATE
-    consumes_updates: ClassVar[bool] = True
-
-    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules; check maps by name."""
-        return init_hyperparameters(self, params)
-
-    def update(
-        self,
-        updates: TensorMap,
-        state: ScheduleState | tuple[()],
-        params: TensorMap,
-        *,
-        context: Context | None = None,
-    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+    def update_param(self, u: Tensor, s: Any, p: Tensor) -> tuple[Tensor, Any]:
         """Return -lr * u."""
-        now, state = evaluate(self, state, updates)
-        return over(updates).mul(negated(now.lr)).to_map(), state
-
-    def readings(self, state: ScheduleState | tuple[()]) -> dict[str, float | Tensor]:
-        """Return the rate of the next update; nothing if it differs by name."""
-        now, _ = evaluate(self, state, {})
-        return {} if isinstance(now.lr, dict) else {"lr": now.lr}
+        return u * -self.lr, s
 
 
 @final
-@value_class
-class Unscale:
+class Unscale(Rule, scope=Scope.ELEMENTWISE, role=Role.UNSCALE):
     """Undo loss scaling: u <- u * (1 / scale).
 
     The reciprocal is taken in float64 and rounded to float32, and multiplied, exactly
@@ -147,9 +100,6 @@ class Unscale:
 
     Args:
         scale: What the loss was multiplied by. Finite, > 0.
-
-    State:
-        `()`, or a `ScheduleState` if `scale` is a schedule.
 
     Shapes:
         Every update keeps its shape, dtype, device and name.
@@ -159,6 +109,7 @@ class Unscale:
         TypeError: `scale` is no hyperparameter.
 
     Example:
+        >>> import torch
         >>> params = {"w": torch.tensor([1.0, 2.0])}
         >>> Unscale(4.0).update(params, (), params)[0]
         {'w': tensor([0.2500, 0.5000])}
@@ -168,33 +119,11 @@ class Unscale:
         section 3.2.
     """
 
-    scale: Hyperparameter = hyperparameter(gt=0.0, per_parameter=False)
+    scale: Scalar = hyperparameter(gt=0.0, per_parameter=False)
 
-    scope: ClassVar[Scope] = Scope.ELEMENTWISE
-    role: ClassVar[Role] = Role.UNSCALE
-    consumes_updates: ClassVar[bool] = True
-
-    def init(self, params: TensorMap) -> ScheduleState | tuple[()]:
-        """Return the state of the schedules; check maps by name."""
-        return init_hyperparameters(self, params)
-
-    def update(
-        self,
-        updates: TensorMap,
-        state: ScheduleState | tuple[()],
-        params: TensorMap,
-        *,
-        context: Context | None = None,
-    ) -> tuple[TensorMap, ScheduleState | tuple[()]]:
+    def update_param(self, u: Tensor, s: Any, p: Tensor) -> tuple[Tensor, Any]:
         """Return u * (1 / scale)."""
-        now, state = evaluate(self, state, updates)
-        inverse = memoized(_inverse, now.scale, device_of(updates))
-        return over(updates).mul(inverse).to_map(), state
-
-
-def _inverse(scale: float | Tensor, device: torch.device | None) -> Tensor:
-    scale = torch.as_tensor(scale, dtype=torch.float64, device=device)
-    return scale.reciprocal().float()
+        return u * (1 / self.scale).float(), s
 
 
 class Multipliers(NamedTuple):
@@ -258,7 +187,6 @@ class MultiplyParamwise:
     )
 
     scope: ClassVar[Scope] = Scope.ELEMENTWISE
-    consumes_updates: ClassVar[bool] = True
 
     def init(self, params: TensorMap) -> tuple[()]:
         """Return the empty state; refuse rules that match nothing."""
@@ -279,8 +207,13 @@ class MultiplyParamwise:
             name: first_match(self.multipliers, name, params[name], 1.0)
             for name in updates
         }
-        return over(updates).mul(factors).to_map(), state
+        return _multiplied(updates, factor=factors), state
 
     def selections(self, params: TensorMap) -> list[tuple[str, list[str]]]:
         """Return the rules with their factors, and the names that each decides."""
         return names_by_rule(self.multipliers, params)
+
+
+@lifted
+def _multiplied(u: Tensor, *, factor: Tensor) -> Tensor:
+    return u * factor

@@ -54,7 +54,7 @@ def test_states_keep_their_dtype(dtype: torch.dtype, grad_dtype: torch.dtype) ->
             assert updates[name].dtype is wide
             assert state[0].momentum_buffer[name].dtype is dtype
             for field in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
-                assert getattr(state[1], field)[name].dtype is dtype
+                assert getattr(state[1].state, field)[name].dtype is dtype
         assert fo.apply_updates(params, updates)["w"].dtype is dtype
 
 
@@ -104,7 +104,9 @@ def test_predicates_see_the_parameter() -> None:
     """A mask by dtype asks for that of the parameter, whatever the gradient has."""
     params = {"w": torch.ones(2, dtype=torch.bfloat16), "v": torch.ones(2)}
     grads = {name: torch.zeros(2) for name in params}
-    decay = fo.AddDecayedWeights(0.5, mask=lambda name, p: p.dtype is torch.bfloat16)
+    decay = fo.Masked(
+        fo.AddDecayedWeights(0.5), lambda name, p: p.dtype is torch.bfloat16
+    )
     out, _ = decay.update(grads, decay.init(params), params)
     assert out["w"].tolist() == [0.5, 0.5]
     assert out["v"].tolist() == [0.0, 0.0]

@@ -21,7 +21,7 @@ SIZES = [0, 1, 7, _BLOCK, _BLOCK + 1, 3 * _BLOCK + 17]
 )
 def test_blocks_are_the_whole(size: int, p: float, dtype: torch.dtype) -> None:
     x = torch.linspace(-1.0, 2.0, size, dtype=torch.float64).to(dtype)
-    found = norms({"x": x, "one": torch.ones(1, dtype=dtype)}, p, wide=True)
+    found = norms([x, torch.ones(1, dtype=dtype)], p, wide=True)
     exact = torch.linalg.vector_norm(x.double(), p).item() if size else 0.0
     # 65,536 terms of one sign in float32: relative error of the sum below 65,536 * u
     # even in one row, where torch adds in 8 or more; then a root. u is 6e-8.
@@ -32,7 +32,7 @@ def test_blocks_are_the_whole(size: int, p: float, dtype: torch.dtype) -> None:
 
 def test_a_transposed_tensor_is_not_copied() -> None:
     x = torch.ones(_BLOCK, 3).t()
-    assert norms({"x": x}, 2.0, wide=True).item() == pytest.approx(
+    assert norms([x], 2.0, wide=True).item() == pytest.approx(
         math.sqrt(3 * _BLOCK), rel=1e-6
     )
 

@@ -62,7 +62,8 @@ SkipNonfinite(...)                                            elementwise     16
   Partition(..., {'*.bias': 'other', 'ln.*': 'other', '*'...  elementwise        -
     matrix:                                                   elementwise        -
       ScaleByAdam()                                           elementwise  2.5 MiB
-      AddDecayedWeights(0.01, mask=exclude('wte.*'))          elementwise        -
+      Masked(..., exclude('wte.*'))                           elementwise        -
+        AddDecayedWeights(0.01)                               elementwise        -
       ScaleByLearningRate(0.001)                              elementwise        -
     other: Named('slow', ...)                                 elementwise        -
       Trace(0.9)                                              elementwise  2.0 KiB
@@ -74,7 +75,7 @@ Partition(..., {'*.bias': 'other', 'ln.*': 'other', '*': 'matrix'})
   'matrix' -> 2 of 4 tensors, 327,680 numbers: wte.weight, head.weight
   'other'  -> 2 of 4 tensors,     512 numbers: ln.weight, head.bias
 
-AddDecayedWeights(0.01, mask=exclude('wte.*'))
+Masked(..., exclude('wte.*'))
   exclude('wte.*') -> 1 of 2 tensors,  65,536 numbers: head.weight
   the rest         -> 1 of 2 tensors, 262,144 numbers: wte.weight"""
 

@@ -12,7 +12,7 @@ from training import everything, parameters, set_gradients, train, values
 
 import functional_optim as fo
 from functional_optim.torch_optimizer._group_keys import OPTIONS
-from functional_optim.transforms import ScheduleState
+from functional_optim.transforms import Scheduled
 
 LABELS = {"*.bias": "slow", "*": "fast"}
 
@@ -165,14 +165,14 @@ class UserRule:
         """Return a count, if it counts."""
         del params
         return (
-            ScheduleState(torch.zeros((), dtype=torch.float64)) if self.counts else ()
+            Scheduled((), torch.zeros((), dtype=torch.float64)) if self.counts else ()
         )
 
     def update(self, updates: Any, state: Any, params: Any, *, context: Any) -> Any:
         """Scale by the rate at this step."""
         del params, context
         lr = self.lr(state.num_updates) if callable(self.lr) else self.lr
-        new = ScheduleState(state.num_updates + 1)
+        new = Scheduled((), state.num_updates + 1)
         return {name: -lr * u for name, u in updates.items()}, new
 
 
@@ -190,7 +190,7 @@ def test_a_schedule_of_a_users_rule_is_in_the_groups(named: bool) -> None:
 
 def test_a_schedule_without_a_count_is_refused() -> None:
     """Nothing says at which step a group would have its value."""
-    with pytest.raises(ValueError, match=r"lr is the schedule .* no ScheduleState"):
+    with pytest.raises(ValueError, match=r"lr is the schedule .* counts no updates"):
         make(UserRule(lambda step: 0.5**step, counts=False))
 
 

@@ -215,7 +215,7 @@ def test_illegal_value(make, message: str) -> None:
         (lambda: fo.Masked(3, "*"), "inner must be a transform .* got 3"),
         (lambda: fo.Masked(fo.Identity(), 3), "mask must be a glob"),
         (lambda: fo.Masked(fo.Identity(), {"a": 1}), "mask as a map must give a bool"),
-        (lambda: fo.AddDecayedWeights(0.1, mask=3.0), "mask must be a glob.* 3.0"),
+        (lambda: fo.adamw(mask=3.0), "mask must be a glob.* 3.0"),
         (lambda: fo.exclude(3), "selections must be a glob"),
         (lambda: fo.MultiplyParamwise([3]), r"must be \(selection, value\) pairs"),
         (lambda: fo.MultiplyParamwise({"a": "2"}), "must be a number"),

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from functional_optim._messages import first_line, user_stacklevel
-from functional_optim.algebra._arithmetic import over
+from functional_optim.algebra._tensor_map import subset
+from functional_optim.core._apply import added
 from functional_optim.core._context import Context
 from functional_optim.execution._grad_scaling import wrap_state
 from functional_optim.execution._native import dtype_of
@@ -277,7 +278,7 @@ def _write(
 
     A written tensor may be the old value of another entry, so all are read first.
     """
-    updated = over(params, at=moved).add(moved).to_map(like=params)
+    updated = added(subset(params, moved), moved)
     pairs = [(params[name], param) for name, param in updated.items()]
     for old, new in states:
         pairs += [(old[key], new[key]) for key in old if new[key] is not old[key]]
