@@ -25,10 +25,19 @@ from concurrent.futures import ThreadPoolExecutor
 
 from mutations import MUTATIONS, PACKAGE, ROOT, Mutation
 
-COPIED = [PACKAGE, "tests", "property_tests", "benchmarks", "docs", "pyproject.toml"]
+COPIED = [
+    PACKAGE,
+    "tests",
+    "property_tests",
+    "benchmarks",
+    "docs",
+    "examples",
+    "pyproject.toml",
+]
 
 # Many kills in few seconds, by themselves: then the rest need not be collected.
 FIRST = [
+    "tests/core/test_rule.py",
     "tests/algebra/test_mixed_dtypes.py",
     "tests/test_regressions.py",
     "tests/transforms/test_bad_input.py",

@@ -279,3 +279,16 @@ def test_a_total_of_parameters_is_of_those_that_move() -> None:
     assert fo.readings(rule, state)["lr"] == 1
     moved, _ = rule.update({"a": torch.ones(2)}, state, params)
     assert moved["a"].tolist() == [-5.0, -5.0]
+
+
+def test_a_factor_that_is_a_tensor_rounds_as_a_number() -> None:
+    """`add`, `addcmul` and `lerp` on tensors: no factor is rounded to 16 bits."""
+    x, narrow = torch.zeros(2), torch.full((2,), 1e-2, dtype=torch.float16)
+    for factor in (1e-6, torch.tensor(1e-6)):
+        # 1e-8 is below the least float16, and 1e-2 is rounded to 2^-11 relative.
+        assert fo.add(x, narrow, factor)[0].item() == pytest.approx(1e-8, rel=2**-11)
+        product = fo.addcmul(x, narrow, torch.ones(2), factor)[0].item()
+        assert product == pytest.approx(1e-8, rel=2**-11)
+    begin, end = torch.ones(2).bfloat16(), torch.full((2,), 4.0).bfloat16()
+    moved = [fo.lerp(begin, end, w) for w in (0.3, torch.tensor(0.3))]
+    assert torch.equal(*moved)
