@@ -1,4 +1,4 @@
-"""Buffers for expressions: donated inputs, and a workspace for results."""
+"""Buffers for formulas: donated inputs, and a workspace for results."""
 
 from __future__ import annotations
 
@@ -7,22 +7,24 @@ import threading
 import torch
 from torch import Tensor
 
+_LARGEST = 16 * 2**20
+"""Bytes of a result that is kept; a larger one is rare, and its memory is returned."""
+
 
 class Donated(dict[str, Tensor]):
-    """A map of donated tensors: expressions may overwrite them.
+    """A map of donated tensors, which a formula may overwrite.
 
-    As JAX donates buffers: the first operation of an expression then runs in place.
+    As JAX donates buffers: the last operation that reads one may run in place.
     """
 
 
 class Workspace:
-    """Memory for the results of expressions, reused from unit to unit.
+    """Memory for the results of formulas, reused from unit to unit.
 
     Fresh memory costs as much as the arithmetic in it: the system clears every page.
     """
 
-    def __init__(self, most: int = 16 * 2**20) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._tensors: list[Tensor] = []
         self._taken = 0
 
@@ -34,7 +36,7 @@ class Workspace:
 
     def like(self, tensor: Tensor) -> Tensor:
         """Return memory like a tensor, different from all since `__enter__`."""
-        if tensor.numel() * tensor.itemsize > self._most:
+        if tensor.numel() * tensor.itemsize > _LARGEST:
             return torch.empty_like(tensor)
         index, self._taken = self._taken, self._taken + 1
         if index == len(self._tensors):

@@ -29,11 +29,6 @@ def copied(tensors: TensorMap) -> TensorMap:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def zeros_like(params: TensorMap, dtype: torch.dtype | None = None) -> TensorMap:
-    """Return a map of zeros, strided like the parameters, without a graph."""
-    return {name: torch.zeros_like(p, dtype=dtype) for name, p in params.items()}
-
-
 def device_of(tensors: TensorMap) -> torch.device | None:
     """Return the device of a map, None if it is empty."""
     for tensor in tensors.values():

@@ -88,18 +88,6 @@ def check_states(state: object, count: int, part: str) -> None:
         )
 
 
-def check_made_for(
-    transform: object, option: str, part: object, *, wanted: bool
-) -> None:
-    """Refuse a state that was made without (or with) an option."""
-    if wanted != isinstance(part, dict):
-        made = "without" if wanted else "with"
-        raise ValueError(
-            f"{transform!r} got a state made {made} {option}; call init again after "
-            f"changing {option}"
-        )
-
-
 def describe_state(state: object) -> str:
     """Format the type of a state for an error message."""
     if isinstance(state, tuple):
